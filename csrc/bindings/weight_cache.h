@@ -1,0 +1,54 @@
+// Packed weights, kept between calls for as long as they are surely those of the weights given.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <mutex>
+#include <vector>
+
+namespace fusednn {
+
+// What the packing was made from. Two weights are taken for the same only if all of these agree:
+//   storage      the same object, still alive (held weakly, so that an address used again can't deceive)
+//   layout       data pointer, sizes, strides, dtype
+//   version      counts in-place changes: optimizer steps, load_state_dict, copy_, ...
+//   fingerprint  some elements' bits: catches writes past the version counter (weight.data.mul_(2), numpy)
+class WeightIdentity {
+ public:
+  explicit WeightIdentity(const at::Tensor& weight);
+  bool same_place(const WeightIdentity& other) const;
+  bool same_content(const WeightIdentity& other) const;
+  bool expired() const { return storage_.expired(); }
+
+ private:
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage_;
+  const void* data_;
+  std::vector<int64_t> sizes_, strides_;
+  at::ScalarType dtype_;
+  uint32_t version_;
+  uint64_t fingerprint_;
+};
+
+class WeightCache {
+ public:
+  // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the same
+  // weights: what is used once is not worth a copy. An undefined tensor says: use the weights as they lie.
+  at::Tensor find_or_pack(const std::vector<at::Tensor>& weights, int variant,
+                          const std::function<at::Tensor()>& pack);
+  void clear();
+  int64_t packed_entries();
+
+ private:
+  struct Entry {
+    std::vector<WeightIdentity> weights;
+    int variant;
+    at::Tensor packed;
+  };
+  static constexpr size_t kMostEntries = 256;
+
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace fusednn

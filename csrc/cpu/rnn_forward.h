@@ -1,0 +1,316 @@
+// The forward of LSTM and GRU cells.
+//
+//   gates[B, G H] = input[B, I] weight_ih^T + hx[B, H] weight_hh^T + biases, then math/gates.h
+//
+// Work is cut into blocks of w hidden units (w = vector width) and of rows. A block gathers all its gates for
+// those units in a buffer [rows, 4 w] that stays in the first-level cache, and the pointwise half runs on it
+// at once: gates never reach memory unless the backward wants them. Slots of the buffer: LSTM i, f, g, o;
+// GRU r, z, x_n, h_n: the products of a GRU share two slots and part at the third gate.
+//
+// Two ways to the products, with equal results up to rounding:
+//   rows    weights as they lie, dot products along K in chunks that stay in the first-level cache
+//   panels  weights packed as [unit block][K][gates, w], outer products; pays when the packing is kept
+//
+// Bytes: each weight once per block of rows; flops: 2 B G H (I + H).
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/vec_math.h"
+#include "fusednn/rnn_cpu.h"
+#include "math/gates.h"
+
+namespace fusednn::cpu::FUSEDNN_ISA {
+
+constexpr int64_t kRowsAtMost = 96;
+constexpr int64_t kRowBlockBytes = 192 << 10;  // operands of a block of rows: part of a second-level cache
+constexpr int64_t kSerialWork = 64 << 10;      // products below which threads cost more than they save
+constexpr int64_t kChunk = 4096;               // bytes of a weight row at a time
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Slot of the buffer that the last gate of a product adds to; the others come in order.
+template <Cell cell>
+constexpr int last_slot(bool hidden) {
+  return cell == Cell::lstm || hidden ? 3 : 2;
+}
+
+template <class T>
+int64_t rows_per_block(const CellWeights& p, int64_t batch) {
+  const int64_t fit = kRowBlockBytes / (sizeof(T) * (p.input_size + p.hidden_size));
+  return minimum(batch, fit < 12 ? 12 : minimum(fit, kRowsAtMost));
+}
+
+template <class T>
+constexpr size_t forward_workspace_bytes() {
+  constexpr int w = Vec<T>::size;
+  return kRowsAtMost * 4 * w * sizeof(T) * 2;  // gates, accumulators
+}
+
+constexpr bool kProducts[] = {false, true};  // of the input, of the hidden state
+
+// A state tensor in its own dtype: S, or float where the state is wide.
+template <class T, class S>
+struct State {
+  void* data;
+  bool wide;
+  FUSEDNN_INLINE Vec<T> load(int64_t i, int64_t n) const {
+    return wide ? Vec<T>::load(static_cast<const T*>(data) + i, n)
+                : Vec<T>::load(static_cast<const S*>(data) + i, n);
+  }
+  FUSEDNN_INLINE void store(int64_t i, int64_t n, Vec<T> x) const {
+    if (wide)
+      x.store(static_cast<T*>(data) + i, n);
+    else
+      x.store(static_cast<S*>(data) + i, n);
+  }
+};
+
+template <class S, class T>
+FUSEDNN_INLINE Vec<T> load_or_zero(const void* p, int64_t i, int64_t n) {
+  return p ? Vec<T>::load(static_cast<const S*>(p) + i, n) : Vec<T>(T(0));
+}
+
+// Adds dot products of M rows of a with R rows of w over [0, K), lane by lane.
+template <int M, int R, class T, class S>
+FUSEDNN_INLINE void dot_accumulate(Vec<T> (&acc)[M][R], int64_t K, const T* a, int64_t a_stride, const S* w,
+                                   int64_t w_stride) {
+  constexpr int width = Vec<T>::size;
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    Vec<T> x[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) x[m] = Vec<T>::load(a + m * a_stride + k, n);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> weight = Vec<T>::load(w + r * w_stride + k, n);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][r] = acc[m][r] + x[m] * weight;
+    }
+  };
+  int64_t k = 0;
+  for (; k + width <= K; k += width) step(k, width);
+  if (k < K) step(k, K - k);
+}
+
+template <int M, int R, class T, class S>
+void dot_tile(int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_stride, T* partial,
+              int last) {
+  constexpr int width = Vec<T>::size;
+  Vec<T> acc[M][R];
+  const auto at = [&](int m, int r) { return partial + (m * 4 + (r < R - 1 ? r : last)) * width; };
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[m][r] = Vec<T>::load(at(m, r));
+  dot_accumulate<M, R>(acc, K, a, a_stride, w, w_stride);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc[m][r].store(at(m, r));
+}
+
+// partial[rows][4] vectors += products of `rows` rows with the R weight rows of one unit.
+template <int R, class T, class S>
+void dot_tiles(int64_t rows, int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_stride,
+               T* partial, int last) {
+  constexpr int M = kAccumulators / R;
+  constexpr int step = 4 * Vec<T>::size;
+  int64_t m = 0;
+  for (; m + M <= rows; m += M)
+    dot_tile<M, R>(K, a + m * a_stride, a_stride, w, w_stride, partial + m * step, last);
+  const T* rest = a + m * a_stride;
+  T* to = partial + m * step;
+  switch (rows - m) {
+#define FUSEDNN_CASE(N)                                                              \
+  case N:                                                                            \
+    if constexpr (N < M) dot_tile<N, R>(K, rest, a_stride, w, w_stride, to, last);   \
+    break;
+    FUSEDNN_CASE(1)
+    FUSEDNN_CASE(2)
+    FUSEDNN_CASE(3)
+    FUSEDNN_CASE(4)
+    FUSEDNN_CASE(5)
+    FUSEDNN_CASE(6)
+    FUSEDNN_CASE(7)
+#undef FUSEDNN_CASE
+    default:
+      break;
+  }
+}
+
+template <Cell cell, class T, class S>
+void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t unit, int64_t units,
+                      T* buffer, T* partial) {
+  constexpr int G = gates_of(cell);
+  constexpr int w = Vec<T>::size;
+  const CellWeights& q = p.weights;
+  for (int64_t u = 0; u < units; ++u) {
+    std::memset(partial, 0, rows * 4 * w * sizeof(T));
+    for (const bool hidden : kProducts) {
+      const Rows& a = hidden ? p.hx : p.input;
+      const Rows& weight = hidden ? q.weight_hh : q.weight_ih;
+      const int64_t K = hidden ? q.hidden_size : q.input_size;
+      const T* x = static_cast<const T*>(a.data) + row * a.stride;
+      const S* first = static_cast<const S*>(weight.data) + (unit + u) * weight.stride;
+      constexpr int64_t chunk = kChunk / sizeof(T);
+      for (int64_t k = 0; k < K; k += chunk)
+        dot_tiles<G>(rows, minimum(chunk, K - k), x + k, a.stride, first + k,
+                     q.hidden_size * weight.stride, partial, last_slot<cell>(hidden));
+    }
+    for (int64_t m = 0; m < rows; ++m)
+      for (int s = 0; s < 4; ++s) buffer[(m * 4 + s) * w + u] = sum(Vec<T>::load(partial + (m * 4 + s) * w));
+  }
+}
+
+// The panels of one unit block: [I, G w] of weight_ih, then [H, G w] of weight_hh.
+template <Cell cell, class T, class S>
+void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t unit, T* buffer) {
+  constexpr int G = gates_of(cell);
+  constexpr int w = Vec<T>::size;
+  const CellWeights& q = p.weights;
+  const S* panel = static_cast<const S*>(q.packed) + unit / w * (q.input_size + q.hidden_size) * G * w;
+  std::memset(buffer, 0, rows * 4 * w * sizeof(T));
+  for (const bool hidden : kProducts) {
+    const Rows& a = hidden ? p.hx : p.input;
+    const int64_t K = hidden ? q.hidden_size : q.input_size;
+    const Strided<T> x{static_cast<const T*>(a.data) + row * a.stride, a.stride, 1};
+    for (int64_t k = 0; k < K; k += kBlockK)
+      tiles<G>(rows, minimum(kBlockK, K - k), x.at(0, k), panel + k * G * w, G * w, buffer, 4 * w,
+               last_slot<cell>(hidden), true);
+    panel += K * G * w;
+  }
+}
+
+// panel[k][slot][u] = weights[slot H + first + u][k], zeros beyond the last unit.
+template <int G, int w, class S>
+void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t stride, S* panel) {
+  constexpr int64_t block = 16;  // of k, so that the lines written stay in cache until they are full
+  for (int64_t k0 = 0; k0 < K; k0 += block) {
+    const int64_t k1 = minimum(K, k0 + block);
+    for (int slot = 0; slot < G; ++slot) {
+      for (int u = 0; u < w; ++u) {
+        const bool real = first + u < H;
+        const S* row = weights + (slot * H + first + (real ? u : 0)) * stride;
+        S* to = panel + slot * w + u;
+        for (int64_t k = k0; k < k1; ++k) to[k * G * w] = real ? row[k] : S{};
+      }
+    }
+  }
+}
+
+template <Cell cell, class T, class S>
+void pack(const CellWeights& q, void* packed, const Parallel& parallel) {
+  constexpr int G = gates_of(cell);
+  constexpr int w = Vec<T>::size;
+  const int64_t H = q.hidden_size, rows = q.input_size + H;
+  parallel(ceil_div(H, w), true, [&](int64_t begin, int64_t end, int) {
+    for (int64_t block = begin; block < end; ++block) {
+      S* panel = static_cast<S*>(packed) + block * rows * G * w;
+      for (const bool hidden : kProducts) {
+        const Rows& weight = hidden ? q.weight_hh : q.weight_ih;
+        const int64_t K = hidden ? H : q.input_size;
+        pack_units<G, w>(K, block * w, H, static_cast<const S*>(weight.data), weight.stride, panel);
+        panel += K * G * w;
+      }
+    }
+  });
+}
+
+// ---- the pointwise half, on one unit block ----
+
+template <class T, class S>
+struct Block {
+  const CellForward& p;
+  int64_t unit, units;  // units <= w
+  State<T, S> state, h, c;
+
+  Block(const CellForward& forward, int64_t first, int64_t count)
+      : p(forward),
+        unit(first),
+        units(count),
+        state{const_cast<void*>(forward.state.data), forward.wide_state},
+        h{forward.h, forward.wide_state},
+        c{forward.c, forward.wide_state} {}
+
+  FUSEDNN_INLINE Vec<T> bias(const void* bias, int gate) const {
+    return load_or_zero<S, T>(bias, gate * p.weights.hidden_size + unit, units);
+  }
+  FUSEDNN_INLINE Vec<T> both_biases(int gate) const {
+    return bias(p.weights.bias_ih, gate) + bias(p.weights.bias_hh, gate);
+  }
+  FUSEDNN_INLINE Vec<T> previous(int64_t row) const {
+    return state.load(row * p.state.stride + unit, units);
+  }
+  FUSEDNN_INLINE void save(int64_t row, int gate, Vec<T> x) const {
+    const int64_t H = p.weights.hidden_size;
+    x.store(static_cast<S*>(p.gates) + (row * 4 + gate) * H + unit, units);
+  }
+};
+
+template <class T, class S>
+void lstm_pointwise(const Block<T, S>& b, int64_t row, int64_t rows, const T* buffer) {
+  using V = Vec<T>;
+  constexpr int w = V::size;
+  const int64_t H = b.p.weights.hidden_size;
+  const V bias[4] = {b.both_biases(0), b.both_biases(1), b.both_biases(2), b.both_biases(3)};
+  for (int64_t m = row; m < row + rows; ++m, buffer += 4 * w) {
+    const auto gate = [&](int g) { return V::load(buffer + g * w) + bias[g]; };
+    const auto s = math::lstm_forward(gate(0), gate(1), gate(2), gate(3), b.previous(m));
+    b.c.store(m * H + b.unit, b.units, s.c);
+    b.h.store(m * H + b.unit, b.units, s.h);
+    if (!b.p.gates) continue;
+    b.save(m, 0, s.i);
+    b.save(m, 1, s.f);
+    b.save(m, 2, s.g);
+    b.save(m, 3, s.o);
+  }
+}
+
+template <class T, class S>
+void gru_pointwise(const Block<T, S>& b, int64_t row, int64_t rows, const T* buffer) {
+  using V = Vec<T>;
+  constexpr int w = V::size;
+  const int64_t H = b.p.weights.hidden_size;
+  const V bias[4] = {b.both_biases(0), b.both_biases(1), b.bias(b.p.weights.bias_ih, 2),
+                     b.bias(b.p.weights.bias_hh, 2)};
+  for (int64_t m = row; m < row + rows; ++m, buffer += 4 * w) {
+    const auto slot = [&](int g) { return V::load(buffer + g * w) + bias[g]; };
+    const V h_n = slot(3);
+    const auto s = math::gru_forward(slot(0), slot(1), slot(2), h_n, b.previous(m));
+    b.h.store(m * H + b.unit, b.units, s.h);
+    if (!b.p.gates) continue;
+    b.save(m, 0, s.r);
+    b.save(m, 1, s.z);
+    b.save(m, 2, s.n);
+    b.save(m, 3, h_n);
+  }
+}
+
+template <Cell cell, class T, class S>
+void cell_forward(const CellForward& p, const Parallel& parallel) {
+  constexpr int w = Vec<T>::size;
+  const CellWeights& q = p.weights;
+  const int64_t H = q.hidden_size;
+  const int64_t row_step = rows_per_block<T>(q, p.batch);
+  const int64_t row_blocks = ceil_div(p.batch, row_step);
+  const int64_t work = p.batch * 4 * H * (q.input_size + H);
+  parallel(ceil_div(H, w) * row_blocks, work > kSerialWork, [&](int64_t begin, int64_t end, int thread) {
+    T* buffer = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * forward_workspace_bytes<T>());
+    T* partial = buffer + kRowsAtMost * 4 * w;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t unit = task / row_blocks * w, row = task % row_blocks * row_step;
+      const int64_t units = minimum(w, H - unit), rows = minimum(row_step, p.batch - row);
+      if (q.packed)
+        products_by_panels<cell, T, S>(p, row, rows, unit, buffer);
+      else
+        products_by_rows<cell, T, S>(p, row, rows, unit, units, buffer, partial);
+      const Block<T, S> block(p, unit, units);
+      if constexpr (cell == Cell::lstm)
+        lstm_pointwise(block, row, rows, buffer);
+      else
+        gru_pointwise(block, row, rows, buffer);
+    }
+  });
+}
+
+}  // namespace fusednn::cpu::FUSEDNN_ISA

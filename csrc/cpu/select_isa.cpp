@@ -1,0 +1,75 @@
+// Run-time choice of the instruction set. Compiled for the baseline only.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "fusednn/cpu_features.h"
+#include "fusednn/rnn_cpu.h"
+
+namespace fusednn::cpu {
+
+namespace baseline {
+extern const RnnKernels rnn_table;
+}
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+namespace avx2 {
+extern const RnnKernels rnn_table;
+}
+namespace avx512 {
+extern const RnnKernels rnn_table;
+}
+#endif
+
+const char* name(Isa isa) {
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(isa)];
+}
+
+Isa best_isa() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+#else
+  return Isa::baseline;
+#endif
+}
+
+namespace {
+
+Isa capped_isa() {
+  const Isa best = best_isa();
+  const char* cap = std::getenv("FUSEDNN_CPU_ISA");
+  if (!cap) return best;
+  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (std::strcmp(cap, name(isa)) == 0 && isa < best) return isa;
+  return best;
+}
+
+std::atomic<Isa>& in_use() {
+  static std::atomic<Isa> isa{capped_isa()};
+  return isa;
+}
+
+}  // namespace
+
+Isa current_isa() { return in_use(); }
+
+bool set_isa(Isa isa) {
+  if (isa > best_isa()) return false;
+  in_use() = isa;
+  return true;
+}
+
+const RnnKernels& rnn_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::rnn_table;
+  if (current_isa() == Isa::avx2) return avx2::rnn_table;
+#endif
+  return baseline::rnn_table;
+}
+
+}  // namespace fusednn::cpu

@@ -1,0 +1,9 @@
+"""Faster layers for PyTorch: import them instead of ``torch.nn``'s and change nothing else."""
+
+from . import functional
+from ._version import __version__
+from .dispatch import explain
+from .rnn.modules import GRUCell, LSTMCell
+from .settings import use_backend
+
+__all__ = ["GRUCell", "LSTMCell", "__version__", "explain", "functional", "use_backend"]

@@ -1,0 +1,185 @@
+"""LSTM and GRU cells as functions: check, then call the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import (
+    ops,  # noqa: F401  registers torch.ops.fusednn.*
+    reference,
+)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step, as ``torch.lstm_cell``.
+
+    ``i, f, o = sigmoid(.)``, ``g = tanh(.)`` of ``input @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh``;
+    ``c' = f c + i g``; ``h' = o tanh(c')`` (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000).
+
+    Args:
+        input: ``[B, I]``, floating point.
+        hx: the pair ``(h, c)``, each ``[B, H]``.
+        weight_ih: ``[4H, I]``, rows in the order i, f, g, o.
+        weight_hh: ``[4H, H]``.
+        bias_ih: ``[4H]`` or None.
+        bias_hh: ``[4H]`` or None.
+
+    Returns:
+        ``(h', c')``, each ``[B, H]``, of the state's dtype.
+
+    Raises:
+        ValueError: a rank is wrong.
+        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        TypeError: an argument is no tensor, or ``hx`` no pair.
+    """
+    if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
+        raise TypeError(f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError(f"lstm_cell expects two hidden states: got {len(hx)}, expected (h, c)")
+    h, c = hx
+    states = (("hidden0", h), ("hidden1", c))
+    parameters = _check("lstm_cell", 4, input, states, weight_ih, weight_hh, bias_ih, bias_hh)
+    if torch.is_autocast_enabled(input.device.type):
+        input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
+    if _under_transform(input, h, c, *parameters):
+        h, c, _ = reference.lstm_cell_forward(input, h, c, *parameters, save_gates=False)
+        return h, c
+    save_gates = torch.is_grad_enabled() and _any_requires_grad(input, h, c, *parameters)
+    h, c, _ = torch.ops.fusednn.lstm_cell_forward(input, h, c, *parameters, save_gates)
+    return h, c
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """One GRU step, as ``torch.gru_cell``.
+
+    ``r, z = sigmoid(.)`` of the two products' sum; ``n = tanh(x_n + r h_n)``; ``h' = n + z (h - n)``, where
+    ``h_n`` is the hidden product with its bias (Cho et al. 2014, in cuDNN's form).
+
+    Args:
+        input: ``[B, I]``, floating point.
+        hx: the state ``[B, H]``.
+        weight_ih: ``[3H, I]``, rows in the order r, z, n.
+        weight_hh: ``[3H, H]``.
+        bias_ih: ``[3H]`` or None.
+        bias_hh: ``[3H]`` or None.
+
+    Returns:
+        ``h'``, ``[B, H]``, of the state's dtype.
+
+    Raises:
+        ValueError: a rank is wrong.
+        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        TypeError: an argument is no tensor.
+    """
+    parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
+    if torch.is_autocast_enabled(input.device.type):
+        input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
+    if _under_transform(input, hx, *parameters):
+        return reference.gru_cell_forward(input, hx, *parameters, save_gates=False)[0]
+    save_gates = torch.is_grad_enabled() and _any_requires_grad(input, hx, *parameters)
+    h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
+    return h
+
+
+def _under_transform(*tensors: Tensor | None) -> bool:
+    """Whether vmap, torch.func.grad or forward-mode AD looks on: they see through torch's ops only."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check(
+    name: str,
+    gates: int,
+    input: Tensor,
+    states: tuple[tuple[str, Tensor], ...],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Check what every cell shares; return the parameters. The texts on sizes are torch's own."""
+    tensors = (("input", input), *states, ("weight_ih", weight_ih), ("weight_hh", weight_hh))
+    for argument, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be a Tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
+    batch, input_size = input.shape
+    rows, hidden = weight_hh.shape
+    if rows != gates * hidden:
+        raise RuntimeError(f"{name}: weight_hh first dim must be {gates} * hidden_size = {gates * hidden}, but got {rows}")
+    if weight_ih.shape[0] != rows:
+        raise RuntimeError(f"{name}: weight_ih first dim must be {gates} * hidden_size = {rows}, but got {weight_ih.shape[0]}")
+    if input_size != weight_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {weight_ih.shape[1]}")
+    for argument, state in states:
+        if state.shape[0] != batch:
+            raise RuntimeError(f"Input batch size {batch} doesn't match {argument} batch size {state.shape[0]}")
+        if state.shape[1] != hidden:
+            raise RuntimeError(f"{argument} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}")
+    biases = (("bias_ih", bias_ih), ("bias_hh", bias_hh))
+    for argument, bias in biases:
+        if bias is not None and bias.shape != (rows,):
+            raise RuntimeError(f"{name}: {argument} has shape {list(bias.shape)}, expected [{rows}]")
+    _check_types(name, input, states, (*tensors[-2:], *biases))
+    return weight_ih, weight_hh, bias_ih, bias_hh
+
+
+def _check_types(name, input, states, parameters) -> None:
+    """Every tensor on one device and of one floating dtype; autocast and a wider c are the exceptions."""
+    dtype, device = input.dtype, input.device
+    if not dtype.is_floating_point:
+        raise RuntimeError(f"{name}: expected input to be floating point, got {dtype}")
+    autocast = torch.is_autocast_enabled(device.type)
+    for argument, tensor in (*states, *parameters):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device: input is on {device}, {argument} on {tensor.device}"
+            )
+        free = autocast or argument == "hidden1"
+        if tensor.dtype != dtype and not (free and tensor.dtype.is_floating_point):
+            raise RuntimeError(
+                f"{name}: input and {argument} must have the same dtype, but got {dtype} and {tensor.dtype}"
+            )
+
+
+def _autocast(input, states, *parameters):
+    """Cast as torch.autocast does for its own cells: on a CPU the state keeps its dtype, on a GPU it is cast."""
+    dtype = torch.get_autocast_dtype(input.device.type)
+    eligible = input.dtype != torch.float64
+    if not eligible:
+        return (input, states, *parameters)
+    if input.device.type == "cpu":
+        wide = torch.promote_types(dtype, states[-1].dtype)
+        states = tuple(s.to(wide) for s in states)
+    else:
+        states = tuple(s.to(dtype) for s in states)
+    cast = (None if p is None else p.to(dtype) for p in parameters)
+    return (input.to(dtype), states, *cast)

@@ -1,0 +1,1 @@
+"""Triton kernels of fusednn; imported on demand, so that nobody needs Triton."""
