@@ -1,7 +1,7 @@
 """The most that this machine did for us: a large copy and a large matrix product, taken in the same run.
 
-The roofline limit of a case is max(flops / peak, bytes / bandwidth). Tensors that stay in a cache can beat the
-byte term, so a share above 100 % is possible and no error.
+The roofline limit of a case is max(flops / peak, bytes / bandwidth). Tensors that stay in a cache can beat
+the byte term, so a share above 100 % is possible and no error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO on the ONNX export of a ``torch.nn`` module: the runtimes a user could pick instead.
+"""ONNX Runtime and OpenVINO on the ONNX export of a ``torch.nn`` module: what a user could deploy instead.
 
 Both get float32 arithmetic, torch's number of threads and inputs that are already in their own format, so
 that a call is the runtime's work alone.
@@ -47,6 +47,7 @@ def export_onnx(module: nn.Module, arrange: Arrange, inputs: Mapping[str, Tensor
 
     Raises:
         PeerMissing: onnx or onnxscript isn't installed.
+
     """
     _need("onnx")
     _need("onnxscript")
@@ -60,9 +61,7 @@ def export_onnx(module: nn.Module, arrange: Arrange, inputs: Mapping[str, Tensor
     finally:
         logging.disable(level)
     assert program is not None
-    file = io.BytesIO()
-    program.save(file)
-    return file.getvalue()
+    return program.model_proto.SerializeToString()
 
 
 def onnxruntime_call(

@@ -111,7 +111,9 @@ def git_commit() -> str | None:
     commit = _run("git", "-C", root, "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
-    return commit + (" with local changes" if _run("git", "-C", root, "status", "--porcelain", "-uno") else "")
+    return commit + (
+        " with local changes" if _run("git", "-C", root, "status", "--porcelain", "-uno") else ""
+    )
 
 
 def _cpuinfo(key: str) -> str:
@@ -128,4 +130,4 @@ def _run(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.strip().splitlines() or [None])[0]
+    return next(iter(done.stdout.strip().splitlines()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from .memory import peak_bytes
 from .registry import EAGER, Case, Outputs, Peer, PeerMissing, Workload
 from .results import CaseResult, PeerResult
 from .timing import Clock, Timing, clock_for, interleave
-from .verify import Verdict, eager_budgets, verify
+from .verify import Budget, Verdict, eager_budgets, verify
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def run_case(
         if name not in peers:
             rows[name] = PeerResult(name, "skipped", "left out by an option")
             continue
-        peer = _attempt(rows, name, lambda name=name: workload.build(name))
+        peer = _attempt(rows, name, partial(workload.build, name))
         if peer is not None and _verified(rows, peer, judge):
             ready.append(peer)
     timings = _timed(rows, ready, rounds, min_sample_s, clock or clock_for(device))
@@ -52,7 +53,7 @@ def run_case(
         # The calls between must not have changed the answer: caches went stale, a buffer was shared.
         if peer.name in timings and (verdict := _verified(rows, peer, judge)):
             row = PeerResult(
-                peer.name, "ok", "", verdict.error, verdict.budget, timings[peer.name], note=peer.note
+                peer.name, "ok", "", verdict.error, verdict.allowed, timings[peer.name], note=peer.note
             )
             rows[peer.name] = _with_memory(row, case, peer, device) if memory else row
     return CaseResult.of(case, [rows[name] for name in workload.peers])
@@ -64,7 +65,7 @@ class Judge:
     def __init__(self, case: Case) -> None:
         self.dtype = case.torch_dtype
         self.oracle: Outputs = {}
-        self.budgets: dict[str, float] = {}
+        self.budgets: dict[str, Budget] = {}
 
     def learn(self, workload: Workload) -> None:
         """Compute the oracle and, from a fresh eager peer, the budgets."""
@@ -72,9 +73,11 @@ class Judge:
         self.budgets = eager_budgets(answer(workload.build(EAGER)), self.oracle, self.dtype)
 
     def verdict(self, peer: Peer) -> Verdict:
-        """Judge two calls in a row, and return the first that is wrong."""
+        """Judge two calls in a row, and return the first that is not ok."""
         first = verify(answer(peer), self.oracle, self.budgets, self.dtype)
-        return first if not first.ok else verify(answer(peer), self.oracle, self.budgets, self.dtype)
+        return (
+            first if first.standing != "ok" else verify(answer(peer), self.oracle, self.budgets, self.dtype)
+        )
 
 
 def answer(peer: Peer) -> Outputs:
@@ -105,9 +108,9 @@ def _attempt(rows: dict[str, PeerResult], name: str, action: Callable[[], T]) ->
 
 
 def _verified(rows: dict[str, PeerResult], peer: Peer, judge: Judge) -> Verdict | None:
-    verdict = _attempt(rows, peer.name, lambda: judge.verdict(peer))
-    if verdict is not None and not verdict.ok:
-        rows[peer.name] = PeerResult(peer.name, "wrong", verdict.reason, note=peer.note)
+    verdict = _attempt(rows, peer.name, partial(judge.verdict, peer))
+    if verdict is not None and verdict.standing != "ok":
+        rows[peer.name] = PeerResult(peer.name, verdict.standing, verdict.reason, note=peer.note)
         return None
     return verdict
 

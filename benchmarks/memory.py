@@ -29,6 +29,7 @@ def peak_bytes(case: Case, peer: Peer, device: torch.device) -> int:
     Raises:
         PeerMissing: this system doesn't tell.
         RuntimeError: the child process failed.
+
     """
     return _cuda_growth(peer) if device.type == "cuda" else _growth_in_child(case.name, peer.name)
 

@@ -1,7 +1,8 @@
-"""A progress bar with tqdm where it is installed, plain lines elsewhere."""
+"""A progress bar with tqdm where it is installed and there is a terminal; plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -9,12 +10,12 @@ class Progress:
     """Counts the cases of a run; results go to stdout, progress to stderr."""
 
     def __init__(self, total: int) -> None:
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError:
-            self._bar = None
-        else:
-            self._bar = tqdm(total=total, file=sys.stderr, unit="case", leave=False, dynamic_ncols=True)
+        self._bar = None
+        if sys.stderr.isatty():
+            with contextlib.suppress(ModuleNotFoundError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, file=sys.stderr, unit="case", leave=False, dynamic_ncols=True)
         self._total = total
         self._done = 0
 

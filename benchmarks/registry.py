@@ -48,7 +48,10 @@ class Peer:
 class Workload(Protocol):
     """A case on a device: weights and inputs that all of its peers share."""
 
-    peers: Sequence[str]
+    @property
+    def peers(self) -> Sequence[str]:
+        """Names of the peers that the case knows, in the order of the table."""
+        ...
 
     def oracle(self) -> Outputs:
         """Return the right answer, computed in float64 on the CPU."""
@@ -59,6 +62,7 @@ class Workload(Protocol):
 
         Raises:
             PeerMissing: it isn't installed, or doesn't serve this mode or device.
+
         """
         ...
 
@@ -92,6 +96,7 @@ def load_cases() -> list[Case]:
 
     Raises:
         ValueError: two cases share a name.
+
     """
     package = importlib.import_module("benchmarks.cases")
     cases: list[Case] = []

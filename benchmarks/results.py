@@ -1,6 +1,8 @@
 """The JSON document of a run.
 
-{schema, machine, settings, ceilings: [{bandwidth, peak, dtype}], cases: [{name, …, peers: [{name, status, …}]}]}.
+{schema, machine, settings, ceilings: [{bandwidth, peak, dtype}],
+ cases: [{name, …, peers: [{name, status, …, timing}]}]}
+
 Times are seconds a call, bandwidth bytes/s, peak flop/s. Speed-ups are computed from it, never stored.
 """
 
@@ -18,9 +20,9 @@ from .timing import Timing
 
 SCHEMA = 1
 
-# ok: verified and timed. wrong: failed the check, has no time. failed: raised. missing: can't take part here.
-# skipped: left out by an option.
-Status = Literal["ok", "wrong", "failed", "missing", "skipped"]
+# ok: verified and timed. wrong, inexact: refused by the check (see verify.py), no time. failed: raised.
+# missing: can't take part here. skipped: left out by an option.
+Status = Literal["ok", "wrong", "inexact", "failed", "missing", "skipped"]
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Document:
         Raises:
             ValueError: it is of another schema.
             TypeError: a field is missing or unknown.
+
         """
         body = json.loads(text)
         schema = body.pop("schema", None)

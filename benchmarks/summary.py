@@ -27,22 +27,29 @@ class Mean:
 
 def speedup(case: CaseResult, against: str) -> float | None:
     """Return the peer's median over fusednn's; None unless both have a time."""
-    ours = case.median(FUSEDNN)
-    theirs = best_torch_median(case) if against == BEST_TORCH else case.median(against)
-    return theirs / ours if ours and theirs else None
+    ours, theirs = case.peer(FUSEDNN), opponent(case, against)
+    if ours is None or theirs is None or ours.timing is None or theirs.timing is None:
+        return None
+    return theirs.timing.median_s / ours.timing.median_s
 
 
-def best_torch_median(case: CaseResult) -> float | None:
-    """Return the shorter of eager's and compile's medians, of those there are."""
-    return min((m for m in map(case.median, (EAGER, COMPILE)) if m is not None), default=None)
+def best_torch(case: CaseResult) -> PeerResult | None:
+    """Return the faster of eager and compile, of those that have a time."""
+    timed = [(p.timing.median_s, p) for p in case.peers if p.timing and p.name in (EAGER, COMPILE)]
+    return min(timed, key=lambda pair: pair[0])[1] if timed else None
 
 
-def compare(ours: PeerResult | None, theirs: PeerResult) -> str:
+def opponent(case: CaseResult, against: str) -> PeerResult | None:
+    """Return the row that `against` names: a peer, or ``best torch``."""
+    return best_torch(case) if against == BEST_TORCH else case.peer(against)
+
+
+def compare(ours: PeerResult | None, theirs: PeerResult | None) -> str:
     """Return ``faster``, ``slower`` or ``unclear`` for fusednn; empty where a time is missing.
 
     A verdict needs a difference above 5 % and spreads (p20 to p80) that don't touch.
     """
-    if ours is None or ours.timing is None or theirs.timing is None:
+    if ours is None or theirs is None or ours.timing is None or theirs.timing is None:
         return ""
     a, b = ours.timing, theirs.timing
     if a.p80_s < b.p20_s and a.median_s < b.median_s / (1 + CLEAR):
@@ -66,21 +73,11 @@ def _mean(cases: Sequence[CaseResult], against: str) -> Mean | None:
         ratio = speedup(case, against)
         if ratio is not None:
             ratios.append(ratio)
-            verdicts.append(compare(case.peer(FUSEDNN), _opponent(case, against)))
+            verdicts.append(compare(case.peer(FUSEDNN), opponent(case, against)))
     if not ratios:
         return None
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     return Mean(against, mean, verdicts.count("faster"), verdicts.count("slower"), len(ratios))
-
-
-def _opponent(case: CaseResult, against: str) -> PeerResult:
-    if against != BEST_TORCH:
-        found = case.peer(against)
-    else:
-        best = best_torch_median(case)
-        found = next(p for p in case.peers if p.name in (EAGER, COMPILE) and case.median(p.name) == best)
-    assert found is not None
-    return found
 
 
 def seconds(value: float) -> str:
@@ -89,6 +86,11 @@ def seconds(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {unit}" if value / scale < 999.5 else f"{value / scale:.0f} {unit}"
     return f"{value / 1e-9:.3g} ns"
+
+
+def operation(case: CaseResult) -> str:
+    """Return the operation that the case's name begins with."""
+    return case.name.split("-")[0]
 
 
 def shape_text(case: CaseResult) -> str:
@@ -100,31 +102,36 @@ def case_lines(case: CaseResult, ceilings: Ceilings) -> list[str]:
     """Return a case as lines of text: a heading, then every peer, won or lost, with or without a time."""
     limit = ceilings.limit_s(case.flops, case.bytes)
     lines = [f"{case.name}  [{case.dtype}]  limit {seconds(limit)}"]
-    ours = case.peer(FUSEDNN)
+    lines += [_time_line(case, peer, limit) for peer in case.peers if peer.timing is not None]
+    without: dict[str, list[str]] = {}
     for peer in case.peers:
-        name = f"{peer.name} ({peer.note})" if peer.note else peer.name
         if peer.timing is None:
-            lines.append(f"  {name:<20} {status_text(peer)}")
-            continue
-        t = peer.timing
-        spread = f"{seconds(t.p20_s)} – {seconds(t.p80_s)}"
-        line = f"  {name:<20} {seconds(t.median_s):>9}  {spread:<22} {limit / t.median_s:>5.0%} of limit"
-        ratio = speedup(case, peer.name) if peer.name != FUSEDNN else None
-        if ratio is not None:
-            line += f"  fusednn {ratio:5.2f}x {compare(ours, peer)}"
-        if peer.peak_bytes is not None:
-            line += f"  peak +{peer.peak_bytes / 2**20:.1f} MiB"
-        lines.append(line.rstrip())
+            without.setdefault(status_text(peer), []).append(peer.name)
+    lines += [f"  {', '.join(names)}: {text}" for text, names in without.items()]
     best = speedup(case, BEST_TORCH)
     if best is not None:
         lines.append(f"  fusednn against the best of eager and compile: {best:.2f}x")
     return lines
 
 
+def _time_line(case: CaseResult, peer: PeerResult, limit: float) -> str:
+    t = peer.timing
+    assert t is not None
+    name = f"{peer.name} ({peer.note})" if peer.note else peer.name
+    spread = f"{seconds(t.p20_s)} – {seconds(t.p80_s)}"
+    line = f"  {name:<20} {seconds(t.median_s):>9}  {spread:<22} {limit / t.median_s:>5.0%} of limit"
+    ratio = speedup(case, peer.name) if peer.name != FUSEDNN else None
+    if ratio is not None:
+        line += f"  fusednn {ratio:5.2f}x {compare(case.peer(FUSEDNN), peer)}"
+    if peer.peak_bytes is not None:
+        line += f"  peak +{peer.peak_bytes / 2**20:.1f} MiB"
+    return f"{line}  {peer.reason}".rstrip()
+
+
 def status_text(peer: PeerResult) -> str:
     """Return why a peer has no time."""
-    word = {"wrong": "WRONG", "failed": "FAILED", "missing": "not run", "skipped": "not run"}[peer.status]
-    return f"{word}: {peer.reason}"
+    word = {"wrong": "WRONG", "inexact": "INEXACT", "failed": "FAILED"}.get(peer.status, "not run")
+    return f"{word}, {peer.reason}"
 
 
 def mean_lines(cases: Sequence[CaseResult]) -> list[str]:
@@ -135,6 +142,6 @@ def mean_lines(cases: Sequence[CaseResult]) -> list[str]:
         if found:
             lines.append(f"{mode}: fusednn, geometric mean")
         for m in found:
-            counts = f"{m.faster} faster, {m.slower} slower, {m.cases - m.faster - m.slower} tied"
+            counts = f"{m.faster} faster, {m.slower} slower, {m.cases - m.faster - m.slower} unclear"
             lines.append(f"  against {m.peer:<12} {m.geometric_mean:5.2f}x over {m.cases} cases ({counts})")
     return lines

@@ -13,8 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from .exported import onnxruntime_call, openvino_call
-from .registry import COMPILE, EAGER, FUSEDNN, ONNXRUNTIME, OPENVINO, PEERS, REFERENCE, Case
-from .registry import Outputs, Peer, PeerMissing
+from .registry import (
+    COMPILE,
+    EAGER,
+    FUSEDNN,
+    ONNXRUNTIME,
+    OPENVINO,
+    PEERS,
+    REFERENCE,
+    Case,
+    Outputs,
+    Peer,
+    PeerMissing,
+)
 
 Arrange = Callable[[Mapping[str, Tensor]], tuple[Any, ...]]
 
@@ -37,6 +48,7 @@ def import_fusednn() -> ModuleType:
 
     Raises:
         PeerMissing: it isn't installed.
+
     """
     try:
         import fusednn
@@ -59,8 +71,9 @@ class ModuleWorkload:
         arrange: turns inputs by name into the module's positional arguments.
         output_names: a name for each tensor that the module returns, in order.
 
-    Inference is a call under ``no_grad`` in ``eval`` mode. Training is a forward, the sum of all outputs, and a
-    backward to the parameters and every input; gradients are ``None`` at its start.
+    Inference is a call under ``no_grad`` in ``eval`` mode. Training is a forward, the sum of all outputs, and
+    a backward to the parameters and every input; gradients are ``None`` at its start.
+
     """
 
     peers = PEERS
@@ -157,8 +170,8 @@ class ModuleWorkload:
         note: str = "",
     ) -> Peer:
         training = self.case.mode == "training"
-        place = {"device": device or self.device, "dtype": dtype or self.case.torch_dtype}
-        inputs = {k: v.to(**place).requires_grad_(training) for k, v in _clones(self.inputs).items()}
+        device, dtype = device or self.device, dtype or self.case.torch_dtype
+        inputs = {k: v.to(device, dtype, copy=True).requires_grad_(training) for k, v in self.inputs.items()}
         arguments = self.arrange(inputs)
         leaves = {**inputs, **dict(module.named_parameters())}
 
@@ -200,6 +213,7 @@ def gradient(name: str, leaf: Tensor) -> Tensor:
 
     Raises:
         ValueError: the backward left none.
+
     """
     if leaf.grad is None:
         raise ValueError(f"{name}: the backward left no gradient")
@@ -209,7 +223,3 @@ def gradient(name: str, leaf: Tensor) -> Tensor:
 def as_list(arrays: Any) -> list[Any]:
     """Copy arrays that a runtime may reuse in its next call."""
     return [array.copy() for array in arrays]
-
-
-def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
