@@ -69,7 +69,7 @@ def _speedup_panel(axis: Axes, mode: str, cases: Sequence[CaseResult], opponents
             )
     ratios = [r for case in cases for name in opponents if (r := speedup(case, name)) is not None] + [1.0]
     axis.set_xscale("log")
-    axis.set_xlim(min(ratios) / 1.5, max(ratios) * 1.5)
+    axis.set_xlim(min(ratios) / 1.6, max(ratios) * 1.6)
     _plain_log_ticks(axis.xaxis, base=2)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(range(len(cases)), [f"{operation(c)}\n{shape_text(c)}" for c in cases], fontsize=8.5)
@@ -158,7 +158,7 @@ def _roofline_point(axis: Axes, case: CaseResult, colour: str, marker: str) -> N
 
 def _plain_log_ticks(axis: Axis, base: int = 10) -> None:
     axis.set_major_locator(LogLocator(base))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -54,7 +54,7 @@ def machine_slug(machine: dict[str, Any]) -> str:
 def without_paths(text: str) -> str:
     """Return the first line of `text` with every path cut down to its last part."""
     line = text.strip().splitlines()[0] if text.strip() else ""
-    return re.sub(r"(?:~|\.{1,2})?(?:/[^\s/'\":,;()]+)*/([^\s/'\":,;()]+)", r"\1", line)
+    return re.sub(r"(?<!\w)(?:~|\.{1,2})?(?:/[^\s/'\":,;()]+)*/([^\s/'\":,;()]+)", r"\1", line)
 
 
 def cpu_model() -> str:

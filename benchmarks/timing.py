@@ -55,6 +55,20 @@ def clock_for(device: torch.device) -> Clock:
     return cuda_clock if device.type == "cuda" else wall_clock
 
 
+def settle(limit_s: float = 0.25) -> None:
+    """Wait until no thread of this process burns time.
+
+    Idle worker threads spin for a while before they sleep (ONNX Runtime's for some 50 ms, OpenMP's for some
+    5): they would take a core from the peer whose turn is next.
+    """
+    deadline = time.perf_counter() + limit_s
+    while time.perf_counter() < deadline:
+        before = time.process_time()
+        time.sleep(2e-3)
+        if time.process_time() - before < 0.3e-3:
+            return
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the linearly interpolated percentile; `share` is in [0, 1]."""
     ordered = sorted(values)
@@ -80,25 +94,26 @@ def interleave(
     rounds: int,
     min_sample_s: float,
     clock: Clock,
-    after_round: Callable[[], None] = lambda: None,
+    settle: Callable[[], None] = settle,
 ) -> dict[str, Timing]:
     """Time every peer once a round, for `rounds` rounds, and return each one's timing by name."""
     calls = {}
     for peer in peers:
+        settle()
         with peer.context():
             calls[peer.name] = calls_per_sample(peer, clock, min_sample_s)
     samples: dict[str, list[float]] = {peer.name: [] for peer in peers}
     with _no_garbage_collection():
         for _ in range(rounds):
             for peer in peers:
+                settle()
                 samples[peer.name].append(_sample(peer, calls[peer.name], clock))
-            after_round()
     return {name: _timing(values, calls[name]) for name, values in samples.items()}
 
 
 def _sample(peer: Peer, calls: int, clock: Clock) -> float:
     with peer.context():
-        # Untimed: brings this peer's data back to the caches and lets the last one's threads stop spinning.
+        # Untimed: brings this peer's data back to the caches, and wakes its threads.
         clock(max(1, calls // 4), peer.call)
         return clock(calls, peer.call) / calls
 
