@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from .ceilings import Ceilings
 from .registry import COMPILE, EAGER, FUSEDNN, ONNXRUNTIME, OPENVINO
 from .results import CaseResult, Document
-from .summary import best_torch, operation, shape_text, speedup
+from .summary import best_torch, operation, shape_text, speedup, times
 
 # Okabe and Ito's palette: told apart by readers with any colour vision.
 PEER_COLOURS = {EAGER: "#0072B2", COMPILE: "#E69F00", ONNXRUNTIME: "#009E73", OPENVINO: "#CC79A7"}
@@ -59,7 +59,7 @@ def _speedup_panel(axis: Axes, mode: str, cases: Sequence[CaseResult], opponents
         for y, ratio in bars:
             offset, side = ((3, 0), "left") if ratio >= 1 else ((-3, 0), "right")
             axis.annotate(
-                f"{ratio:.2f}",
+                times(ratio)[:-1],
                 (ratio, y),
                 offset,
                 textcoords="offset points",
@@ -68,6 +68,10 @@ def _speedup_panel(axis: Axes, mode: str, cases: Sequence[CaseResult], opponents
                 fontsize=7.5,
             )
     ratios = [r for case in cases for name in opponents if (r := speedup(case, name)) is not None] + [1.0]
+    for row, case in enumerate(cases):
+        ours = case.peer(FUSEDNN)
+        if ours is not None and ours.timing is None:
+            axis.annotate(f"no time: fusednn {ours.status}", (1, row), (6, 0), textcoords="offset points")
     axis.set_xscale("log")
     axis.set_xlim(min(ratios) / 1.6, max(ratios) * 1.6)
     _plain_log_ticks(axis.xaxis, base=2)

@@ -23,6 +23,7 @@ from .summary import (
     shape_text,
     speedup,
     status_text,
+    times,
 )
 
 
@@ -49,7 +50,7 @@ def readme(document: Document) -> str:
         lines.append(_row(cells + [_ratio_cell(case, name) for name in names]))
     for mode in dict.fromkeys(case.mode for case in document.cases):
         by_peer = {m.peer: m for m in means(c for c in document.cases if c.mode == mode)}
-        cells = [f"{by_peer[n].geometric_mean:.2f}x" if n in by_peer else "–" for n in names]
+        cells = [times(by_peer[n].geometric_mean) if n in by_peer else "–" for n in names]
         lines.append(_row([f"**geometric mean, {mode}**", "", *cells]))
     return "\n".join([*lines, "", *footnotes(document.cases), "", machine_line(document)]) + "\n"
 
@@ -78,7 +79,7 @@ def mean_table(cases: Sequence[CaseResult]) -> list[str]:
     lines = [_row(["fusednn against", "geometric mean", "faster", "slower", "unclear"]), _row(["---"] * 5)]
     for m in found:
         unclear = m.cases - m.faster - m.slower
-        lines.append(_row([m.peer, f"{m.geometric_mean:.2f}x", str(m.faster), str(m.slower), str(unclear)]))
+        lines.append(_row([m.peer, times(m.geometric_mean), str(m.faster), str(m.slower), str(unclear)]))
     return lines
 
 
@@ -128,7 +129,7 @@ def _ratio_cell(case: CaseResult, against: str) -> str:
         peer = case.peer(against)
         return "WRONG" if peer and peer.status == "wrong" else "–"
     unclear = compare(case.peer(FUSEDNN), opponent(case, against)) == "unclear"
-    return f"{ratio:.2f}x{'*' if unclear else ''}"
+    return f"{times(ratio)}{'*' if unclear else ''}"
 
 
 def _row(cells: Sequence[str]) -> str:

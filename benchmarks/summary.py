@@ -88,6 +88,11 @@ def seconds(value: float) -> str:
     return f"{value / 1e-9:.3g} ns"
 
 
+def times(ratio: float) -> str:
+    """Return a speed-up with two decimals, or two digits where it is tiny."""
+    return f"{ratio:.2f}x" if ratio >= 0.095 else f"{ratio:.2g}x"
+
+
 def operation(case: CaseResult) -> str:
     """Return the operation that the case's name begins with."""
     return case.name.split("-")[0]
@@ -110,7 +115,7 @@ def case_lines(case: CaseResult, ceilings: Ceilings) -> list[str]:
     lines += [f"  {', '.join(names)}: {text}" for text, names in without.items()]
     best = speedup(case, BEST_TORCH)
     if best is not None:
-        lines.append(f"  fusednn against the best of eager and compile: {best:.2f}x")
+        lines.append(f"  fusednn against the best of eager and compile: {times(best)}")
     return lines
 
 
@@ -122,7 +127,7 @@ def _time_line(case: CaseResult, peer: PeerResult, limit: float) -> str:
     line = f"  {name:<20} {seconds(t.median_s):>9}  {spread:<22} {limit / t.median_s:>5.0%} of limit"
     ratio = speedup(case, peer.name) if peer.name != FUSEDNN else None
     if ratio is not None:
-        line += f"  fusednn {ratio:5.2f}x {compare(case.peer(FUSEDNN), peer)}"
+        line += f"  fusednn {times(ratio):>6} {compare(case.peer(FUSEDNN), peer)}"
     if peer.peak_bytes is not None:
         line += f"  peak +{peer.peak_bytes / 2**20:.1f} MiB"
     return f"{line}  {peer.reason}".rstrip()
@@ -143,5 +148,7 @@ def mean_lines(cases: Sequence[CaseResult]) -> list[str]:
             lines.append(f"{mode}: fusednn, geometric mean")
         for m in found:
             counts = f"{m.faster} faster, {m.slower} slower, {m.cases - m.faster - m.slower} unclear"
-            lines.append(f"  against {m.peer:<12} {m.geometric_mean:5.2f}x over {m.cases} cases ({counts})")
+            lines.append(
+                f"  against {m.peer:<12} {times(m.geometric_mean):>6} over {m.cases} cases ({counts})"
+            )
     return lines
