@@ -71,9 +71,12 @@ def _speedup_panel(axis: Axes, mode: str, cases: Sequence[CaseResult], opponents
     for row, case in enumerate(cases):
         ours = case.peer(FUSEDNN)
         if ours is not None and ours.timing is None:
-            axis.annotate(f"no time: fusednn {ours.status}", (1, row), (6, 0), textcoords="offset points")
+            axis.annotate(
+                f"no time: fusednn {ours.status}", (1, row), (6, 0), textcoords="offset points", fontsize=8
+            )
     axis.set_xscale("log")
-    axis.set_xlim(min(ratios) / 1.6, max(ratios) * 1.6)
+    margin = 1.2 * (max(ratios) / min(ratios)) ** 0.15  # room for the numbers at the bars' ends
+    axis.set_xlim(min(ratios) / margin, max(ratios) * margin)
     _plain_log_ticks(axis.xaxis, base=2)
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(range(len(cases)), [f"{operation(c)}\n{shape_text(c)}" for c in cases], fontsize=8.5)
