@@ -27,8 +27,14 @@ namespace cuda_on_cpu {
 // `random` draws a new permutation for every turn. Results must not depend on it.
 enum class Order { forward, reverse, random };
 
-// Without a call: the environment variable CUDA_ON_CPU_ORDER = forward | reverse | random | random:<seed>.
-void set_order(Order order, uint64_t seed = 0);
+struct Schedule {
+  Order order = Order::forward;
+  uint64_t seed = 0;  // moves on with every draw
+};
+
+// Starts as the environment variable CUDA_ON_CPU_ORDER says: forward | reverse | random | random:<seed>.
+// Not to be changed while a launch runs; nor is the device.
+Schedule& schedule();
 
 // The emulated device. Small, so that persistent kernels stay cheap; 99 KiB is the least opt-in limit of the
 // architectures that the product targets.
@@ -40,7 +46,6 @@ struct Device {
   int compute_capability_minor = 6;
 };
 
-// Not to be changed while a launch runs.
 Device& device();
 
 // What went wrong in this host thread's last failed launch; empty if nothing has. cudaGetErrorString returns

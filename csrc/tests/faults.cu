@@ -8,6 +8,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
+#include "in_order.h"
 
 using fusednn::cuda::dynamic_shared;
 using fusednn::cuda::launch;
@@ -196,6 +197,7 @@ PLANTED(misaligned) {
 }
 
 TEST(divergent_barrier_after_an_exit) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(launch(leaves_early, 1, 64, 0, nullptr, 64) == cudaSuccess);
   CHECK(launch(leaves_early, 1, 64, 0, nullptr, 0) == cudaSuccess);
   CHECK(reported(launch(leaves_early, 2, 64, 0, nullptr, 40),
@@ -204,18 +206,21 @@ TEST(divergent_barrier_after_an_exit) {
 }
 
 TEST(divergent_barrier_in_branches) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(launch(branches, 1, 64, 0, nullptr, 64) == cudaSuccess);
   CHECK(reported(launch(branches, 1, 64, 0, nullptr, 40),
                  {"divergent barrier: thread (0,0,0)", "but thread (40,0,0) of block (0,0,0) waits at __syncthreads"}));
 }
 
 TEST(divergent_block_and_warp) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(reported(launch(block_or_warp, 1, 32, 0, nullptr),
                  {"thread (0,0,0) of block (0,0,0) waits at __ballot_sync of lanes 0xffffffff (faults.cu:",
                   "but thread (3,0,0) of block (0,0,0) waits at __syncthreads (faults.cu:"}));
 }
 
 TEST(divergent_shuffle) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   int out[32];
   CHECK(launch(shuffles, 1, 32, 0, nullptr, 0xffffffffu, 32, out) == cudaSuccess);
   CHECK_EQUAL(out[5], 4);
@@ -229,6 +234,7 @@ TEST(divergent_shuffle) {
 }
 
 TEST(spin_without_progress) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   int flag = 0;
   CHECK(reported(launch(spins, 1, 2, 0, nullptr, &flag), {"no thread advances: thread (0,0,0) of block (0,0,0) spins"}));
   flag = 1;

@@ -30,10 +30,7 @@ uint3 unflatten(size_t i, const dim3& extent) {
 
 size_t volume(const dim3& extent) { return size_t{extent.x} * extent.y * extent.z; }
 
-void thread_main() {
-  Thread& self = *scheduler.current;
-  self.fiber.entered();
-  tsan_acquire(&scheduler.start_token);
+void run_kernel() {
   std::string thrown;
   try {
     scheduler.body(scheduler.context);
@@ -44,7 +41,14 @@ void thread_main() {
     thrown = "exception in a kernel";
   }
   if (!thrown.empty() && scheduler.fault.empty()) scheduler.fault = thrown;
-  thrown = std::string();  // nothing is destroyed after finish()
+}
+
+// Holds nothing that would need destruction: finish() leaves this stack for good.
+void thread_main() {
+  Thread& self = *scheduler.current;
+  self.fiber.entered();
+  tsan_acquire(&scheduler.start_token);
+  run_kernel();
   thread_exits(self);
   tsan_release(&scheduler.end_token);
   self.fiber.finish();
