@@ -1,4 +1,5 @@
-// Sixteen-bit formats against a search through all of their values, vector types, wmma against plain products.
+// Sixteen-bit formats against a search through all of their values, vector types, wmma against plain
+// products.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <mma.h>
@@ -14,7 +15,8 @@ using fusednn::cuda::launch;
 
 namespace {
 
-// The nearest finite value, of two equally near ones the even one; beyond the largest by half a step: infinity.
+// The nearest finite value, of two equally near ones the even one; beyond the largest by half a step:
+// infinity.
 template <class T>
 class Nearest {
  public:
@@ -39,7 +41,9 @@ class Nearest {
 
  private:
   static unsigned sign(double x) { return std::signbit(x) ? 0x8000u : 0u; }
-  static double at(unsigned bits) { return static_cast<double>(static_cast<float>(T::from_bits(static_cast<uint16_t>(bits)))); }
+  static double at(unsigned bits) {
+    return static_cast<double>(static_cast<float>(T::from_bits(static_cast<uint16_t>(bits))));
+  }
   std::vector<double> values_;
 };
 
@@ -162,7 +166,8 @@ TEST(small_float_arithmetic) {
 }
 
 TEST(vector_types) {
-  static_assert(alignof(float4) == 16 && sizeof(float3) == 12 && alignof(__half2) == 4 && alignof(double2) == 16);
+  static_assert(alignof(float4) == 16 && sizeof(float3) == 12 && alignof(__half2) == 4 &&
+                alignof(double2) == 16);
   float4 x[2] = {make_float4(1, 2, 3, 4), make_float4(5, 6, 7, 8)};
   const uint4 bits[2] = {make_uint4(0, 0, 0, 10), make_uint4(0, 0, 0, 20)};
   __half2 h[2];
@@ -172,7 +177,8 @@ TEST(vector_types) {
 
 TEST(device_functions) {
   CHECK(__float2int_rn(2.5f) == 2 && __float2int_rz(-2.7f) == -2 && __float2int_rn(1e20f) == 2147483647);
-  CHECK(__float2int_rn(-1e20f) == -2147483647 - 1 && __float2uint_rn(1e20f) == 4294967295u && __float2int_rn(NAN) == 0);
+  CHECK(__float2int_rn(-1e20f) == -2147483647 - 1 && __float2uint_rn(1e20f) == 4294967295u &&
+        __float2int_rn(NAN) == 0);
   CHECK(__popc(0xf0u) == 4 && __clz(1) == 31 && __ffs(8) == 4 && __brev(1u) == 0x80000000u);
   CHECK(__umulhi(0x80000000u, 6u) == 3u && __funnelshift_l(0x80000000u, 1u, 1) == 3u);
   CHECK(__byte_perm(0x33221100u, 0x77665544u, 0x7610u) == 0x77661100u);

@@ -1,13 +1,14 @@
 // CUDA kernels executed on the CPU, for tests only: settings and the last fault.
 //
-// A .cu file compiled as C++ with csrc/tests/cuda_on_cpu/include first on the include path finds stand-ins for
-// the toolkit's headers there. A launch runs every CUDA thread as a fiber of the calling host thread; a fiber
-// gives way only at barriers, warp collectives, atomics, fences and __nanosleep. docs/design/003-cuda-on-cpu.md
-// says what this catches.
+// A .cu file compiled as C++ with csrc/tests/cuda_on_cpu/include first on the include path finds stand-ins
+// for the toolkit's headers there. A launch runs every CUDA thread as a fiber of the calling host thread; a
+// fiber gives way only at barriers, warp collectives, atomics, fences and __nanosleep.
+// docs/design/003-cuda-on-cpu.md says what this catches.
 //
 // Supported   barriers and votes, warp collectives, atomics, fences, cooperative_groups (block, tiles, grid),
 //             static and dynamic shared memory, vector types, __half, __nv_bfloat16, nvcuda::wmma.
-// Reported    as cudaErrorLaunchFailure with the text of last_fault(): a barrier or collective that some of its
+// Reported    as cudaErrorLaunchFailure with the text of last_fault(): a barrier or collective that some of
+// its
 //             threads never reach, or reach at another place; a collective whose mask names a missing lane; a
 //             spin loop (over atomics, fences or __nanosleep) in which no thread advances; an exception;
 //             static __shared__ in a cooperative launch of several blocks, whose copies would be one.

@@ -127,7 +127,9 @@ __global__ void atomics(float* f, double* d, int* i, unsigned* u) {
   } while (seen != expected);
 }
 
-__global__ void first_arrivals(int* order, int* count) { order[atomicAdd(count, 1)] = threadIdx.x + 100 * blockIdx.x; }
+__global__ void first_arrivals(int* order, int* count) {
+  order[atomicAdd(count, 1)] = threadIdx.x + 100 * blockIdx.x;
+}
 
 __global__ void tiles(int* out) {
   const auto tile = cooperative_groups::tiled_partition<8>(cooperative_groups::this_thread_block());
@@ -159,7 +161,7 @@ TEST(shuffles) {
   std::vector<int> out(8 * 32);
   CHECK(launch(shuffle_rows, 1, 32, 0, nullptr, out.data()) == cudaSuccess);
   for (int t = 0; t < 32; ++t) {
-    const int *row = out.data() + t;
+    const int* row = out.data() + t;
     CHECK_EQUAL(row[0 * 32], 5);
     CHECK_EQUAL(row[1 * 32], t / 8 * 8 + 1);
     CHECK_EQUAL(row[2 * 32], t % 16 >= 3 ? t - 3 : t);
@@ -204,11 +206,13 @@ TEST(syncwarp_without_exited_lanes) {
 TEST(grid_sync) {
   constexpr int blocks = 8, threads = 40, steps = 9;
   std::vector<int> x(2 * blocks * threads);
-  CHECK(launch_cooperative(diffuse, blocks, threads, threads * sizeof(int), nullptr, x.data(), steps) == cudaSuccess);
+  CHECK(launch_cooperative(diffuse, blocks, threads, threads * sizeof(int), nullptr, x.data(), steps) ==
+        cudaSuccess);
   for (int i = 0; i < blocks * threads; ++i) CHECK_EQUAL(x[(steps % 2) * blocks * threads + i], steps);
   CHECK(launch_cooperative(diffuse, blocks + 1, threads, threads * sizeof(int), nullptr, x.data(), steps) ==
         cudaErrorCooperativeLaunchTooLarge);
-  CHECK(launch(diffuse, 1, threads, threads * sizeof(int), nullptr, x.data(), steps) == cudaErrorLaunchFailure);
+  CHECK(launch(diffuse, 1, threads, threads * sizeof(int), nullptr, x.data(), steps) ==
+        cudaErrorLaunchFailure);
   CHECK(std::strstr(cuda_on_cpu::last_fault(), "grid sync in a launch that is not cooperative") != nullptr);
 }
 
@@ -269,7 +273,8 @@ TEST(tiles) {
 
 TEST(exceptions_stay_inside) {
   CHECK(launch(throws, 1, 32, 0, nullptr, 0) == cudaErrorLaunchFailure);
-  CHECK(std::strcmp(cudaGetErrorString(cudaErrorLaunchFailure), "cuda_on_cpu: exception in a kernel: planted") == 0);
+  CHECK(std::strcmp(cudaGetErrorString(cudaErrorLaunchFailure),
+                    "cuda_on_cpu: exception in a kernel: planted") == 0);
   CHECK(launch(nothing, 1, 32, 0, nullptr) == cudaSuccess);
 }
 
@@ -296,7 +301,8 @@ TEST(host_threads_take_turns) {
     threads.emplace_back([&, i] {
       for (int round = 0; round < 10; ++round) {
         float out[2] = {};
-        const bool good = launch(fills, 1, 33, 33 * sizeof(float), nullptr, out, i) == cudaSuccess && out[0] == i;
+        const bool good =
+            launch(fills, 1, 33, 33 * sizeof(float), nullptr, out, i) == cudaSuccess && out[0] == i;
         const bool bad = launch(throws, 1, 2, 0, nullptr, 0) == cudaErrorLaunchFailure;
         if (!good || !bad) ++wrong[i];
       }

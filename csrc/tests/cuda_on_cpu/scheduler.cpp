@@ -187,7 +187,8 @@ int check_shape(const LaunchShape& shape, const void* kernel) {
   if (volume(grid) > 0xffffffffu) return cudaErrorNotSupported;
   if (shape.shared_bytes > dynamic_shared_limit(kernel)) return cudaErrorInvalidValue;
   const Device& on = device();
-  const auto resident = static_cast<size_t>(on.multiprocessors) * static_cast<size_t>(on.blocks_per_multiprocessor);
+  const auto resident =
+      static_cast<size_t>(on.multiprocessors) * static_cast<size_t>(on.blocks_per_multiprocessor);
   if (shape.cooperative && volume(grid) > resident) return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }
