@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU: native tests, clean under each sanitizer, and planted faults, each one reported."""
+"""CUDA kernels on the CPU: native tests, clean under each sanitizer, and planted faults, each reported."""
 
 import functools
 import os
