@@ -3,8 +3,10 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace fusednn::cuda {
@@ -39,10 +41,34 @@ struct alignas(sizeof(T) * N) Pack {
   __device__ void set(int i, Arithmetic<T> x) { items[i] = narrow<T>(x); }
 };
 
+// The built-in vector type of a size.
+template <int Bytes>
+struct RawOf;
+template <>
+struct RawOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct RawOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <>
+struct RawOf<16> {
+  using type = uint4;
+};
+
 // `offset` counts elements; data + offset must be aligned to the pack.
 template <class T, int N>
 __device__ inline Pack<T, N> load(const void* data, int64_t offset) {
-  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(data) + offset);
+  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
+  const Raw raw = *reinterpret_cast<const Raw*>(static_cast<const T*>(data) + offset);
+  Pack<T, N> pack;
+  memcpy(&pack, &raw, sizeof(pack));
+  return pack;
 }
 
 template <class T, int N>
@@ -56,7 +82,15 @@ __device__ inline Pack<T, N> load_or_zero(const void* data, int64_t offset) {
 
 template <class T, int N>
 __device__ inline void store(void* data, int64_t offset, const Pack<T, N>& pack) {
-  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(data) + offset) = pack;
+  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
+  Raw raw;
+  memcpy(&raw, &pack, sizeof(pack));
+  Raw* const target = reinterpret_cast<Raw*>(static_cast<T*>(data) + offset);
+#if defined(__CUDA_ARCH__)
+  __stwb(target, raw);  // a plain assignment of a vector type may be taken apart into scalar stores
+#else
+  *target = raw;
+#endif
 }
 
 }  // namespace fusednn::cuda

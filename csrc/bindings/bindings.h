@@ -1,0 +1,18 @@
+// What each family adds to the extension module. No CUDA header here: machines without CUDA build the rest.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+struct CUstream_st;
+
+namespace fusednn {
+
+// The stream on which the kernels of a tensor's device are launched; chosen by the module that binds.
+using StreamOf = CUstream_st* (*)(const at::Tensor&);
+
+CUstream_st* current_cuda_stream(const at::Tensor& tensor);
+
+void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of);
+
+}  // namespace fusednn
