@@ -22,11 +22,13 @@ def exp_nonpositive(x):
     upper part of ln(2) has 16 bits, so that n * upper is exact with and without a fused multiply-add.
     """
     if x.dtype == tl.float64:
-        return tl.exp(x)
-    x = tl.where(x < -104.0, -104.0, x)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
-    return tl.exp(r) * tl.exp2(n)
+        e = tl.exp(x)
+    else:
+        x = tl.where(x < -104.0, -104.0, x)
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        r = (x - n * 0.693145751953125) - n * 1.4286068203094172e-06
+        e = tl.exp(r) * tl.exp2(n)
+    return e
 
 
 @triton.jit
@@ -42,12 +44,14 @@ def _tanh_polynomial(t):
         p = p * t + 0.021869488510927782
         p = p * t - 0.05396825396770339
         p = p * t + 0.1333333333333286
-        return p * t - 0.3333333333333333
-    p = t * 0.0022460036 - 0.00830169581
-    p = p * t + 0.0217557009
-    p = p * t - 0.0539575964
-    p = p * t + 0.133332968
-    return p * t - 0.333333343
+        p = p * t - 0.3333333333333333
+    else:
+        p = t * 0.0022460036 - 0.00830169581
+        p = p * t + 0.0217557009
+        p = p * t - 0.0539575964
+        p = p * t + 0.133332968
+        p = p * t - 0.333333343
+    return p
 
 
 @triton.jit

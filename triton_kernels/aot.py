@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -14,6 +14,7 @@ class AotCase:
     pointers: arguments that point to elements of the dtype under test.
     integers: other run-time arguments and their Triton types, such as {"hidden": "i32"}.
     constants: compile-time arguments, None for absent pointers among them.
+    options: Triton's, as the launch gives them, such as {"num_warps": 4}.
     divisible_by_16: arguments (addresses or sizes) that the launch would find to be multiples of 16.
     """
 
@@ -22,6 +23,6 @@ class AotCase:
     pointers: tuple[str, ...]
     integers: Mapping[str, str]
     constants: Mapping[str, Any]
+    options: Mapping[str, Any]
     divisible_by_16: tuple[str, ...] = ()
-    num_warps: int = 4
-    dtypes: tuple[str, ...] = field(default=("fp32", "fp64", "fp16", "bf16"))
+    dtypes: tuple[str, ...] = ("fp32", "fp64", "fp16", "bf16")

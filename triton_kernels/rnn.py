@@ -20,10 +20,12 @@ from torch import Tensor
 from .activations import sigmoid, tanh
 from .aot import AotCase
 from .checks import Arguments, device_guard
+from .storage import load, store
 
 TILE = 512
 WIDEST_BLOCK_H = 256
-NUM_WARPS = 4
+# Fused multiply-adds are named because their default differs between versions of Triton.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -37,24 +39,10 @@ def _tile(batch, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, offsets, mask):
-    """Elements in the type of the arithmetic."""
-    x = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if x.dtype == tl.float64:
-        return x
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _store(ptr, offsets, x, mask):
-    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _biased(x, bias, k, hidden, columns):
     """x plus gate k's part of a bias that may be None."""
     if bias is not None:
-        x += _load(bias + k * hidden, columns, columns < hidden)
+        x += load(bias + k * hidden, columns, columns < hidden)
     return x
 
 
@@ -69,20 +57,20 @@ def lstm_forward_kernel(
     gate_i = rows * 4 * hidden + columns
     gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
 
-    i = _biased(_biased(_load(gates, gate_i, mask), bias_ih, 0, hidden, columns), bias_hh, 0, hidden, columns)
-    f = _biased(_biased(_load(gates, gate_f, mask), bias_ih, 1, hidden, columns), bias_hh, 1, hidden, columns)
-    g = _biased(_biased(_load(gates, gate_g, mask), bias_ih, 2, hidden, columns), bias_hh, 2, hidden, columns)
-    o = _biased(_biased(_load(gates, gate_o, mask), bias_ih, 3, hidden, columns), bias_hh, 3, hidden, columns)
+    i = _biased(_biased(load(gates, gate_i, mask), bias_ih, 0, hidden, columns), bias_hh, 0, hidden, columns)
+    f = _biased(_biased(load(gates, gate_f, mask), bias_ih, 1, hidden, columns), bias_hh, 1, hidden, columns)
+    g = _biased(_biased(load(gates, gate_g, mask), bias_ih, 2, hidden, columns), bias_hh, 2, hidden, columns)
+    o = _biased(_biased(load(gates, gate_o, mask), bias_ih, 3, hidden, columns), bias_hh, 3, hidden, columns)
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
-    c_next = f * _load(cx, state, mask) + i * g
+    c_next = f * load(cx, state, mask) + i * g
 
-    _store(h, state, o * tanh(c_next), mask)
-    _store(c, state, c_next, mask)
+    store(h, state, o * tanh(c_next), mask)
+    store(c, state, c_next, mask)
     if SAVE_GATES:
-        _store(gates, gate_i, i, mask)
-        _store(gates, gate_f, f, mask)
-        _store(gates, gate_g, g, mask)
-        _store(gates, gate_o, o, mask)
+        store(gates, gate_i, i, mask)
+        store(gates, gate_f, f, mask)
+        store(gates, gate_g, g, mask)
+        store(gates, gate_o, o, mask)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -96,21 +84,21 @@ def lstm_backward_kernel(
     gate_i = rows * 4 * hidden + columns
     gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
 
-    i, f = _load(gates, gate_i, mask), _load(gates, gate_f, mask)
-    g, o = _load(gates, gate_g, mask), _load(gates, gate_o, mask)
-    tanh_c = tanh(_load(c, state, mask))
+    i, f = load(gates, gate_i, mask), load(gates, gate_f, mask)
+    g, o = load(gates, gate_g, mask), load(gates, gate_o, mask)
+    tanh_c = tanh(load(c, state, mask))
     d_h = tl.zeros_like(tanh_c)
     if grad_h is not None:
-        d_h = _load(grad_h, state, mask)
+        d_h = load(grad_h, state, mask)
     d_c = d_h * o * (1.0 - tanh_c * tanh_c)
     if grad_c is not None:
-        d_c += _load(grad_c, state, mask)
+        d_c += load(grad_c, state, mask)
 
-    _store(grad_gates, gate_i, d_c * g * i * (1.0 - i), mask)
-    _store(grad_gates, gate_f, d_c * _load(cx, state, mask) * f * (1.0 - f), mask)
-    _store(grad_gates, gate_g, d_c * i * (1.0 - g * g), mask)
-    _store(grad_gates, gate_o, d_h * tanh_c * o * (1.0 - o), mask)
-    _store(grad_cx, state, d_c * f, mask)
+    store(grad_gates, gate_i, d_c * g * i * (1.0 - i), mask)
+    store(grad_gates, gate_f, d_c * load(cx, state, mask) * f * (1.0 - f), mask)
+    store(grad_gates, gate_g, d_c * i * (1.0 - g * g), mask)
+    store(grad_gates, gate_o, d_h * tanh_c * o * (1.0 - o), mask)
+    store(grad_cx, state, d_c * f, mask)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -124,22 +112,22 @@ def gru_forward_kernel(
     r_at = rows * 3 * hidden + columns
     z_at, n_at = r_at + hidden, r_at + 2 * hidden
 
-    r = _biased(_load(gates_x, r_at, mask), bias_ih, 0, hidden, columns)
-    r += _biased(_load(gates_h, r_at, mask), bias_hh, 0, hidden, columns)
-    z = _biased(_load(gates_x, z_at, mask), bias_ih, 1, hidden, columns)
-    z += _biased(_load(gates_h, z_at, mask), bias_hh, 1, hidden, columns)
-    x_n = _biased(_load(gates_x, n_at, mask), bias_ih, 2, hidden, columns)
-    h_n = _biased(_load(gates_h, n_at, mask), bias_hh, 2, hidden, columns)
+    r = _biased(load(gates_x, r_at, mask), bias_ih, 0, hidden, columns)
+    r += _biased(load(gates_h, r_at, mask), bias_hh, 0, hidden, columns)
+    z = _biased(load(gates_x, z_at, mask), bias_ih, 1, hidden, columns)
+    z += _biased(load(gates_h, z_at, mask), bias_hh, 1, hidden, columns)
+    x_n = _biased(load(gates_x, n_at, mask), bias_ih, 2, hidden, columns)
+    h_n = _biased(load(gates_h, n_at, mask), bias_hh, 2, hidden, columns)
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(x_n + r * h_n)
 
-    _store(h, state, n + z * (_load(hx, state, mask) - n), mask)
+    store(h, state, n + z * (load(hx, state, mask) - n), mask)
     if gates is not None:
         saved = rows * 4 * hidden + columns
-        _store(gates, saved, r, mask)
-        _store(gates, saved + hidden, z, mask)
-        _store(gates, saved + 2 * hidden, n, mask)
-        _store(gates, saved + 3 * hidden, h_n, mask)
+        store(gates, saved, r, mask)
+        store(gates, saved + hidden, z, mask)
+        store(gates, saved + 2 * hidden, n, mask)
+        store(gates, saved + 3 * hidden, h_n, mask)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -154,20 +142,20 @@ def gru_backward_kernel(
     r_at = rows * 3 * hidden + columns
     z_at, n_at = r_at + hidden, r_at + 2 * hidden
 
-    r, z = _load(gates, saved, mask), _load(gates, saved + hidden, mask)
-    n, h_n = _load(gates, saved + 2 * hidden, mask), _load(gates, saved + 3 * hidden, mask)
-    d_h = _load(grad_h, state, mask)
+    r, z = load(gates, saved, mask), load(gates, saved + hidden, mask)
+    n, h_n = load(gates, saved + 2 * hidden, mask), load(gates, saved + 3 * hidden, mask)
+    d_h = load(grad_h, state, mask)
     d_x_n = d_h * (1.0 - z) * (1.0 - n * n)
     d_r = d_x_n * h_n * r * (1.0 - r)
-    d_z = d_h * (_load(hx, state, mask) - n) * z * (1.0 - z)
+    d_z = d_h * (load(hx, state, mask) - n) * z * (1.0 - z)
 
-    _store(grad_gates_x, r_at, d_r, mask)
-    _store(grad_gates_x, z_at, d_z, mask)
-    _store(grad_gates_x, n_at, d_x_n, mask)
-    _store(grad_gates_h, r_at, d_r, mask)
-    _store(grad_gates_h, z_at, d_z, mask)
-    _store(grad_gates_h, n_at, d_x_n * r, mask)
-    _store(grad_hx, state, d_h * z, mask)
+    store(grad_gates_x, r_at, d_r, mask)
+    store(grad_gates_x, z_at, d_z, mask)
+    store(grad_gates_x, n_at, d_x_n, mask)
+    store(grad_gates_h, r_at, d_r, mask)
+    store(grad_gates_h, z_at, d_z, mask)
+    store(grad_gates_h, n_at, d_x_n * r, mask)
+    store(grad_hx, state, d_h * z, mask)
 
 
 def _blocks(hidden: int) -> dict[str, int]:
@@ -183,7 +171,7 @@ def _launch(kernel, arguments: Arguments, *tensors: Tensor | None, **constants) 
     blocks = _blocks(hidden)
     grid = (triton.cdiv(batch, blocks["BLOCK_B"]) * triton.cdiv(hidden, blocks["BLOCK_H"]),)
     with device_guard(arguments.like):
-        kernel[grid](*tensors, batch, hidden, **constants, **blocks, num_warps=NUM_WARPS)
+        kernel[grid](*tensors, batch, hidden, **constants, **blocks, **OPTIONS)
 
 
 def lstm_gates_forward(
@@ -307,7 +295,7 @@ _GRU_BACKWARD = ("grad_h", "gates", "hx", "grad_gates_x", "grad_gates_h", "grad_
 
 def _case(name, kernel, pointers, *, wide: bool, **constants) -> AotCase:
     divisible = (*pointers, "hidden") if wide else pointers
-    return AotCase(f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, divisible)
+    return AotCase(f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible)
 
 
 AOT_CASES = [
@@ -327,5 +315,6 @@ AOT_CASES.append(
         ("gates", "cx", "h", "c"),
         _SIZES,
         {"bias_ih": None, "bias_hh": None, "SAVE_GATES": False, **_WIDE},
+        OPTIONS,
     )
 )
