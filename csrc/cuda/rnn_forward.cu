@@ -17,6 +17,25 @@
 namespace fusednn::cuda {
 namespace {
 
+// Gate k of a row of products plus that of a bias, which may be null.
+template <class T, int N>
+struct Biased {
+  Arithmetic<T> at[N];
+
+  __device__ void load_product(const void* products, int64_t row, int64_t gate) {
+    const Pack<T, N> pack = load<T, N>(products, row + gate);
+#pragma unroll
+    for (int j = 0; j < N; ++j) at[j] = pack.get(j);
+  }
+
+  __device__ void add_bias(const void* bias, int64_t gate) {
+    if (bias == nullptr) return;
+    const Pack<T, N> pack = load<T, N>(bias, gate);
+#pragma unroll
+    for (int j = 0; j < N; ++j) at[j] += pack.get(j);
+  }
+};
+
 template <class T, int N>
 __global__ void __launch_bounds__(kGateThreads) lstm_forward_kernel(LstmGatesForward p, GateTiling tiling) {
   const int64_t H = p.hidden;
@@ -25,20 +44,19 @@ __global__ void __launch_bounds__(kGateThreads) lstm_forward_kernel(LstmGatesFor
     const int64_t state = row * H + column;
     const int64_t gate_row = 4 * row * H + column;
 
-    Pack<T, N> gates[4], bias_ih[4], bias_hh[4];
+    Biased<T, N> sum[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      gates[k] = load<T, N>(p.gates, gate_row + k * H);
-      bias_ih[k] = load_or_zero<T, N>(p.bias_ih, k * H + column);
-      bias_hh[k] = load_or_zero<T, N>(p.bias_hh, k * H + column);
+      sum[k].load_product(p.gates, gate_row, k * H);
+      sum[k].add_bias(p.bias_ih, k * H + column);
+      sum[k].add_bias(p.bias_hh, k * H + column);
     }
     const Pack<T, N> cx = load<T, N>(p.cx, state);
 
-    Pack<T, N> h, c;
+    Pack<T, N> gates[4], h, c;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto summed = [&](int k) { return gates[k].get(j) + bias_ih[k].get(j) + bias_hh[k].get(j); };
-      const auto step = math::lstm_forward(summed(0), summed(1), summed(2), summed(3), cx.get(j));
+      const auto step = math::lstm_forward(sum[0].at[j], sum[1].at[j], sum[2].at[j], sum[3].at[j], cx.get(j));
       h.set(j, step.h);
       c.set(j, step.c);
       gates[0].set(j, step.i);
@@ -64,29 +82,26 @@ __global__ void __launch_bounds__(kGateThreads) gru_forward_kernel(GruGatesForwa
     const int64_t state = row * H + column;
     const int64_t product_row = 3 * row * H + column;
 
-    Pack<T, N> x[3], h[3], bias_ih[3], bias_hh[3];
+    Biased<T, N> x[3], h[3];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      x[k] = load<T, N>(p.gates_x, product_row + k * H);
-      h[k] = load<T, N>(p.gates_h, product_row + k * H);
-      bias_ih[k] = load_or_zero<T, N>(p.bias_ih, k * H + column);
-      bias_hh[k] = load_or_zero<T, N>(p.bias_hh, k * H + column);
+      x[k].load_product(p.gates_x, product_row, k * H);
+      x[k].add_bias(p.bias_ih, k * H + column);
+      h[k].load_product(p.gates_h, product_row, k * H);
+      h[k].add_bias(p.bias_hh, k * H + column);
     }
     const Pack<T, N> hx = load<T, N>(p.hx, state);
 
     Pack<T, N> next, saved[4];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto input = [&](int k) { return x[k].get(j) + bias_ih[k].get(j); };
-      const auto hidden = [&](int k) { return h[k].get(j) + bias_hh[k].get(j); };
-      const auto h_n = hidden(2);
-      const auto step =
-          math::gru_forward(input(0) + hidden(0), input(1) + hidden(1), input(2), h_n, hx.get(j));
+      const auto step = math::gru_forward(x[0].at[j] + h[0].at[j], x[1].at[j] + h[1].at[j], x[2].at[j],
+                                          h[2].at[j], hx.get(j));
       next.set(j, step.h);
       saved[0].set(j, step.r);
       saved[1].set(j, step.z);
       saved[2].set(j, step.n);
-      saved[3].set(j, h_n);
+      saved[3].set(j, h[2].at[j]);
     }
 
     store(p.h, state, next);
