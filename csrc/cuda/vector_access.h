@@ -61,11 +61,31 @@ struct RawOf<16> {
   using type = uint4;
 };
 
+// A plain access through a vector type may be taken apart into scalar ones; the intrinsics, with the default
+// caching, may not.
+template <class Raw>
+__device__ inline Raw load_raw(const Raw* source) {
+#if defined(__CUDA_ARCH__)
+  return __ldca(source);
+#else
+  return *source;
+#endif
+}
+
+template <class Raw>
+__device__ inline void store_raw(Raw* target, const Raw& raw) {
+#if defined(__CUDA_ARCH__)
+  __stwb(target, raw);
+#else
+  *target = raw;
+#endif
+}
+
 // `offset` counts elements; data + offset must be aligned to the pack.
 template <class T, int N>
 __device__ inline Pack<T, N> load(const void* data, int64_t offset) {
   using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
-  const Raw raw = *reinterpret_cast<const Raw*>(static_cast<const T*>(data) + offset);
+  const Raw raw = load_raw(reinterpret_cast<const Raw*>(static_cast<const T*>(data) + offset));
   Pack<T, N> pack;
   memcpy(&pack, &raw, sizeof(pack));
   return pack;
@@ -85,12 +105,7 @@ __device__ inline void store(void* data, int64_t offset, const Pack<T, N>& pack)
   using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
   Raw raw;
   memcpy(&raw, &pack, sizeof(pack));
-  Raw* const target = reinterpret_cast<Raw*>(static_cast<T*>(data) + offset);
-#if defined(__CUDA_ARCH__)
-  __stwb(target, raw);  // a plain assignment of a vector type may be taken apart into scalar stores
-#else
-  *target = raw;
-#endif
+  store_raw(reinterpret_cast<Raw*>(static_cast<T*>(data) + offset), raw);
 }
 
 }  // namespace fusednn::cuda
