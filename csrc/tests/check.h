@@ -34,14 +34,14 @@ template <class A, class B>
 void report_equal(const A& a, const B& b, const char* text, const char* file, int line) {
   if (a == static_cast<A>(b)) return;
   ++failures;
-  std::printf("%s:%d: CHECK_EQUAL(%s) failed: got %.9g, expected %.9g\n", file, line, text, static_cast<double>(a),
-              static_cast<double>(b));
+  std::printf("%s:%d: CHECK_EQUAL(%s) failed: got %.9g, expected %.9g\n", file, line, text,
+              static_cast<double>(a), static_cast<double>(b));
 }
 
 }  // namespace check
 
-#define CHECK_REGISTER(name, planted)                                            \
-  static void test_##name();                                                     \
+#define CHECK_REGISTER(name, planted)                                              \
+  static void test_##name();                                                       \
   static const check::Registration registered_##name(#name, test_##name, planted); \
   static void test_##name()
 #define TEST(name) CHECK_REGISTER(name, false)

@@ -1,5 +1,7 @@
 // Kernels with a planted fault, each beside its healthy twin: the proof that the machinery reports what it
 // should and nothing else. tests/test_native.py looks for the lines marked "planted:" in the reports.
+#include <cooperative_groups.h>
+
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -8,6 +10,7 @@
 #include "check.h"
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
+#include "in_order.h"
 
 using fusednn::cuda::dynamic_shared;
 using fusednn::cuda::launch;
@@ -48,6 +51,13 @@ __global__ void grid_sum(float* sum) {
   } else {
     *sum += 1.0f;  // planted: blocks_race
   }
+}
+
+template <bool Wait>
+__global__ void neighbours(const int* x, int* staged, int* out) {
+  staged[blockIdx.x] = x[blockIdx.x];
+  if (Wait) cooperative_groups::this_grid().sync();
+  out[blockIdx.x] = staged[(blockIdx.x + 1) % gridDim.x];  // planted: missing_grid_sync
 }
 
 // x[i] = old x[i + reach] through dynamic shared memory.
@@ -92,7 +102,8 @@ __global__ void branches(int n) {
 }
 
 __global__ void shuffles(unsigned mask, int lanes, int* out) {
-  if (static_cast<int>(threadIdx.x) < lanes) out[threadIdx.x] = __shfl_xor_sync(mask, static_cast<int>(threadIdx.x), 1);
+  if (static_cast<int>(threadIdx.x) < lanes)
+    out[threadIdx.x] = __shfl_xor_sync(mask, static_cast<int>(threadIdx.x), 1);
 }
 
 __global__ void block_or_warp() {
@@ -165,6 +176,18 @@ PLANTED(blocks_race) {
   CHECK(launch(grid_sum<false>, 10, 1, 0, nullptr, &sum) == cudaSuccess);
 }
 
+TEST(healthy_grid_sync) {
+  const int x[4] = {1, 2, 3, 4};
+  int staged[4], out[4];
+  CHECK(launch_cooperative(neighbours<true>, 4, 1, 0, nullptr, x, staged, out) == cudaSuccess);
+  CHECK(out[0] == 2 && out[3] == 1);
+}
+PLANTED(missing_grid_sync) {
+  const int x[4] = {1, 2, 3, 4};
+  int staged[4] = {}, out[4];
+  CHECK(launch_cooperative(neighbours<false>, 4, 1, 0, nullptr, x, staged, out) == cudaSuccess);
+}
+
 TEST(healthy_bounds) {
   std::vector<float> x = ones(block);
   CHECK(launch(shift, 1, block, block * sizeof(float), nullptr, x.data(), 0) == cudaSuccess);
@@ -196,6 +219,7 @@ PLANTED(misaligned) {
 }
 
 TEST(divergent_barrier_after_an_exit) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(launch(leaves_early, 1, 64, 0, nullptr, 64) == cudaSuccess);
   CHECK(launch(leaves_early, 1, 64, 0, nullptr, 0) == cudaSuccess);
   CHECK(reported(launch(leaves_early, 2, 64, 0, nullptr, 40),
@@ -204,24 +228,29 @@ TEST(divergent_barrier_after_an_exit) {
 }
 
 TEST(divergent_barrier_in_branches) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(launch(branches, 1, 64, 0, nullptr, 64) == cudaSuccess);
-  CHECK(reported(launch(branches, 1, 64, 0, nullptr, 40),
-                 {"divergent barrier: thread (0,0,0)", "but thread (40,0,0) of block (0,0,0) waits at __syncthreads"}));
+  CHECK(reported(
+      launch(branches, 1, 64, 0, nullptr, 40),
+      {"divergent barrier: thread (0,0,0)", "but thread (40,0,0) of block (0,0,0) waits at __syncthreads"}));
 }
 
 TEST(divergent_block_and_warp) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   CHECK(reported(launch(block_or_warp, 1, 32, 0, nullptr),
                  {"thread (0,0,0) of block (0,0,0) waits at __ballot_sync of lanes 0xffffffff (faults.cu:",
                   "but thread (3,0,0) of block (0,0,0) waits at __syncthreads (faults.cu:"}));
 }
 
 TEST(divergent_shuffle) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   int out[32];
   CHECK(launch(shuffles, 1, 32, 0, nullptr, 0xffffffffu, 32, out) == cudaSuccess);
   CHECK_EQUAL(out[5], 4);
   CHECK(launch(shuffles, 1, 48, 0, nullptr, 0x000000ffu, 8, out) == cudaSuccess);
-  CHECK(reported(launch(shuffles, 1, 32, 0, nullptr, 0xffffffffu, 31, out),
-                 {"waits at __shfl_xor_sync of lanes 0xffffffff", "thread (31,0,0) of block (0,0,0) has exited"}));
+  CHECK(reported(
+      launch(shuffles, 1, 32, 0, nullptr, 0xffffffffu, 31, out),
+      {"waits at __shfl_xor_sync of lanes 0xffffffff", "thread (31,0,0) of block (0,0,0) has exited"}));
   CHECK(reported(launch(shuffles, 1, 16, 0, nullptr, 0xffffffffu, 32, out),
                  {"bad mask", "names lane 16, which does not exist: the block has 16 threads"}));
   CHECK(reported(launch(shuffles, 1, 32, 0, nullptr, 0x0000000fu, 8, out),
@@ -229,8 +258,10 @@ TEST(divergent_shuffle) {
 }
 
 TEST(spin_without_progress) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
   int flag = 0;
-  CHECK(reported(launch(spins, 1, 2, 0, nullptr, &flag), {"no thread advances: thread (0,0,0) of block (0,0,0) spins"}));
+  CHECK(reported(launch(spins, 1, 2, 0, nullptr, &flag),
+                 {"no thread advances: thread (0,0,0) of block (0,0,0) spins"}));
   flag = 1;
   CHECK(launch(spins, 1, 2, 0, nullptr, &flag) == cudaSuccess);
 }

@@ -46,6 +46,8 @@ bool named(const check::Test& test, int argc, char** argv) {
 
 }  // namespace
 
+PLANTED(failing_check) { CHECK(1 + 1 == 3); }
+
 int main(int argc, char** argv) {
   const bool list = argc == 2 && std::strcmp(argv[1], "--list") == 0;
   int ran = 0;

@@ -39,7 +39,8 @@ std::string describe_wait(const Thread& thread) {
   const char* slash = strrchr(meeting.site.file, '/');
   std::string text = name(thread) + " waits at " + meeting.name;
   if (meeting.mask != 0) text += " of lanes " + hex(meeting.mask);
-  return text + " (" + (slash ? slash + 1 : meeting.site.file) + ":" + std::to_string(meeting.site.line) + ")";
+  return text + " (" + (slash ? slash + 1 : meeting.site.file) + ":" + std::to_string(meeting.site.line) +
+         ")";
 }
 
 // In the natural order of threads, whatever the order of turns was.

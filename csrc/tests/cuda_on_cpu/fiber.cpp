@@ -58,7 +58,7 @@ cuda_on_cpu_switch:
   ret
 .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
 )");
-constexpr size_t saved_words = 8;   // six registers, the entry as return address, a null one below it
+constexpr size_t saved_words = 8;  // six registers, the entry as return address, a null one below it
 constexpr size_t entry_word = 6;
 #else
 asm(R"(

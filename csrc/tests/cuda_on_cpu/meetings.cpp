@@ -1,5 +1,5 @@
-// Barriers, warp collectives and what else a kernel calls on its fiber. The race detector takes each fiber for
-// a thread, so nothing here may go through an intercepted function such as memcpy on shared state.
+// Barriers, warp collectives and what else a kernel calls on its fiber. The race detector takes each fiber
+// for a thread, so nothing here may go through an intercepted function such as memcpy on shared state.
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -196,7 +196,8 @@ void thread_exits(Thread& self) {
   scheduler.advanced = true;
   --scheduler.live;
   warp.exited |= 1u << self.lane;
-  // __syncwarp waits for the lanes that have not exited. The others' wait is over, and reported, as a deadlock.
+  // __syncwarp waits for the lanes that have not exited. The others' wait is over, and reported, as a
+  // deadlock.
   for (int i = warp.open_count - 1; i >= 0; --i) {
     Meeting& meeting = *warp.open[i];
     if (!meeting.ordered) continue;

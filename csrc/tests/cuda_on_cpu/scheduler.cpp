@@ -30,10 +30,7 @@ uint3 unflatten(size_t i, const dim3& extent) {
 
 size_t volume(const dim3& extent) { return size_t{extent.x} * extent.y * extent.z; }
 
-void thread_main() {
-  Thread& self = *scheduler.current;
-  self.fiber.entered();
-  tsan_acquire(&scheduler.start_token);
+void run_kernel() {
   std::string thrown;
   try {
     scheduler.body(scheduler.context);
@@ -44,7 +41,14 @@ void thread_main() {
     thrown = "exception in a kernel";
   }
   if (!thrown.empty() && scheduler.fault.empty()) scheduler.fault = thrown;
-  thrown = std::string();  // nothing is destroyed after finish()
+}
+
+// Holds nothing that would need destruction: finish() leaves this stack for good.
+void thread_main() {
+  Thread& self = *scheduler.current;
+  self.fiber.entered();
+  tsan_acquire(&scheduler.start_token);
+  run_kernel();
   thread_exits(self);
   tsan_release(&scheduler.end_token);
   self.fiber.finish();
@@ -183,7 +187,8 @@ int check_shape(const LaunchShape& shape, const void* kernel) {
   if (volume(grid) > 0xffffffffu) return cudaErrorNotSupported;
   if (shape.shared_bytes > dynamic_shared_limit(kernel)) return cudaErrorInvalidValue;
   const Device& on = device();
-  const auto resident = static_cast<size_t>(on.multiprocessors) * static_cast<size_t>(on.blocks_per_multiprocessor);
+  const auto resident =
+      static_cast<size_t>(on.multiprocessors) * static_cast<size_t>(on.blocks_per_multiprocessor);
   if (shape.cooperative && volume(grid) > resident) return cudaErrorCooperativeLaunchTooLarge;
   return cudaSuccess;
 }

@@ -16,8 +16,8 @@ namespace cuda_on_cpu {
 struct Block;
 struct Warp;
 
-// A meeting of threads at a barrier or collective. Each meeting is a new one, and so is its token for the race
-// detector: a thread already past it can't lend its later writes to one that is still leaving.
+// A meeting of threads at a barrier or collective. Each meeting is a new one, and so is its token for the
+// race detector: a thread already past it can't lend its later writes to one that is still leaving.
 struct Meeting {
   Meeting* next_free;
   Meeting* next;  // of all that were ever made

@@ -3,8 +3,8 @@
 
 #include <math.h>
 
-#include "cuda_runtime_api.h"
 #include "cuda_on_cpu/core.h"
+#include "cuda_runtime_api.h"
 
 #define __global__
 #define __device__
@@ -16,7 +16,9 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One copy per declaration serves plain launches, whose blocks run one after another; the note lets the
 // scheduler refuse the others.
-#define __shared__ ::cuda_on_cpu::note_static_shared({__FILE__, __LINE__}); static
+#define __shared__                                         \
+  ::cuda_on_cpu::note_static_shared({__FILE__, __LINE__}); \
+  static
 
 #include "cuda_on_cpu/atomics.h"
 #include "cuda_on_cpu/launch.h"

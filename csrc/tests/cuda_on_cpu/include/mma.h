@@ -1,7 +1,7 @@
 // Stand-in for the toolkit's header: nvcuda::wmma with float accumulation in order of k, and double.
 //
-// Element e of lane l is number 32 e + l of the row-major matrix; CUDA leaves this open, and kernels that count
-// on the hardware's order fail here.
+// Element e of lane l is number 32 e + l of the row-major matrix; CUDA leaves this open, and kernels that
+// count on the hardware's order fail here.
 #pragma once
 
 #include "cuda_bf16.h"
@@ -50,8 +50,10 @@ Compute operand(typename Storage<T>::type x) {
 
 template <class T>
 void check_address(const T* address, unsigned ldm) {
-  if (reinterpret_cast<uintptr_t>(address) % 32 != 0) cuda_on_cpu::fail("wmma: the address is not a multiple of 32 bytes");
-  if (ldm * sizeof(T) % 16 != 0) cuda_on_cpu::fail("wmma: the leading dimension is not a multiple of 16 bytes");
+  if (reinterpret_cast<uintptr_t>(address) % 32 != 0)
+    cuda_on_cpu::fail("wmma: the address is not a multiple of 32 bytes");
+  if (ldm * sizeof(T) % 16 != 0)
+    cuda_on_cpu::fail("wmma: the leading dimension is not a multiple of 16 bytes");
 }
 
 inline void converge(const char* name, const char* file, int line) {

@@ -11,7 +11,8 @@
 namespace cuda_on_cpu {
 
 template <class T>
-using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+using Bits =
+    std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
 // Floating-point and integer alike: the loop compares bits, so NaN ends it.
 template <class T, class Operation>

@@ -16,7 +16,7 @@ struct Site {
 };
 
 // Default arguments that name the caller's line. (Inside a Site's braces GCC would name the callee's.)
-#define CUDA_ON_CPU_CALLER const char* file = __builtin_FILE(), int line = __builtin_LINE()
+#define CUDA_ON_CPU_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 constexpr unsigned full_mask = 0xffffffffu;
 constexpr size_t max_payload = 256;  // bytes that one lane brings to a collective

@@ -1,5 +1,5 @@
-// Device functions that the host's math.h lacks. The fast ones (__expf) are as exact as the host's: tests must
-// not rely on their error, only on their meaning.
+// Device functions that the host's math.h lacks. The fast ones (__expf) are as exact as the host's: tests
+// must not rely on their error, only on their meaning.
 #pragma once
 
 #include <math.h>
@@ -26,12 +26,15 @@ using Number = std::enable_if_t<std::is_arithmetic_v<T>, T>;
 // Saturates as the hardware does; NaN becomes 0.
 template <class Integer>
 Integer to_integer(double rounded) {
-  constexpr double low = static_cast<double>(std::is_signed_v<Integer> ? -(double(1ull << (sizeof(Integer) * 8 - 1))) : 0);
+  constexpr double low =
+      static_cast<double>(std::is_signed_v<Integer> ? -(double(1ull << (sizeof(Integer) * 8 - 1))) : 0);
   constexpr double high = std::is_signed_v<Integer> ? double(1ull << (sizeof(Integer) * 8 - 1))
                                                     : 2.0 * double(1ull << (sizeof(Integer) * 8 - 1));
   if (rounded != rounded) return 0;
   if (rounded <= low) return static_cast<Integer>(low);
-  if (rounded >= high) return static_cast<Integer>(~(std::is_signed_v<Integer> ? Integer(1) << (sizeof(Integer) * 8 - 1) : Integer(0)));
+  if (rounded >= high)
+    return static_cast<Integer>(
+        ~(std::is_signed_v<Integer> ? Integer(1) << (sizeof(Integer) * 8 - 1) : Integer(0)));
   return static_cast<Integer>(rounded);
 }
 
@@ -137,10 +140,10 @@ CUDA_ON_CPU_LOAD(__ldcv)
 CUDA_ON_CPU_LOAD(__ldlu)
 #undef CUDA_ON_CPU_LOAD
 
-#define CUDA_ON_CPU_STORE(name)                               \
-  template <class T>                                          \
-  void name(T* address, std::type_identity_t<T> value) {      \
-    *address = value;                                         \
+#define CUDA_ON_CPU_STORE(name)                          \
+  template <class T>                                     \
+  void name(T* address, std::type_identity_t<T> value) { \
+    *address = value;                                    \
   }
 CUDA_ON_CPU_STORE(__stcg)
 CUDA_ON_CPU_STORE(__stcs)

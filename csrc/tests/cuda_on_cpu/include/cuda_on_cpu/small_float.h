@@ -36,7 +36,8 @@ constexpr uint16_t encode(double x) {
   if (rest > tie || (rest == tie && (kept & 1) != 0)) ++kept;
   // A carry moves into the exponent, up to infinity, by itself.
   const int stored = below > 0 ? 0 : exponent + F::bias - 1;
-  return static_cast<uint16_t>(sign | ((static_cast<unsigned>(stored) << F::mantissa) + static_cast<unsigned>(kept)));
+  return static_cast<uint16_t>(
+      sign | ((static_cast<unsigned>(stored) << F::mantissa) + static_cast<unsigned>(kept)));
 }
 
 template <class F>
@@ -45,9 +46,11 @@ constexpr float decode(uint16_t bits) {
   const unsigned magnitude = bits & 0x7fffu;
   const unsigned fraction = magnitude & ((1u << F::mantissa) - 1u);
   const int exponent = static_cast<int>(magnitude >> F::mantissa);
-  if (magnitude >= F::infinity) return std::bit_cast<float>(sign | 0x7f800000u | fraction << (23 - F::mantissa));
+  if (magnitude >= F::infinity)
+    return std::bit_cast<float>(sign | 0x7f800000u | fraction << (23 - F::mantissa));
   if (exponent == 0) {
-    const float value = static_cast<float>(__builtin_ldexp(static_cast<double>(fraction), 1 - F::bias - F::mantissa));
+    const float value =
+        static_cast<float>(__builtin_ldexp(static_cast<double>(fraction), 1 - F::bias - F::mantissa));
     return sign != 0 ? -value : value;
   }
   return std::bit_cast<float>(sign | static_cast<unsigned>(exponent - F::bias + 127) << 23 |
@@ -76,26 +79,26 @@ struct alignas(4) SmallFloat2 {
 };
 
 // A float holds the exact sum or product closely enough that rounding twice is rounding once.
-#define CUDA_ON_CPU_ARITHMETIC(op, name)                                                                    \
-  template <class F>                                                                                        \
-  constexpr SmallFloat<F> operator op(SmallFloat<F> a, SmallFloat<F> b) {                                   \
-    return static_cast<float>(a) op static_cast<float>(b);                                                  \
-  }                                                                                                         \
-  template <class F>                                                                                        \
-  constexpr SmallFloat2<F> operator op(SmallFloat2<F> a, SmallFloat2<F> b) {                                \
-    return {a.x op b.x, a.y op b.y};                                                                        \
-  }                                                                                                         \
-  template <class F>                                                                                        \
-  constexpr SmallFloat<F>& operator op##=(SmallFloat<F>& a, SmallFloat<F> b) {                              \
-    return a = a op b;                                                                                      \
-  }                                                                                                         \
-  template <class F>                                                                                        \
-  constexpr SmallFloat<F> name(SmallFloat<F> a, SmallFloat<F> b) {                                          \
-    return a op b;                                                                                          \
-  }                                                                                                         \
-  template <class F>                                                                                        \
-  constexpr SmallFloat2<F> name##2(SmallFloat2<F> a, SmallFloat2<F> b) {                                    \
-    return a op b;                                                                                          \
+#define CUDA_ON_CPU_ARITHMETIC(op, name)                                          \
+  template <class F>                                                              \
+  constexpr SmallFloat<F> operator op(SmallFloat<F> a, SmallFloat<F> b) {         \
+    return static_cast<float>(a) op static_cast<float>(b);                        \
+  }                                                                               \
+  template <class F>                                                              \
+  constexpr SmallFloat2<F> operator op(SmallFloat2<F> a, SmallFloat2<F> b) {      \
+    return {a.x op b.x, a.y op b.y};                                              \
+  }                                                                               \
+  template <class F>                                                              \
+  constexpr SmallFloat<F>& operator op## = (SmallFloat<F> & a, SmallFloat<F> b) { \
+    return a = a op b;                                                            \
+  }                                                                               \
+  template <class F>                                                              \
+  constexpr SmallFloat<F> name(SmallFloat<F> a, SmallFloat<F> b) {                \
+    return a op b;                                                                \
+  }                                                                               \
+  template <class F>                                                              \
+  constexpr SmallFloat2<F> name##2(SmallFloat2<F> a, SmallFloat2<F> b) {          \
+    return a op b;                                                                \
   }
 CUDA_ON_CPU_ARITHMETIC(+, __hadd)
 CUDA_ON_CPU_ARITHMETIC(-, __hsub)

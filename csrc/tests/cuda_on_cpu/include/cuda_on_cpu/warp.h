@@ -79,30 +79,27 @@ inline void __syncwarp(unsigned mask = cuda_on_cpu::full_mask, CUDA_ON_CPU_CALLE
 }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize,
-              CUDA_ON_CPU_CALLER) {
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, CUDA_ON_CPU_CALLER) {
   return cuda_on_cpu::shuffle("__shfl_sync", mask, value, source & (width - 1), width, {file, line});
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
-                 CUDA_ON_CPU_CALLER) {
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, CUDA_ON_CPU_CALLER) {
   const int source = (static_cast<int>(cuda_on_cpu::lane()) & (width - 1)) - static_cast<int>(delta);
   return cuda_on_cpu::shuffle("__shfl_up_sync", mask, value, source, width, {file, line});
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
-                   CUDA_ON_CPU_CALLER) {
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, CUDA_ON_CPU_CALLER) {
   const int source = (static_cast<int>(cuda_on_cpu::lane()) & (width - 1)) + static_cast<int>(delta);
   return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, source, width, {file, line});
 }
 // A lane may read from an earlier segment but not from a later one.
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,
-                  CUDA_ON_CPU_CALLER) {
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, CUDA_ON_CPU_CALLER) {
   const int own = static_cast<int>(cuda_on_cpu::lane());
   const int from = own ^ lane_mask;
   const int end = own / width * width + width;
-  return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value, from < end ? from : own, warpSize, {file, line});
+  return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value, from < end ? from : own, warpSize,
+                              {file, line});
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_CALLER) {
@@ -127,17 +124,19 @@ unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_CALLER) {
   return result;
 }
 
-#define CUDA_ON_CPU_REDUCE(name, T, expression)                                                          \
-  inline T name(unsigned mask, T value, CUDA_ON_CPU_CALLER) {                     \
-    return cuda_on_cpu::reduce<T>(#name, mask, value, [](T a, T b) -> T { return expression; }, {file, line});   \
+#define CUDA_ON_CPU_REDUCE(name, T, expression)                                                 \
+  inline T name(unsigned mask, T value, CUDA_ON_CPU_CALLER) {                                   \
+    return cuda_on_cpu::reduce<T>(#name, mask, value, [](T a, T b) -> T { return expression; }, \
+                                  {file, line});                                                \
   }
 CUDA_ON_CPU_REDUCE(__reduce_add_sync, unsigned, a + b)
 CUDA_ON_CPU_REDUCE(__reduce_min_sync, unsigned, a < b ? a : b)
 CUDA_ON_CPU_REDUCE(__reduce_max_sync, unsigned, a < b ? b : a)
-CUDA_ON_CPU_REDUCE(__reduce_and_sync, unsigned, a & b)
+CUDA_ON_CPU_REDUCE(__reduce_and_sync, unsigned, a& b)
 CUDA_ON_CPU_REDUCE(__reduce_or_sync, unsigned, a | b)
 CUDA_ON_CPU_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
-CUDA_ON_CPU_REDUCE(__reduce_add_sync, int, static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b)))
+CUDA_ON_CPU_REDUCE(__reduce_add_sync, int,
+                   static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b)))
 CUDA_ON_CPU_REDUCE(__reduce_min_sync, int, a < b ? a : b)
 CUDA_ON_CPU_REDUCE(__reduce_max_sync, int, a < b ? b : a)
 #undef CUDA_ON_CPU_REDUCE
