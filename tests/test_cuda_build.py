@@ -97,7 +97,9 @@ def test_real_spill_is_caught(tmp_path):
     assert check.faults([healthy]) == []
     spilled = check.compile_kernels(NVCC, source, 90, ("-maxrregcount=24",))
     (fault,) = check.faults([spilled])
-    assert re.fullmatch(r"spilling.cu sm_90: spilling_kernel spills [1-9]\d* bytes out and [1-9]\d* in", fault)
+    assert re.fullmatch(
+        r"spilling.cu sm_90: spilling_kernel spills [1-9]\d* bytes out and [1-9]\d* in", fault
+    )
 
 
 @needs_nvcc

@@ -193,7 +193,9 @@ def faults(compilations: list[Compilation]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the kernels here")
@@ -211,7 +213,9 @@ def main(argv: list[str] | None = None) -> int:
     print(table(compilations))
     found = faults(compilations)
     print("\n".join(found), file=sys.stderr, end="\n" if found else "")
-    print(f"{len(compilations)} compilations, {sum(len(c.kernels) for c in compilations)} kernels, {len(found)} faults")
+    print(
+        f"{len(compilations)} compilations, {sum(len(c.kernels) for c in compilations)} kernels, {len(found)} faults"
+    )
     return 1 if found else 0
 
 

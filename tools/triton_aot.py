@@ -117,7 +117,9 @@ def compile_case(job: Job) -> Result:
     return Result(*where, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
 
 
-def jobs_of(package: str, architectures: Iterable[int], dtypes: Iterable[str], cases: Iterable[str]) -> list[Job]:
+def jobs_of(
+    package: str, architectures: Iterable[int], dtypes: Iterable[str], cases: Iterable[str]
+) -> list[Job]:
     """Every registered combination; `dtypes` and `cases` narrow it down unless empty."""
     dtypes, cases = set(dtypes), set(cases)
     jobs = []
@@ -145,13 +147,17 @@ def table(results: list[Result]) -> str:
         rows.setdefault((r.case, r.dtype), {})[r.arch] = "FAILED" if r.error else f"{r.registers}{spilled}"
     lines = [f"{'registers':<28}" + "".join(f"{f'sm_{arch}':>16}" for arch in architectures)]
     for (case, dtype), cells in rows.items():
-        lines.append(f"{f'{case} {dtype}':<28}" + "".join(f"{cells.get(arch, ''):>16}" for arch in architectures))
+        lines.append(
+            f"{f'{case} {dtype}':<28}" + "".join(f"{cells.get(arch, ''):>16}" for arch in architectures)
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", help="names from AOT_CASES; all by default")
     parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="*", default=[])

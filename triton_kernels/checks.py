@@ -27,7 +27,9 @@ class Arguments:
         if like.dim() != 2:
             raise RuntimeError(f"{op}: {name}: got shape {list(like.shape)}, expected 2 dimensions")
         if like.shape[1] % multiple:
-            raise RuntimeError(f"{op}: {name}: got shape {list(like.shape)}, expected a multiple of {multiple} columns")
+            raise RuntimeError(
+                f"{op}: {name}: got shape {list(like.shape)}, expected a multiple of {multiple} columns"
+            )
         if like.dtype not in DTYPES:
             raise RuntimeError(
                 f"{op}: {name}: got dtype {like.dtype}, expected float32, float64, float16 or bfloat16"

@@ -295,7 +295,9 @@ _GRU_BACKWARD = ("grad_h", "gates", "hx", "grad_gates_x", "grad_gates_h", "grad_
 
 def _case(name, kernel, pointers, *, wide: bool, **constants) -> AotCase:
     divisible = (*pointers, "hidden") if wide else pointers
-    return AotCase(f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible)
+    return AotCase(
+        f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible
+    )
 
 
 AOT_CASES = [

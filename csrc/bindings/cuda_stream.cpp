@@ -6,7 +6,8 @@
 namespace fusednn {
 
 CUstream_st* current_cuda_stream(const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.is_cuda(), "the cuda kernels: got tensors on ", tensor.device(), ", expected a CUDA device");
+  TORCH_CHECK(tensor.is_cuda(), "the cuda kernels: got tensors on ", tensor.device(),
+              ", expected a CUDA device");
   return at::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
 

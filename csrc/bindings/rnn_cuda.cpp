@@ -1,7 +1,7 @@
 // Python face of the CUDA launchers of the rnn family.
 //
-// Device-agnostic: the tensors' device decides the guard, stream_of the stream, so that the test module, whose
-// "device" is the CPU, runs exactly these checks.
+// Device-agnostic: the tensors' device decides the guard, stream_of the stream, so that the test module,
+// whose "device" is the CPU, runs exactly these checks.
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
@@ -41,7 +41,8 @@ class Arguments {
   // `like` is [B, multiple * H].
   Arguments(const char* op, const char* name, const at::Tensor& like, int64_t multiple)
       : op_(op), like_name_(name), like_(like) {
-    TORCH_CHECK(like.defined() && like.layout() == at::kStrided, op, ": ", name, ": expected a strided tensor");
+    TORCH_CHECK(like.defined() && like.layout() == at::kStrided, op, ": ", name,
+                ": expected a strided tensor");
     TORCH_CHECK(like.dim() == 2, op, ": ", name, ": got shape ", like.sizes(), ", expected 2 dimensions");
     TORCH_CHECK(like.size(1) % multiple == 0, op, ": ", name, ": got shape ", like.sizes(),
                 ", expected a multiple of ", multiple, " columns");
@@ -80,8 +81,8 @@ class Arguments {
     TORCH_CHECK(t.sizes() == shape, op_, ": ", name, ": got shape ", t.sizes(), ", expected ", shape);
     TORCH_CHECK(t.scalar_type() == like_.scalar_type(), op_, ": ", name, ": got dtype ", t.scalar_type(),
                 ", expected ", like_.scalar_type(), " as ", like_name_);
-    TORCH_CHECK(t.device() == like_.device(), op_, ": ", name, ": got a tensor on ", t.device(), ", expected ",
-                like_.device(), " as ", like_name_);
+    TORCH_CHECK(t.device() == like_.device(), op_, ": ", name, ": got a tensor on ", t.device(),
+                ", expected ", like_.device(), " as ", like_name_);
     return t.contiguous();
   }
 
@@ -108,15 +109,16 @@ std::tuple<at::Tensor, at::Tensor> lstm_gates_forward(const at::Tensor& gates, c
   auto h = arguments.empty_rows(1), c = arguments.empty_rows(1);
   void* gates_data = save_gates ? gates.mutable_data_ptr() : const_cast<void*>(gates.const_data_ptr());
   arguments.succeeded(cuda::lstm_gates_forward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), gates_data, data(b_ih), data(b_hh), data(c_prev),
-       h.mutable_data_ptr(), c.mutable_data_ptr(), save_gates},
+      {arguments.dtype(), arguments.batch(), arguments.hidden(), gates_data, data(b_ih), data(b_hh),
+       data(c_prev), h.mutable_data_ptr(), c.mutable_data_ptr(), save_gates},
       stream_of(gates)));
   return {h, c};
 }
 
-std::tuple<at::Tensor, at::Tensor> lstm_gates_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                                                       const at::Tensor& gates, const at::Tensor& cx,
-                                                       const at::Tensor& c, StreamOf stream_of) {
+std::tuple<at::Tensor, at::Tensor> lstm_gates_backward(const OptionalTensor& grad_h,
+                                                       const OptionalTensor& grad_c, const at::Tensor& gates,
+                                                       const at::Tensor& cx, const at::Tensor& c,
+                                                       StreamOf stream_of) {
   const Arguments arguments("lstm_gates_backward", "gates", gates, 4);
   const c10::DeviceGuard guard(gates.device());
   const auto saved = arguments.rows("gates", gates, 4);
@@ -124,15 +126,16 @@ std::tuple<at::Tensor, at::Tensor> lstm_gates_backward(const OptionalTensor& gra
   const auto c_prev = arguments.rows("cx", cx, 1), c_next = arguments.rows("c", c, 1);
   auto grad_gates = arguments.empty_rows(4), grad_cx = arguments.empty_rows(1);
   arguments.succeeded(cuda::lstm_gates_backward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(d_c), data(saved), data(c_prev),
-       data(c_next), grad_gates.mutable_data_ptr(), grad_cx.mutable_data_ptr()},
+      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(d_c), data(saved),
+       data(c_prev), data(c_next), grad_gates.mutable_data_ptr(), grad_cx.mutable_data_ptr()},
       stream_of(gates)));
   return {grad_gates, grad_cx};
 }
 
 std::tuple<at::Tensor, at::Tensor> gru_gates_forward(const at::Tensor& gates_x, const at::Tensor& gates_h,
-                                                     const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                                                     const at::Tensor& hx, bool save_gates, StreamOf stream_of) {
+                                                     const OptionalTensor& bias_ih,
+                                                     const OptionalTensor& bias_hh, const at::Tensor& hx,
+                                                     bool save_gates, StreamOf stream_of) {
   const Arguments arguments("gru_gates_forward", "gates_x", gates_x, 3);
   const c10::DeviceGuard guard(gates_x.device());
   const auto x = arguments.rows("gates_x", gates_x, 3), recurrent = arguments.rows("gates_h", gates_h, 3);
@@ -142,19 +145,21 @@ std::tuple<at::Tensor, at::Tensor> gru_gates_forward(const at::Tensor& gates_x, 
   auto h = arguments.empty_rows(1);
   auto gates = save_gates ? arguments.empty_rows(4) : at::empty({0}, gates_x.options());
   arguments.succeeded(cuda::gru_gates_forward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(x), data(recurrent), data(b_ih), data(b_hh),
-       data(h_prev), h.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr},
+      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(x), data(recurrent), data(b_ih),
+       data(b_hh), data(h_prev), h.mutable_data_ptr(), save_gates ? gates.mutable_data_ptr() : nullptr},
       stream_of(gates_x)));
   return {h, gates};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> gru_gates_backward(const at::Tensor& grad_h, const at::Tensor& gates,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gru_gates_backward(const at::Tensor& grad_h,
+                                                                  const at::Tensor& gates,
                                                                   const at::Tensor& hx, StreamOf stream_of) {
   const Arguments arguments("gru_gates_backward", "gates", gates, 4);
   const c10::DeviceGuard guard(gates.device());
   const auto saved = arguments.rows("gates", gates, 4);
   const auto d_h = arguments.rows("grad_h", grad_h, 1), h_prev = arguments.rows("hx", hx, 1);
-  auto grad_x = arguments.empty_rows(3), grad_recurrent = arguments.empty_rows(3), grad_hx = arguments.empty_rows(1);
+  auto grad_x = arguments.empty_rows(3), grad_recurrent = arguments.empty_rows(3),
+       grad_hx = arguments.empty_rows(1);
   arguments.succeeded(cuda::gru_gates_backward(
       {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(saved), data(h_prev),
        grad_x.mutable_data_ptr(), grad_recurrent.mutable_data_ptr(), grad_hx.mutable_data_ptr()},
@@ -170,24 +175,25 @@ void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of) {
   const py::arg save_gates("save_gates");
   // wrap_* turns torch's exceptions into Python's and releases the GIL.
   m.def("lstm_gates_forward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const at::Tensor& gates, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
-                const at::Tensor& cx, bool save_gates) {
-              return lstm_gates_forward(gates, bias_ih, bias_hh, cx, save_gates, stream_of);
-            }),
+        torch::wrap_pybind_function_no_gil([=](const at::Tensor& gates, const OptionalTensor& bias_ih,
+                                               const OptionalTensor& bias_hh, const at::Tensor& cx,
+                                               bool save_gates) {
+          return lstm_gates_forward(gates, bias_ih, bias_hh, cx, save_gates, stream_of);
+        }),
         gates, bias_ih, bias_hh, cx, save_gates);
   m.def("lstm_gates_backward",
         torch::wrap_pybind_function_no_gil([=](const OptionalTensor& grad_h, const OptionalTensor& grad_c,
-                                               const at::Tensor& gates, const at::Tensor& cx, const at::Tensor& c) {
+                                               const at::Tensor& gates, const at::Tensor& cx,
+                                               const at::Tensor& c) {
           return lstm_gates_backward(grad_h, grad_c, gates, cx, c, stream_of);
         }),
         grad_h, py::arg("grad_c"), gates, cx, py::arg("c"));
   m.def("gru_gates_forward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const at::Tensor& gates_x, const at::Tensor& gates_h, const OptionalTensor& bias_ih,
-                const OptionalTensor& bias_hh, const at::Tensor& hx, bool save_gates) {
-              return gru_gates_forward(gates_x, gates_h, bias_ih, bias_hh, hx, save_gates, stream_of);
-            }),
+        torch::wrap_pybind_function_no_gil([=](const at::Tensor& gates_x, const at::Tensor& gates_h,
+                                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+                                               const at::Tensor& hx, bool save_gates) {
+          return gru_gates_forward(gates_x, gates_h, bias_ih, bias_hh, hx, save_gates, stream_of);
+        }),
         py::arg("gates_x"), py::arg("gates_h"), bias_ih, bias_hh, hx, save_gates);
   m.def("gru_gates_backward",
         torch::wrap_pybind_function_no_gil(

@@ -1,9 +1,11 @@
 // Backward gates of the LSTM and the GRU cell, from the saved activated gates.
 //
-//   LSTM  dc = grad_c + grad_h o (1 - tanh(c)^2)      d[i|f|g|o] = the products of dc (grad_h for o) with the other
+//   LSTM  dc = grad_c + grad_h o (1 - tanh(c)^2)      d[i|f|g|o] = the products of dc (grad_h for o) with the
+//   other
 //         grad_cx = dc f                              factors and the derivative of each activation
 //   GRU   dx_n = grad_h (1 - z)(1 - n^2)              dh_n = dx_n r       dr = dx_n h_n r (1 - r)
-//         dz = grad_h (h - n) z (1 - z)               grad_hx = grad_h z, to which the caller adds the product
+//         dz = grad_h (h - n) z (1 - z)               grad_hx = grad_h z, to which the caller adds the
+//         product
 //
 // Tiling: as forward, one thread per pack of neighbouring hidden units (rnn_tiling.h).
 // Bytes moved per hidden unit, s = item size: LSTM 13 s (one less without grad_h or grad_c); GRU 13 s.

@@ -1,13 +1,14 @@
 // Forward gates of the LSTM and the GRU cell: everything of a step but its two matrix products.
 //
-//   LSTM  [i|f|g|o] = gates + bias_ih + bias_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')
-//   GRU   r, z = sigmoid(x + b_ih + h + b_hh);    n = tanh(x_n + b_in + r (h_n + b_hn));   h' = n + z (h - n)
+//   LSTM  [i|f|g|o] = gates + bias_ih + bias_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o)
+//   tanh(c') GRU   r, z = sigmoid(x + b_ih + h + b_hh);    n = tanh(x_n + b_in + r (h_n + b_hn));   h' = n +
+//   z (h - n)
 //
-// Tiling: one thread per pack of neighbouring hidden units (rnn_tiling.h); nothing is shared between threads, so
-// the biases come from the caches.
-// Bytes moved per hidden unit, s = item size: LSTM 7 s, and 4 s more to save the activated gates; GRU 8 s, and 4 s
-// more. The kernels are bound by memory once the state outgrows a few blocks per multiprocessor, by latency below.
-// Limits: contiguous tensors; widths are 16, 8, 4, ... bytes by alignment, down to one element.
+// Tiling: one thread per pack of neighbouring hidden units (rnn_tiling.h); nothing is shared between threads,
+// so the biases come from the caches. Bytes moved per hidden unit, s = item size: LSTM 7 s, and 4 s more to
+// save the activated gates; GRU 8 s, and 4 s more. The kernels are bound by memory once the state outgrows a
+// few blocks per multiprocessor, by latency below. Limits: contiguous tensors; widths are 16, 8, 4, ... bytes
+// by alignment, down to one element.
 #include "cuda/launch.h"
 #include "cuda/rnn_tiling.h"
 #include "cuda/vector_access.h"
@@ -17,22 +18,21 @@
 namespace fusednn::cuda {
 namespace {
 
-// Gate k of a row of products plus that of a bias, which may be null.
-template <class T, int N>
-struct Biased {
-  Arithmetic<T> at[N];
+// Loads of all gates are issued before any is used, the biases' (zero if null) among them: one latency, not
+// one for each gate.
+template <class T, int N, int K>
+struct GatePacks {
+  Pack<T, N> at[K];
 
-  __device__ void load_product(const void* products, int64_t row, int64_t gate) {
-    const Pack<T, N> pack = load<T, N>(products, row + gate);
+  __device__ void load_row(const void* data, int64_t offset, int64_t stride) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) at[j] = pack.get(j);
+    for (int k = 0; k < K; ++k) at[k] = load<T, N>(data, offset + k * stride);
   }
 
-  __device__ void add_bias(const void* bias, int64_t gate) {
-    if (bias == nullptr) return;
-    const Pack<T, N> pack = load<T, N>(bias, gate);
+  __device__ void load_bias(const void* data, int64_t offset, int64_t stride) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) at[j] += pack.get(j);
+    for (int k = 0; k < K; ++k) at[k] = Pack<T, N>{};
+    if (data != nullptr) load_row(data, offset, stride);
   }
 };
 
@@ -44,19 +44,25 @@ __global__ void __launch_bounds__(kGateThreads) lstm_forward_kernel(LstmGatesFor
     const int64_t state = row * H + column;
     const int64_t gate_row = 4 * row * H + column;
 
-    Biased<T, N> sum[4];
+    GatePacks<T, N, 4> products, bias_ih, bias_hh;
+    products.load_row(p.gates, gate_row, H);
+    bias_ih.load_bias(p.bias_ih, column, H);
+    bias_hh.load_bias(p.bias_hh, column, H);
+    const Pack<T, N> cx = load<T, N>(p.cx, state);
+
+    Arithmetic<T> sum[4][N];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      sum[k].load_product(p.gates, gate_row, k * H);
-      sum[k].add_bias(p.bias_ih, k * H + column);
-      sum[k].add_bias(p.bias_hh, k * H + column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        sum[k][j] = products.at[k].get(j) + bias_ih.at[k].get(j) + bias_hh.at[k].get(j);
+      }
     }
-    const Pack<T, N> cx = load<T, N>(p.cx, state);
 
     Pack<T, N> gates[4], h, c;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto step = math::lstm_forward(sum[0].at[j], sum[1].at[j], sum[2].at[j], sum[3].at[j], cx.get(j));
+      const auto step = math::lstm_forward(sum[0][j], sum[1][j], sum[2][j], sum[3][j], cx.get(j));
       h.set(j, step.h);
       c.set(j, step.c);
       gates[0].set(j, step.i);
@@ -82,26 +88,33 @@ __global__ void __launch_bounds__(kGateThreads) gru_forward_kernel(GruGatesForwa
     const int64_t state = row * H + column;
     const int64_t product_row = 3 * row * H + column;
 
-    Biased<T, N> x[3], h[3];
+    GatePacks<T, N, 3> x, h, bias_ih, bias_hh;
+    x.load_row(p.gates_x, product_row, H);
+    h.load_row(p.gates_h, product_row, H);
+    bias_ih.load_bias(p.bias_ih, column, H);
+    bias_hh.load_bias(p.bias_hh, column, H);
+    const Pack<T, N> hx = load<T, N>(p.hx, state);
+
+    Arithmetic<T> input[3][N], recurrent[3][N];
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
-      x[k].load_product(p.gates_x, product_row, k * H);
-      x[k].add_bias(p.bias_ih, k * H + column);
-      h[k].load_product(p.gates_h, product_row, k * H);
-      h[k].add_bias(p.bias_hh, k * H + column);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        input[k][j] = x.at[k].get(j) + bias_ih.at[k].get(j);
+        recurrent[k][j] = h.at[k].get(j) + bias_hh.at[k].get(j);
+      }
     }
-    const Pack<T, N> hx = load<T, N>(p.hx, state);
 
     Pack<T, N> next, saved[4];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto step = math::gru_forward(x[0].at[j] + h[0].at[j], x[1].at[j] + h[1].at[j], x[2].at[j],
-                                          h[2].at[j], hx.get(j));
+      const auto step = math::gru_forward(input[0][j] + recurrent[0][j], input[1][j] + recurrent[1][j],
+                                          input[2][j], recurrent[2][j], hx.get(j));
       next.set(j, step.h);
       saved[0].set(j, step.r);
       saved[1].set(j, step.z);
       saved[2].set(j, step.n);
-      saved[3].set(j, h[2].at[j]);
+      saved[3].set(j, recurrent[2][j]);
     }
 
     store(p.h, state, next);

@@ -1,4 +1,5 @@
-// The CUDA bindings on CPU tensors: what the tests import as _cuda_on_cpu. Its "stream" is the only one there is.
+// The CUDA bindings on CPU tensors: what the tests import as _cuda_on_cpu. Its "stream" is the only one there
+// is.
 #include "bindings/bindings.h"
 
 namespace {

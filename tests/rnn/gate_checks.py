@@ -75,7 +75,9 @@ def lstm_grad_gates(grad_h, grad_c, gates, cx, c):
     i, f, g, o = gates.chunk(4, 1)
     d_c = lstm_grad_c(grad_h, grad_c, gates, cx, c)
     d_o = _zero_if_none(grad_h, c) * c.tanh()
-    return torch.cat([d_c * g * i * (1 - i), d_c * cx * f * (1 - f), d_c * i * (1 - g**2), d_o * o * (1 - o)], 1)
+    return torch.cat(
+        [d_c * g * i * (1 - i), d_c * cx * f * (1 - f), d_c * i * (1 - g**2), d_o * o * (1 - o)], 1
+    )
 
 
 def lstm_grad_cx(grad_h, grad_c, gates, cx, c):
@@ -235,7 +237,9 @@ class GateLauncherTests:
             gates = torch.where(gates > 0, scale, -scale).to(dtype)
             check_lstm_forward(launchers, (gates, bias_ih, bias_hh, cx * 1e4))
             x, h, bias_ih, bias_hh, hx = gru_inputs(3, 17, dtype, scale=1.0)
-            check_gru_forward(launchers, (torch.where(x > 0, scale, -scale).to(dtype), h, bias_ih, bias_hh, hx))
+            check_gru_forward(
+                launchers, (torch.where(x > 0, scale, -scale).to(dtype), h, bias_ih, bias_hh, hx)
+            )
 
     def test_small_values_keep_their_relative_accuracy(self, launchers):
         """Near zero tanh is the identity: no cancellation, no flush to zero."""
@@ -275,7 +279,10 @@ class GateLauncherTests:
     def test_gradients_match_autograd(self, launchers):
         """Forward, then backward from what it saved, against autograd through the formulas."""
         lstm, gru = lstm_inputs(3, 17, torch.float64), gru_inputs(3, 17, torch.float64)
-        grad_h, grad_c = random(3, 17, dtype=torch.float64, seed=8), random(3, 17, dtype=torch.float64, seed=9)
+        grad_h, grad_c = (
+            random(3, 17, dtype=torch.float64, seed=8),
+            random(3, 17, dtype=torch.float64, seed=9),
+        )
 
         gates, cx = lstm[0].clone().requires_grad_(), lstm[3].clone().requires_grad_()
         outputs = lstm_h(gates, lstm[1], lstm[2], cx), lstm_c(gates, lstm[1], lstm[2], cx)

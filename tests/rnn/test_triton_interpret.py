@@ -42,11 +42,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     def ulps(actual, exact):
         """Errors in units in the last place of the exact result."""
         dtype = actual.numpy().dtype.type
-        return numpy.abs(actual.numpy().astype(numpy.longdouble) - exact) / numpy.spacing(numpy.abs(exact).astype(dtype))
+        return numpy.abs(actual.numpy().astype(numpy.longdouble) - exact) / numpy.spacing(
+            numpy.abs(exact).astype(dtype)
+        )
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_tanh_in_ulp(dtype):
-        x = torch.cat([torch.logspace(-30, 4, 8192, dtype=dtype), torch.linspace(0.5, 0.8, 4096, dtype=dtype)])
+        x = torch.cat(
+            [torch.logspace(-30, 4, 8192, dtype=dtype), torch.linspace(0.5, 0.8, 4096, dtype=dtype)]
+        )
         x = torch.cat([x, torch.linspace(0, 25, 4096, dtype=dtype)])
         x = torch.cat([x, -x])
         y = torch.empty_like(x)
@@ -56,7 +60,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     @pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -87.0), (torch.float64, -700.0)])
     def test_sigmoid_in_ulp(dtype, lowest):
-        x = torch.cat([torch.linspace(lowest, 40, 15360, dtype=dtype), torch.logspace(-30, 4, 1024, dtype=dtype)])
+        x = torch.cat(
+            [torch.linspace(lowest, 40, 15360, dtype=dtype), torch.logspace(-30, 4, 1024, dtype=dtype)]
+        )
         y = torch.empty_like(x)
         activation_kernel[(x.numel() // 1024,)](x, y, False, 1024)
         exact = 1 / (1 + numpy.exp(-x.numpy().astype(numpy.longdouble)))
