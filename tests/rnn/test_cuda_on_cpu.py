@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import gate_checks
 
-cuda_on_cpu = pytest.importorskip("fusednn._cuda_on_cpu", reason="the test module _cuda_on_cpu is not built")
+cuda_on_cpu = pytest.importorskip("_cuda_on_cpu", reason="the test module _cuda_on_cpu is not built")
 
 
 class TestGates(gate_checks.GateLauncherTests):
