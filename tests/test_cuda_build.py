@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import cuda_build_check as check
+import cuda_build_check as check  # noqa: E402
 
 NVCC = check.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
-NAME = "_ZN7fusednn4cuda47_GLOBAL__N__e80be98b_14_rnn_forward_cu_7c1cce5618gru_forward_kernelI6__halfLi8EEEvNS0_1XE"
+SPACE = "_ZN7fusednn4cuda47_GLOBAL__N__e80be98b_14_rnn_forward_cu_7c1cce56"
+NAME = SPACE + "18gru_forward_kernelI6__halfLi8EEEvNS0_1XE"
 HEALTHY = f"""
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{NAME}' for 'sm_100'

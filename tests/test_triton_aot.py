@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-import triton_aot
+import triton_aot  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
@@ -76,7 +76,7 @@ def test_misnamed_arguments_are_an_error():
     from triton_kernels.aot import AotCase
 
     case = AotCase("misnamed", rnn.gru_backward_kernel, ("grad_h",), {}, {}, {})
-    with pytest.raises(ValueError, match="misnamed: arguments .*'gates'.* are not named on both sides"):
+    with pytest.raises(ValueError, match=r"misnamed: arguments .*'gates'.* are not named on both sides"):
         triton_aot._source(case, "fp32")
 
 

@@ -2,8 +2,9 @@
 
     python tools/cuda_build_check.py [--json FILE] [--arch 80 90] [--jobs 2] [--no-bindings]
 
-Kernels: csrc/cuda/*.cu by nvcc. Bindings: csrc/bindings/*.cpp that need CUDA headers, by the host compiler against
-the installed torch, whose CPU build ships those headers too. Exits with 1 if anything fails to compile or spills.
+Kernels: csrc/cuda/*.cu by nvcc. Bindings: csrc/bindings/*.cpp that need CUDA headers, by the host compiler
+against the installed torch, whose CPU build ships those headers too. Exits with 1 if anything fails to
+compile or spills.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def short_name(mangled: str) -> str:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of the usual folder."""
+    """The nvcc of CUDA_HOME, of PATH, or of the usual folder."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [str(Path(home, "bin", "nvcc")) for home in homes if home]
     candidates += [shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
@@ -214,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     found = faults(compilations)
     print("\n".join(found), file=sys.stderr, end="\n" if found else "")
     print(
-        f"{len(compilations)} compilations, {sum(len(c.kernels) for c in compilations)} kernels, {len(found)} faults"
+        f"{len(compilations)} compilations, {sum(len(c.kernels) for c in compilations)} kernels, "
+        f"{len(found)} faults"
     )
     return 1 if found else 0
 

@@ -2,8 +2,8 @@
 
     python tools/triton_aot.py [--json FILE] [--arch 80 90] [--dtype fp32] [--jobs 2] [case ...]
 
-The modules of triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails to compile or
-uses local memory, which these kernels only do by spilling.
+The modules of triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails to
+compile or uses local memory, which these kernels only do by spilling.
 """
 
 from __future__ import annotations

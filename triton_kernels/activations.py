@@ -6,8 +6,8 @@ exp only ever sees -|x| or -2|x|: nothing overflows, both tails keep their relat
     tanh(x)    = sign(x) (1 - e) / (1 + e),                    e = exp(-2|x|)
     tanh(x)    = x + x^3 P(x^2) for |x| < 0.64, where 1 - e would cancel
 
-P is a Chebyshev fit of (tanh(x) / x - 1) / x^2 over x^2 in [0, 0.64^2]: degree 5 for float32 (fit error 2.1e-9),
-degree 11 for float64 (6.7e-18).
+P is a Chebyshev fit of (tanh(x) / x - 1) / x^2 over x^2 in [0, 0.64^2]: degree 5 for float32 (fit error
+2.1e-9), degree 11 for float64 (6.7e-18).
 """
 
 import triton
@@ -18,8 +18,8 @@ import triton.language as tl
 def exp_nonpositive(x):
     """exp(x) for x <= 0.
 
-    In float32 the device's exp multiplies by log2(e) first, an error of |x| ulp; x = n ln(2) + r avoids it. The
-    upper part of ln(2) has 16 bits, so that n * upper is exact with and without a fused multiply-add.
+    In float32 the device's exp multiplies by log2(e) first, an error of |x| ulp; x = n ln(2) + r avoids it.
+    The upper part of ln(2) has 16 bits, so that n * upper is exact with and without a fused multiply-add.
     """
     if x.dtype == tl.float64:
         e = tl.exp(x)

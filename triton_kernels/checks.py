@@ -13,7 +13,7 @@ from .support import DTYPES
 
 @dataclass(frozen=True)
 class Arguments:
-    """Checks the other arguments of one call against `like`, [B, multiple * H], which sets dtype, device, sizes."""
+    """Checks a call's other arguments against `like`, [B, multiple * H], which sets dtype, device, sizes."""
 
     op: str
     name: str
@@ -59,7 +59,8 @@ class Arguments:
             )
         if tensor.device != self.like.device:
             raise RuntimeError(
-                f"{self.op}: {name}: got a tensor on {tensor.device}, expected {self.like.device} as {self.name}"
+                f"{self.op}: {name}: got a tensor on {tensor.device}, "
+                f"expected {self.like.device} as {self.name}"
             )
         return tensor.contiguous()
 

@@ -1,11 +1,11 @@
 """Gates of the LSTM and the GRU cell: everything of a step but its two matrix products.
 
-    LSTM  [i|f|g|o] = gates + bias_ih + bias_hh    c' = sigmoid(f) c + sigmoid(i) tanh(g)    h' = sigmoid(o) tanh(c')
-    GRU   r, z = sigmoid(x + b_ih + h + b_hh)      n = tanh(x_n + b_in + r (h_n + b_hn))     h' = n + z (h - n)
+    LSTM  [i|f|g|o] = gates + b_ih + b_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')
+    GRU   r, z = sigmoid(x + b_ih + h + b_hh);  n = tanh(x_n + b_in + r (h_n + b_hn));  h' = n + z (h - n)
 
 Tiling: one program per [BLOCK_B, BLOCK_H] tile of the state, 512 elements on 4 warps.
-Bytes moved per hidden unit, s = item size: LSTM forward 7 s, and 4 s to save the gates, backward 13 s; GRU forward
-8 s, and 4 s to save, backward 13 s. Arithmetic in float32 (float64 for float64), 64-bit offsets.
+Bytes moved per hidden unit, s = item size: LSTM forward 7 s, and 4 s to save the gates, backward 13 s; GRU
+forward 8 s, and 4 s to save, backward 13 s. Arithmetic in float32 (float64 for float64), 64-bit offsets.
 Limits: contiguous tensors; 16-byte accesses need H to be a multiple of 16, odd H goes element by element.
 
 The launchers have the signatures of the C++ extension's functions of the same names.
@@ -40,7 +40,7 @@ def _tile(batch, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _biased(x, bias, k, hidden, columns):
-    """x plus gate k's part of a bias that may be None."""
+    """Adds to x gate k's part of a bias that may be None."""
     if bias is not None:
         x += load(bias + k * hidden, columns, columns < hidden)
     return x
@@ -190,7 +190,9 @@ def lstm_gates_forward(
         h and c, each [B, H].
 
     Raises:
-        RuntimeError: a shape, dtype or device differs from what `gates` asks for, or `gates` isn't contiguous.
+        RuntimeError: a shape, dtype or device differs from what `gates` asks for, or `gates` is not
+            contiguous.
+
     """
     a = Arguments.of("lstm_gates_forward", "gates", gates, 4)
     if not gates.is_contiguous():
@@ -221,6 +223,7 @@ def lstm_gates_backward(
 
     Raises:
         RuntimeError: a shape, dtype or device differs from what `gates` asks for.
+
     """
     a = Arguments.of("lstm_gates_backward", "gates", gates, 4)
     gates, cx, c = a.rows("gates", gates, 4), a.rows("cx", cx, 1), a.rows("c", c, 1)
@@ -253,6 +256,7 @@ def gru_gates_forward(
 
     Raises:
         RuntimeError: a shape, dtype or device differs from what `gates_x` asks for.
+
     """
     a = Arguments.of("gru_gates_forward", "gates_x", gates_x, 3)
     gates_x, gates_h = a.rows("gates_x", gates_x, 3), a.rows("gates_h", gates_h, 3)
@@ -277,6 +281,7 @@ def gru_gates_backward(grad_h: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tenso
 
     Raises:
         RuntimeError: a shape, dtype or device differs from what `gates` asks for.
+
     """
     a = Arguments.of("gru_gates_backward", "gates", gates, 4)
     gates, grad_h, hx = a.rows("gates", gates, 4), a.rows("grad_h", grad_h, 1), a.rows("hx", hx, 1)

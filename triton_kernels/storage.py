@@ -19,7 +19,7 @@ def load(ptr, offsets, mask):
 
 @triton.jit
 def _rounded_to_bfloat16(x):
-    """x in float32 with the lower half of its bits 0, rounded to nearest, ties to even."""
+    """The float32 x with the lower half of its bits 0, rounded to nearest, ties to even."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, rounded.to(tl.float32, bitcast=True), float("nan"))

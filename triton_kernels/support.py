@@ -27,7 +27,8 @@ def _installation_reasons() -> tuple[str, ...]:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST_TRITON:
         return (
-            f"triton {triton.__version__} is installed, {'.'.join(map(str, OLDEST_TRITON))} is the oldest known to work",
+            f"triton {triton.__version__} is installed, "
+            f"{'.'.join(map(str, OLDEST_TRITON))} or newer is needed",
         )
     return ()
 

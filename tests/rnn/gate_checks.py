@@ -1,7 +1,7 @@
 """What every implementation of the four gate launchers must satisfy; `launchers` is a module that has them.
 
-The oracle is float64. An error may be twice that of the same formula in PyTorch's own dtype, plus four ulp of the
-largest value.
+The oracle is float64. An error may be twice that of the same formula in PyTorch's own dtype, plus four ulp
+of the largest value.
 """
 
 import pytest
@@ -37,7 +37,7 @@ def random(*shape, dtype, scale=1.0, seed=0):
 
 
 def plus(x, *biases):
-    """x and those of the biases that are there."""
+    """The sum of x and those of the biases that are there."""
     for bias in biases:
         x = x if bias is None else x + bias
     return x

@@ -1,7 +1,7 @@
 """The Triton gate kernels in Triton's interpreter.
 
-A kernel is interpreted or compiled by what TRITON_INTERPRET says when its module is first imported; hence a process
-of their own, which the one test of an ordinary run starts.
+A kernel is interpreted or compiled by what TRITON_INTERPRET says when its module is first imported; hence a
+process of their own, which the one test of an ordinary run starts.
 """
 
 import importlib.util
@@ -83,7 +83,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             assert z[5] == z[6] == 0.5
 
     def test_bfloat16_is_rounded_as_torch_does():
-        """Through h = 1 * tanh(c) with c = 0 + g, over values whose lower halves end on both sides of ties."""
+        """Through c = 0 + tanh(g), whose lower halves in float32 lie on both sides of ties."""
         x = torch.linspace(-3, 3, 512, dtype=torch.float64).to(torch.bfloat16)[None]
         gates = torch.cat([torch.full_like(x, 100), x * 0, x, torch.full_like(x, 100)], 1)
         _, c = rnn.lstm_gates_forward(gates, None, None, torch.zeros_like(x), True)
