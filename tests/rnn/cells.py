@@ -71,6 +71,20 @@ def workload(
     return Workload(cell, tensors, grads)
 
 
+def saturated_workload(
+    cell: str, batch: int, scale: float, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Workload:
+    """Make a step whose gates lie far beyond where exp overflows.
+
+    Every product is exact in every dtype, since a gate near zero would magnify the luck of one rounding.
+    """
+    work = workload(cell, batch, 3, 21, dtype, device)
+    tensors = {name: (t * 4).round().clamp(-4, 4) / 4 for name, t in work.tensors.items()}
+    tensors["input"] = torch.where(work.tensors["input"] < 0, -1.0, 1.0).to(dtype) * scale
+    tensors["weight_ih"] = (work.tensors["weight_ih"] * 2 * 21**0.5).round() / 2
+    return work.with_(**tensors)
+
+
 def states_of(tensors: dict[str, Tensor | None]):
     """Return `hx` as a cell takes it."""
     return (tensors["h"], tensors["c"]) if "c" in tensors else tensors["h"]

@@ -5,7 +5,7 @@ import torch
 
 from fusednn.testing import poisoned_memory
 
-from .cells import CELLS, DTYPES, assert_same_bits, check, fused_step, run, workload
+from .cells import CELLS, DTYPES, assert_same_bits, check, fused_step, run, saturated_workload, workload
 
 SHAPES = [(1, 5, 3), (3, 17, 9), (8, 33, 65), (33, 12, 31), (5, 130, 64)]
 
@@ -26,7 +26,7 @@ def test_matches_the_oracle(native, isa, cell, dtype, shape):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("scale", [1e3, 1e4])
 def test_saturated_gates(cell, scale):
-    work = workload(cell, 9, 3, 21, scale=scale)
+    work = saturated_workload(cell, 9, scale)
     for results in (check(work), check(work.map(torch.neg))):
         assert all(t.isfinite().all() for t in results.values())
 
