@@ -25,8 +25,14 @@ def char_lm():
     return module
 
 
+@pytest.fixture
+def no_plot(char_lm, monkeypatch):
+    """Spare the seconds that drawing takes."""
+    monkeypatch.setattr(char_lm, "plot", lambda *_: None)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_losses_agree(char_lm, cell, tmp_path, capsys):
+def test_losses_agree(char_lm, no_plot, cell, tmp_path, capsys):
     assert char_lm.main([*SMALL, "--cell", cell, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "the losses agree" in printed
@@ -85,7 +91,7 @@ class WrongBackwardGRUCell(fusednn.GRUCell):
     ("cell", "broken"),
     [("lstm", ForgetfulLSTMCell), ("gru", BrokenGRUCell), ("gru", WrongBackwardGRUCell)],
 )
-def test_a_wrong_cell_fails(char_lm, cell, broken, tmp_path, capsys, monkeypatch):
+def test_a_wrong_cell_fails(char_lm, no_plot, cell, broken, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(char_lm, "generate", lambda *_: "")
     torch_class = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}[cell]
     cells = {cell: (torch_class, broken)}
@@ -93,7 +99,7 @@ def test_a_wrong_cell_fails(char_lm, cell, broken, tmp_path, capsys, monkeypatch
     assert "the losses differ: at step" in capsys.readouterr().err
 
 
-def test_backend_reaches_the_cells(char_lm, tmp_path):
+def test_backend_reaches_the_cells(char_lm, no_plot, tmp_path):
     with pytest.raises(RuntimeError, match="backend 'cuda' can't serve"):
         char_lm.main([*SMALL, "--backend", "cuda", "--out", str(tmp_path)])
     assert char_lm.main([*SMALL, "--backend", "reference", "--out", str(tmp_path)]) == 0
