@@ -41,8 +41,11 @@ def native_extensions() -> list[Extension]:
     try:
         import torch  # noqa: F401
     except ImportError:
-        print("fusednn: no torch in the build environment: building without the native extension; "
-              "install torch first and use --no-build-isolation to have it", file=sys.stderr)
+        print(
+            "fusednn: no torch in the build environment: building without the native extension; "
+            "install torch first and use --no-build-isolation to have it",
+            file=sys.stderr,
+        )
         return []
     return [Extension("fusednn._C", sources=[])]
 
@@ -52,7 +55,9 @@ def wants_cuda(torch) -> bool:
     choice = os.environ.get("FUSEDNN_CUDA", "auto")
     possible = torch.version.cuda is not None and nvcc() is not None
     if choice == "1" and not possible:
-        raise RuntimeError(f"FUSEDNN_CUDA=1: needs nvcc (found: {nvcc()}) and a CUDA torch ({torch.__version__})")
+        raise RuntimeError(
+            f"FUSEDNN_CUDA=1: needs nvcc (found: {nvcc()}) and a CUDA torch ({torch.__version__})"
+        )
     return possible if choice == "auto" else choice == "1"
 
 

@@ -3,9 +3,9 @@
 //   grad_input = grad_gates weight_ih,   grad_hx = grad_gates weight_hh       [B, G H] [G H, N]
 //   grad_weight_ih = grad_gates^T input, grad_weight_hh = grad_gates^T hx     [G H, B] [B, N]
 //
-// `multiply` serves both, since a has a stride for either dimension: panels of b, w V columns wide, are copied
-// in blocks of K that stay in the first-level cache, and rows of a go past them. For a few rows (M <= kFewRows)
-// nothing is used twice, so b is read where it lies, in stripes along its rows.
+// `multiply` serves both, since a has a stride for either dimension: panels of b, w V columns wide, are
+// copied in blocks of K that stay in the first-level cache, and rows of a go past them. For a few rows (M <=
+// kFewRows) nothing is used twice, so b is read where it lies, in stripes along its rows.
 //
 // Bytes: weights once for each of the two gradients that read them, weight gradients written once.
 #pragma once
@@ -14,9 +14,9 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int kColumns = 4;          // vectors in a panel
+constexpr int kColumns = 4;  // vectors in a panel
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kStripe = 1024;    // columns of a stripe
+constexpr int64_t kStripe = 1024;  // columns of a stripe
 
 template <class T, class S>
 struct GatesAt {
@@ -38,8 +38,9 @@ struct GatesAt {
 template <class T, class S>
 FUSEDNN_INLINE void lstm_gates_backward(const GatesAt<T, S>& at) {
   const GatesBackward& p = at.p;
-  const auto d = math::lstm_backward(at.state(p.grad_h), at.state(p.grad_c), at.gate(0), at.gate(1), at.gate(2),
-                                     at.gate(3), at.state(p.state), at.state(Rows{p.c, p.hidden_size}));
+  const auto d =
+      math::lstm_backward(at.state(p.grad_h), at.state(p.grad_c), at.gate(0), at.gate(1), at.gate(2),
+                          at.gate(3), at.state(p.state), at.state(Rows{p.c, p.hidden_size}));
   at.store(p.grad_gates, 4, 0, d.i);
   at.store(p.grad_gates, 4, 1, d.f);
   at.store(p.grad_gates, 4, 2, d.g);
@@ -143,7 +144,8 @@ void multiply_block(const Product& p, int64_t row, int64_t rows, int64_t column,
     const int64_t depth = minimum(kBlockK, p.K - k);
     pack_panel(depth, real, columns, static_cast<const S*>(p.b.data) + k * p.b.stride + column, p.b.stride,
                panel);
-    tiles<kColumns>(rows, depth, a.at(row, k), panel, columns, c, c_stride, kColumns - 1, p.accumulate || k > 0);
+    tiles<kColumns>(rows, depth, a.at(row, k), panel, columns, c, c_stride, kColumns - 1,
+                    p.accumulate || k > 0);
   }
   if (!whole)
     for (int64_t m = 0; m < rows; ++m) std::memcpy(out + m * p.N, c + m * columns, real * sizeof(T));
@@ -160,10 +162,17 @@ void multiply(const Product& p, const Parallel& parallel) {
         const int64_t j = s * kStripe, n = minimum(kStripe, p.N - j);
         const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
         switch (p.M) {
-          case 1: multiply_few_rows<1>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate); break;
-          case 2: multiply_few_rows<2>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate); break;
-          case 3: multiply_few_rows<3>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate); break;
-          default: multiply_few_rows<4>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
+          case 1:
+            multiply_few_rows<1>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
+            break;
+          case 2:
+            multiply_few_rows<2>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
+            break;
+          case 3:
+            multiply_few_rows<3>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
+            break;
+          default:
+            multiply_few_rows<4>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
         }
       }
     });

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def _against_triton(input: Tensor, *states: Tensor) -> Reasons:
     return kernels.not_supported_reasons(input) or _against_dtypes(input, *states, wide_state=False)
 
 
-def _triton() -> tuple[ModuleType | None, str]:
+def _triton() -> tuple[Any, str]:
     global _triton_loaded
     if _triton_loaded is None:
         try:
@@ -60,7 +61,7 @@ def _triton() -> tuple[ModuleType | None, str]:
     return _triton_loaded
 
 
-_triton_loaded: tuple[ModuleType | None, str] | None = None
+_triton_loaded: tuple[Any, str] | None = None
 
 
 class _Products:
@@ -122,7 +123,9 @@ def _operation(name: str, states: Callable[..., tuple[Tensor, ...]]) -> Operatio
         (
             Implementation("cpu", cpu, lambda *args: _against_cpu(*states(*args))),
             Implementation("cuda", getattr(_cuda, name), lambda *args: _against_cuda(*states(*args))),
-            Implementation("triton", getattr(_triton_products, name), lambda *args: _against_triton(*states(*args))),
+            Implementation(
+                "triton", getattr(_triton_products, name), lambda *args: _against_triton(*states(*args))
+            ),
             Implementation("reference", getattr(reference, name)),
         ),
     )

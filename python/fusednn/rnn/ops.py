@@ -8,7 +8,6 @@ differentiated, it is done in the reference's torch ops, from the inputs.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import settings
 from . import backends, reference
@@ -48,7 +47,8 @@ def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates):
 
 def _fake_grads(output_mask, tensors):
     return tuple(
-        t.new_empty(t.shape) if needed else t.new_empty(0) for t, needed in zip(tensors, output_mask, strict=True)
+        t.new_empty(t.shape) if needed else t.new_empty(0)
+        for t, needed in zip(tensors, output_mask, strict=True)
     )
 
 
@@ -89,8 +89,8 @@ def _lstm_backward(ctx, grad_h, grad_c, _grad_gates):
     else:
         with settings.use_backend(ctx.backend):
             grads = torch.ops.fusednn.lstm_cell_backward(*operands)
-    *grads, bias = (g if needed else None for g, needed in zip(grads, mask, strict=True))
-    return *grads, bias if n_b_ih else None, bias if n_b_hh else None, None
+    *wanted, bias = (g if needed else None for g, needed in zip(grads, mask, strict=True))
+    return *wanted, bias if n_b_ih else None, bias if n_b_hh else None, None
 
 
 def _gru_setup(ctx, inputs, output) -> None:
