@@ -24,6 +24,9 @@ def suite(tmp_path, monkeypatch):
     monkeypatch.setattr(run_tests.importlib.util, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.setenv(
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"
+    )  # they take longer to load than the tests to run
     return tmp_path
 
 
