@@ -98,7 +98,9 @@ def running_on(place: Place) -> Iterator[Place]:
         if place.name == "cuda-emulated":
             module = emulated_module()
             if module is None:
-                missing("the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build time adds them")
+                missing(
+                    "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build time adds them"
+                )
             stack.enter_context(testing.emulated_cuda(module))
         if place.backend == "triton":
             try:

@@ -87,5 +87,8 @@ def test_instruction_sets_are_switched_and_restored():
         with testing.instruction_set(name):
             assert _native.extension.cpu.isa() == name
     assert _native.extension.cpu.isa() == before
-    with pytest.raises(ValueError, match="expected baseline, avx2 or avx512"), testing.instruction_set("sse9"):
+    with (
+        pytest.raises(ValueError, match="expected baseline, avx2 or avx512"),
+        testing.instruction_set("sse9"),
+    ):
         pass

@@ -40,7 +40,9 @@ def exact_by_float64(function: str, x: torch.Tensor) -> torch.Tensor:
 
 def check_float32(native, function: str, x: torch.Tensor, what: str) -> None:
     error, where = worst(native, function, x, exact_by_float64(function, x))
-    assert error <= BOUNDS[function], f"{function} of {what}: {error:.2f} ulp at {where!r}, bound {BOUNDS[function]}"
+    assert error <= BOUNDS[function], (
+        f"{function} of {what}: {error:.2f} ulp at {where!r}, bound {BOUNDS[function]}"
+    )
 
 
 @every_function
@@ -66,7 +68,18 @@ def special_values(dtype: torch.dtype) -> torch.Tensor:
     positive = [0.0, info.smallest_normal, info.eps, info.max, 1.0, torch.inf]
     positive += [5e-324 if dtype == torch.float64 else 1.4e-45, info.smallest_normal / 2]
     edges = (88.72283, 88.72284, 87.33654, 103.27892, 103.97208, 104.0, 709.782712893384, 709.7827128933841)
-    edges += (708.3964185322641, 744.4400719213812, 745.1332191019412, 745.2, 746.0, 1e3, 9.01, 10.0, 19.06, 20.0)
+    edges += (
+        708.3964185322641,
+        744.4400719213812,
+        745.1332191019412,
+        745.2,
+        746.0,
+        1e3,
+        9.01,
+        10.0,
+        19.06,
+        20.0,
+    )
     return torch.tensor([s * v for v in (*positive, *edges) for s in (1, -1)] + [torch.nan], dtype=dtype)
 
 
@@ -122,7 +135,9 @@ def test_float64(native, function):
             error = float(abs(mpmath.mpf(result) - exact) * mpmath.mpf(2) ** (53 - exponent))
             if error > largest:
                 largest, where = error, value
-    assert largest <= BOUNDS[function], f"{function}: {largest:.2f} ulp at {where!r}, bound {BOUNDS[function]}"
+    assert largest <= BOUNDS[function], (
+        f"{function}: {largest:.2f} ulp at {where!r}, bound {BOUNDS[function]}"
+    )
 
 
 @pytest.mark.usefixtures("isa")

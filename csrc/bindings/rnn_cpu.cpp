@@ -240,8 +240,9 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
 }  // namespace
 
 SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                       const Tensor& hx, const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
-                       const Tensor& c, const Tensor& gates, const std::array<bool, 6>& mask) {
+                              const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                              const Tensor& weight_hh, const Tensor& c, const Tensor& gates,
+                              const std::array<bool, 6>& mask) {
   const CellTensors t(Cell::lstm, input, hx, cx, weight_ih, weight_hh);
   check(c, "c", {t.batch, t.hidden}, t.state.scalar_type());
   const GateGradients d = gates_backward(t, grad_h, grad_c, c, gates);
@@ -264,8 +265,9 @@ SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor
   };
 }
 
-SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx, const Tensor& weight_ih,
-                      const Tensor& weight_hh, const Tensor& gates, const std::array<bool, 6>& mask) {
+SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx,
+                             const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& gates,
+                             const std::array<bool, 6>& mask) {
   const CellTensors t(Cell::gru, input, hx, hx, weight_ih, weight_hh);
   const GateGradients d = gates_backward(t, grad_h, std::nullopt, {}, gates);
   const auto where = [&](bool needed, auto make, const Tensor& like) {

@@ -14,7 +14,8 @@ using SixTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell_forward(
     const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx, const at::Tensor& weight_ih,
-    const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, bool save_gates);
+    const at::Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
+    bool save_gates);
 
 SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c,
                               const at::Tensor& input, const at::Tensor& hx, const at::Tensor& cx,
@@ -27,8 +28,8 @@ std::tuple<at::Tensor, at::Tensor> gru_cell_forward(const at::Tensor& input, con
                                                     const OptionalTensor& bias_hh, bool save_gates);
 
 SixTensors gru_cell_backward(const at::Tensor& grad_h, const at::Tensor& input, const at::Tensor& hx,
-                             const at::Tensor& weight_ih, const at::Tensor& weight_hh, const at::Tensor& gates,
-                             const std::array<bool, 6>& output_mask);
+                             const at::Tensor& weight_ih, const at::Tensor& weight_hh,
+                             const at::Tensor& gates, const std::array<bool, 6>& output_mask);
 
 // The eager shortcut (rnn_cpu_eager.cpp): the whole cell with its autograd node where nothing but plain CPU
 // tensors is involved, so that a small cell costs less than the way through the dispatcher. Nothing is

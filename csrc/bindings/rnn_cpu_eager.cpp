@@ -1,4 +1,5 @@
-// The eager shortcut of LSTM and GRU cells on CPU tensors; see rnn_cpu.h and docs/design/006-eager-shortcut.md.
+// The eager shortcut of LSTM and GRU cells on CPU tensors; see rnn_cpu.h and
+// docs/design/006-eager-shortcut.md.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
@@ -23,7 +24,8 @@ bool subset(DispatchKeySet keys, DispatchKeySet allowed) {
 // No mode, transform, tracer, autocast or profiler that would want to see the op.
 bool nobody_listens() {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const DispatchKeySet usual = DispatchKeySet(DispatchKey::BackendSelect) | DispatchKeySet(DispatchKey::ADInplaceOrView);
+  const DispatchKeySet usual =
+      DispatchKeySet(DispatchKey::BackendSelect) | DispatchKeySet(DispatchKey::ADInplaceOrView);
   return subset(tls.included_, usual) && !at::autocast::is_autocast_enabled(at::kCPU) && !at::hasCallbacks();
 }
 
@@ -34,8 +36,9 @@ struct Plain {
 
   // Folds one argument in: a dense CPU tensor of the common dtype, no subclass, no wrapper, of this shape.
   void operator()(const Tensor& t, at::IntArrayRef sizes) {
-    const DispatchKeySet allowed = DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::ADInplaceOrView) |
-                                   DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutocastCPU);
+    const DispatchKeySet allowed =
+        DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::ADInplaceOrView) |
+        DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutocastCPU);
     ok = ok && t.defined() && subset(t.key_set(), allowed) && t.scalar_type() == dtype && t.sizes() == sizes;
     requires_grad = requires_grad || t.requires_grad();
   }
@@ -52,7 +55,8 @@ bool supported(at::ScalarType t) {
 bool plain_call(int gates, const Tensor& input, std::initializer_list<Tensor> states, const Tensor& weight_ih,
                 const Tensor& weight_hh, const OptionalTensor& bias_ih, const OptionalTensor& bias_hh,
                 bool& requires_grad) {
-  if (input.dim() != 2 || weight_hh.dim() != 2 || !supported(input.scalar_type()) || !nobody_listens()) return false;
+  if (input.dim() != 2 || weight_hh.dim() != 2 || !supported(input.scalar_type()) || !nobody_listens())
+    return false;
   const int64_t batch = input.size(0), hidden = weight_hh.size(1), rows = gates * hidden;
   Plain plain{input.scalar_type()};
   plain(input, input.sizes());
@@ -89,8 +93,8 @@ variable_list differentiable_backward(const char* function, const variable_list&
 
 struct LstmCell : torch::autograd::Function<LstmCell> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& hx, const Tensor& cx,
-                               const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                               const OptionalTensor& bias_hh) {
+                               const Tensor& weight_ih, const Tensor& weight_hh,
+                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, true);
     ctx->save_for_backward(
@@ -105,21 +109,22 @@ struct LstmCell : torch::autograd::Function<LstmCell> {
     if (at::GradMode::is_enabled())
       return differentiable_backward("lstm_cell_gradients", variable_list(s.begin(), s.begin() + 7), grads);
     const auto needs = [&](int i) { return ctx->needs_input_grad(i); };
-    const bool bias_ih = s[5].defined() && needs(5), bias_hh = s[6].defined() && needs(s[5].defined() ? 6 : 5);
+    const bool bias_ih = s[5].defined() && needs(5),
+               bias_hh = s[6].defined() && needs(s[5].defined() ? 6 : 5);
     const std::array<bool, 6> mask = {needs(0), needs(1), needs(2), needs(3), needs(4), bias_ih || bias_hh};
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [input, hx, cx, w_ih, w_hh, bias] = lstm_cell_backward(optional(grads[0]), optional(grads[1]), s[0], s[1],
-                                                                s[2], s[3], s[4], s[7], s[8], mask);
+    auto [input, hx, cx, w_ih, w_hh, bias] = lstm_cell_backward(optional(grads[0]), optional(grads[1]), s[0],
+                                                                s[1], s[2], s[3], s[4], s[7], s[8], mask);
     const auto where = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
-    return {where(mask[0], input), where(mask[1], hx),   where(mask[2], cx), where(mask[3], w_ih),
+    return {where(mask[0], input), where(mask[1], hx),   where(mask[2], cx),  where(mask[3], w_ih),
             where(mask[4], w_hh),  where(bias_ih, bias), where(bias_hh, bias)};
   }
 };
 
 struct GruCell : torch::autograd::Function<GruCell> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& hx,
-                               const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                               const OptionalTensor& bias_hh) {
+                               const Tensor& weight_ih, const Tensor& weight_hh,
+                               const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [h, gates] = gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, true);
     ctx->save_for_backward(
@@ -134,10 +139,12 @@ struct GruCell : torch::autograd::Function<GruCell> {
     if (at::GradMode::is_enabled())
       return differentiable_backward("gru_cell_gradients", variable_list(s.begin(), s.begin() + 6), grads);
     const auto needs = [&](int i) { return ctx->needs_input_grad(i); };
-    const bool bias_ih = s[4].defined() && needs(4), bias_hh = s[5].defined() && needs(s[4].defined() ? 5 : 4);
+    const bool bias_ih = s[4].defined() && needs(4),
+               bias_hh = s[5].defined() && needs(s[4].defined() ? 5 : 4);
     const std::array<bool, 6> mask = {needs(0), needs(1), needs(2), needs(3), bias_ih, bias_hh};
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [input, hx, w_ih, w_hh, b_ih, b_hh] = gru_cell_backward(grads[0], s[0], s[1], s[2], s[3], s[6], mask);
+    auto [input, hx, w_ih, w_hh, b_ih, b_hh] =
+        gru_cell_backward(grads[0], s[0], s[1], s[2], s[3], s[6], mask);
     const auto where = [](bool needed, const Tensor& t) { return needed ? t : Tensor(); };
     return {where(mask[0], input), where(mask[1], hx),   where(mask[2], w_ih),
             where(mask[3], w_hh),  where(mask[4], b_ih), where(mask[5], b_hh)};
@@ -146,8 +153,9 @@ struct GruCell : torch::autograd::Function<GruCell> {
 
 }  // namespace
 
-std::optional<std::tuple<Tensor, Tensor>> try_lstm_cell(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                                        const Tensor& weight_ih, const Tensor& weight_hh,
+std::optional<std::tuple<Tensor, Tensor>> try_lstm_cell(const Tensor& input, const Tensor& hx,
+                                                        const Tensor& cx, const Tensor& weight_ih,
+                                                        const Tensor& weight_hh,
                                                         const OptionalTensor& bias_ih,
                                                         const OptionalTensor& bias_hh) {
   bool record = false;

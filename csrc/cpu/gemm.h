@@ -1,6 +1,7 @@
 // Small matrix products on register tiles, for operands that the caller has laid out.
 //
-//   tile    C[M, V w] (+)= A[M, K] B[K, V w]    outer products: V vectors of B times M broadcast elements of A;
+//   tile    C[M, V w] (+)= A[M, K] B[K, V w]    outer products: V vectors of B times M broadcast elements of
+//   A;
 //                                               M V accumulators, one load of B per M products
 //   dot     c[M, R] = A[M, K] W[R, K]^T         both along K: no packing, for a few rows of A; each weight is
 //                                               read once, so memory is the limit
@@ -37,8 +38,7 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      acc[m][v] = Vec<T>(T(0));
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
   const T* rows[M];
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row_stride;
@@ -71,8 +71,8 @@ void tiles(int64_t rows, int64_t K, Strided<T> a, const S* b, int64_t b_stride, 
   const Strided<T> rest = a.at(m, 0);
   T* c_rest = c + m * c_stride;
   switch (rows - m) {
-#define FUSEDNN_CASE(N)                                                  \
-  case N:                                                                \
+#define FUSEDNN_CASE(N)                                                                        \
+  case N:                                                                                      \
     if constexpr (N < M) tile<N, V>(K, rest, b, b_stride, c_rest, c_stride, last, accumulate); \
     break;
     FUSEDNN_CASE(1)

@@ -3,9 +3,9 @@
 //   grad_input = grad_gates weight_ih,   grad_hx = grad_gates weight_hh       [B, G H] [G H, N]
 //   grad_weight_ih = grad_gates^T input, grad_weight_hh = grad_gates^T hx     [G H, B] [B, N]
 //
-// `multiply` serves both, since a has a stride for either dimension: panels of b, w V columns wide, are copied
-// in blocks of K that stay in the first-level cache, and rows of a go past them. For a few rows (M <= kFewRows)
-// nothing is used twice, so b is read where it lies, in stripes along its rows.
+// `multiply` serves both, since a has a stride for either dimension: panels of b, w V columns wide, are
+// copied in blocks of K that stay in the first-level cache, and rows of a go past them. For a few rows (M <=
+// kFewRows) nothing is used twice, so b is read where it lies, in stripes along its rows.
 //
 // Bytes: weights once for each of the two gradients that read them, weight gradients written once.
 #pragma once
@@ -14,10 +14,10 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int kColumns = 4;          // vectors in a panel
+constexpr int kColumns = 4;  // vectors in a panel
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kPanelsAtOnce = 4;  // with few rows: enough neighbours for the prefetcher
-constexpr int64_t kStripe = 1024;    // columns of a stripe
+constexpr int64_t kStripe = 1024;     // columns of a stripe
 
 template <class T, class S>
 struct GatesAt {
@@ -39,8 +39,9 @@ struct GatesAt {
 template <class T, class S>
 FUSEDNN_INLINE void lstm_gates_backward(const GatesAt<T, S>& at) {
   const GatesBackward& p = at.p;
-  const auto d = math::lstm_backward(at.state(p.grad_h), at.state(p.grad_c), at.gate(0), at.gate(1), at.gate(2),
-                                     at.gate(3), at.state(p.state), at.state(Rows{p.c, p.hidden_size}));
+  const auto d =
+      math::lstm_backward(at.state(p.grad_h), at.state(p.grad_c), at.gate(0), at.gate(1), at.gate(2),
+                          at.gate(3), at.state(p.state), at.state(Rows{p.c, p.hidden_size}));
   at.store(p.grad_gates, 4, 0, d.i);
   at.store(p.grad_gates, 4, 1, d.f);
   at.store(p.grad_gates, 4, 2, d.g);
@@ -132,7 +133,7 @@ void multiply_few_rows(int64_t n, int64_t K, Strided<T> a, const S* b, int64_t b
 struct Blocking {
   int64_t depth, panels;
 };
-constexpr int64_t kRowStep = 12;           // rows of a that pass by a block's panels together
+constexpr int64_t kRowStep = 12;            // rows of a that pass by a block's panels together
 constexpr int64_t kBlockBytes = 192 << 10;  // part of a second-level cache
 
 template <class T>
@@ -147,7 +148,17 @@ template <class T>
 constexpr size_t product_workspace_bytes() {
   constexpr int64_t panel_row = kColumns * sizeof(Vec<T>);
   const int64_t few = kPanelsAtOnce * kBlockK * panel_row;
-  return (few > kBlockBytes ? few : kBlockBytes) + kBlockK * panel_row + kRowStep * panel_row;
+  const int64_t edge = kRowStep * panel_row, rows = kRowStep * kBlockK * sizeof(T);
+  return (few > kBlockBytes ? few : kBlockBytes) + kBlockK * panel_row + edge + rows;
+}
+
+// Copies rows of a that lie across memory to [K][kRowStep]: a step in K would otherwise always meet the same
+// few sets of the first-level cache.
+template <class T>
+Strided<T> gather_rows(int64_t rows, int64_t K, Strided<T> a, T* to) {
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t m = 0; m < rows; ++m) to[k * kRowStep + m] = a.data[m * a.row_stride + k * a.k_stride];
+  return {to, 1, kRowStep};
 }
 
 // The rectangle [row, row + rows) x [column, column + columns) of out; `column` is a multiple of a panel.
@@ -158,7 +169,8 @@ void multiply_rectangle(const Product& p, int64_t row, int64_t rows, int64_t col
   const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
   const S* b = static_cast<const S*>(p.b.data);
   const Blocking block = blocking<T>(rows, p.K);
-  T* edge = workspace + product_workspace_bytes<T>() / sizeof(T) - kRowStep * width;
+  T* edge = workspace + product_workspace_bytes<T>() / sizeof(T) - kRowStep * (width + kBlockK);
+  T* a_rows = edge + kRowStep * width;
   for (int64_t j0 = column; j0 < column + columns; j0 += block.panels * width) {
     const int64_t j1 = minimum(column + columns, j0 + block.panels * width);
     for (int64_t k = 0; k < p.K; k += block.depth) {
@@ -169,17 +181,18 @@ void multiply_rectangle(const Product& p, int64_t row, int64_t rows, int64_t col
                    workspace + (j - j0) * depth);
       for (int64_t m = row; m < row + rows; m += kRowStep) {
         const int64_t step = minimum(kRowStep, row + rows - m);
+        const Strided<T> a_step = a.k_stride == 1 ? a.at(m, k) : gather_rows(step, depth, a.at(m, k), a_rows);
         for (int64_t j = j0; j < j1; j += width) {
           const T* panel = workspace + (j - j0) * depth;
           T* out = static_cast<T*>(p.out) + m * p.N + j;
           const int64_t real = j1 - j;
           if (real >= width) {
-            tiles<kColumns>(step, depth, a.at(m, k), panel, width, out, p.N, kColumns - 1, accumulate);
+            tiles<kColumns>(step, depth, a_step, panel, width, out, p.N, kColumns - 1, accumulate);
             continue;
           }
           if (accumulate)
             for (int64_t r = 0; r < step; ++r) std::memcpy(edge + r * width, out + r * p.N, real * sizeof(T));
-          tiles<kColumns>(step, depth, a.at(m, k), panel, width, edge, width, kColumns - 1, accumulate);
+          tiles<kColumns>(step, depth, a_step, panel, width, edge, width, kColumns - 1, accumulate);
           for (int64_t r = 0; r < step; ++r) std::memcpy(out + r * p.N, edge + r * width, real * sizeof(T));
         }
       }
@@ -221,7 +234,8 @@ void multiply(const Product& p, const Parallel& parallel) {
   const bool by_rows = p.M > kRowsAtMost;  // a thread then copies all of b, for rows enough to pay for it
   const int64_t unit = by_rows ? kRowStep : width;
   parallel(ceil_div(by_rows ? p.M : p.N, unit), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    T* workspace = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
+    T* workspace =
+        reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
     const int64_t first = begin * unit;
     if (by_rows)
       multiply_rectangle<T, S>(p, first, minimum(end * unit, p.M) - first, 0, p.N, workspace);

@@ -67,7 +67,6 @@ def build_info() -> dict[str, Any]:
     return (_build_record() or {}) if extension is not None else {}
 
 
-
 def _apply_settings() -> None:
     """Hand the extension what the environment asks of it."""
     if extension is None:

@@ -40,7 +40,9 @@ def error_budget(same_dtype_torch: Tensor, oracle: Tensor) -> float:
     return ERROR_RATIO * torch_error + ULPS * info.eps * largest
 
 
-def assert_close_to_oracle(actual: Tensor, same_dtype_torch: Tensor, oracle: Tensor, what: str = "result") -> None:
+def assert_close_to_oracle(
+    actual: Tensor, same_dtype_torch: Tensor, oracle: Tensor, what: str = "result"
+) -> None:
     """Check `actual` against the float64 `oracle`, within :func:`error_budget`.
 
     Args:
@@ -60,7 +62,9 @@ def assert_close_to_oracle(actual: Tensor, same_dtype_torch: Tensor, oracle: Ten
         got, expected = getattr(actual, name), getattr(same_dtype_torch, name)
         assert got == expected, f"{what}: got {name} {got}, expected {expected}"
     assert oracle.dtype == torch.float64, f"{what}: got an oracle of {oracle.dtype}, expected float64"
-    assert oracle.shape == actual.shape, f"{what}: got an oracle of shape {oracle.shape}, expected {actual.shape}"
+    assert oracle.shape == actual.shape, (
+        f"{what}: got an oracle of shape {oracle.shape}, expected {actual.shape}"
+    )
     if actual.numel() == 0:
         return
     oracle = oracle.to(actual.device)

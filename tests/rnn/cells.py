@@ -22,7 +22,6 @@ TORCH_MODULES = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell}
 PARAMETERS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-
 @dataclass(frozen=True)
 class Workload:
     """One step's tensors by argument name, and the gradients of its results (None: not used)."""
@@ -106,7 +105,9 @@ def oracle_step(cell: str, tensors: dict[str, Tensor | None]) -> tuple[Tensor, .
     """The reference; the oracle if its tensors are float64."""
     parameters = _parameters(tensors)
     if cell == "lstm":
-        return reference.lstm_cell_forward(tensors["input"], tensors["h"], tensors["c"], *parameters, False)[:2]
+        return reference.lstm_cell_forward(tensors["input"], tensors["h"], tensors["c"], *parameters, False)[
+            :2
+        ]
     return reference.gru_cell_forward(tensors["input"], tensors["h"], *parameters, False)[:1]
 
 
@@ -127,7 +128,8 @@ def run(step, work: Workload, wanted: Sequence[str] | None = None) -> dict[str, 
     wanted = present if wanted is None else [name for name in present if name in wanted]
     # A tensor with stride tricks must stay as it is: gradients are asked of an alias, not of a copy.
     tensors = {
-        name: t if t is None else t.detach().requires_grad_(name in wanted) for name, t in work.tensors.items()
+        name: t if t is None else t.detach().requires_grad_(name in wanted)
+        for name, t in work.tensors.items()
     }
     with torch.set_grad_enabled(bool(wanted)):
         outputs = step(work.cell, tensors)

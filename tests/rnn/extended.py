@@ -35,7 +35,9 @@ def extended_results(work: Workload) -> dict[str, torch.Tensor]:
 
 def _products(t: dict[str, Array | None]) -> tuple[Array, Array]:
     x, h = t["input"] @ t["weight_ih"].T, t["h"] @ t["weight_hh"].T
-    return (x if t["bias_ih"] is None else x + t["bias_ih"]), (h if t["bias_hh"] is None else h + t["bias_hh"])
+    return (x if t["bias_ih"] is None else x + t["bias_ih"]), (
+        h if t["bias_hh"] is None else h + t["bias_hh"]
+    )
 
 
 def _parameter_grads(t, d_x: Array, d_h: Array) -> dict[str, Array]:
@@ -83,4 +85,3 @@ def _gru(t, grads) -> dict[str, Array]:
         "grad of h": d_h @ t["weight_hh"] + d_out * z,
         **_parameter_grads(t, d_x, d_h),
     }
-

@@ -159,8 +159,9 @@ def test_functions_name_what_is_no_tensor(cell, argument):
 # them by hand must meet an error, not a fault.
 
 _shapes = st.lists(st.integers(0, 41), min_size=0, max_size=3).map(tuple)
-_dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.long, torch.bool])
-
+_dtypes = st.sampled_from(
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.long, torch.bool]
+)
 
 
 def _call(function, args) -> None:

@@ -41,7 +41,9 @@ def test_every_subset_of_frozen_arguments(place, cell, batch):
     for size in range(1, len(names)):
         for wanted in itertools.combinations(names, size):
             for name, t in run(fused_step, work, wanted).items():
-                torch.testing.assert_close(t, complete[name], msg=lambda text, n=name: f"{wanted} {n}: {text}")
+                torch.testing.assert_close(
+                    t, complete[name], msg=lambda text, n=name: f"{wanted} {n}: {text}"
+                )
 
 
 @every_cell

@@ -41,7 +41,10 @@ def test_sixteen_bit_storage_converts_every_value(cell, dtype):
     tensors = {"input": torch.zeros(2**16, 1, dtype=dtype)}
     tensors |= {"h": states} if cell == "gru" else {"h": torch.zeros_like(states), "c": states}
     rows = 4 if cell == "lstm" else 3
-    tensors |= {"weight_ih": torch.zeros(rows, 1, dtype=dtype), "weight_hh": torch.zeros(rows, 1, dtype=dtype)}
+    tensors |= {
+        "weight_ih": torch.zeros(rows, 1, dtype=dtype),
+        "weight_hh": torch.zeros(rows, 1, dtype=dtype),
+    }
     outputs = fused_step(cell, {**tensors, "bias_ih": None, "bias_hh": None})
     got = outputs[-1] if cell == "lstm" else outputs[0]
     # GRU: n + z (h - n), where 0 times an infinite h in the product makes NaN.

@@ -130,7 +130,7 @@ def test_saturated_gates(place, cell, dtype, scale, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("batch", [3, 9])
 def test_a_bad_row_keeps_to_itself(place, cell, value, dtype, batch):
-    """inf or NaN in one row of one operand reaches that row's results, and no other row's."""
+    """Inf or NaN in one row of one operand reaches that row's results, and no other row's."""
     clean = workload(cell, batch, 6, 21, dtype, place.device)
     expected = run(fused_step, clean)
     row = batch - 2

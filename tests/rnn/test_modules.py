@@ -19,7 +19,10 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 def pair_of_modules(cell: str, input_size: int = 6, hidden: int = 10, **kwargs):
     """Return fusednn's module and torch's with the same parameters."""
-    ours, theirs = MODULES[cell](input_size, hidden, **kwargs), TORCH_MODULES[cell](input_size, hidden, **kwargs)
+    ours, theirs = (
+        MODULES[cell](input_size, hidden, **kwargs),
+        TORCH_MODULES[cell](input_size, hidden, **kwargs),
+    )
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -77,9 +80,11 @@ def test_copies_and_files(cell, way):
         file.seek(0)
         copied = torch.load(file, weights_only=False)
     else:
-        copied = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[
-            way
-        ](ours)
+        copied = {
+            "copy": copy.copy,
+            "deepcopy": copy.deepcopy,
+            "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        }[way](ours)
     assert type(copied) is MODULES[cell]
     assert_same(copied, theirs)
     if way != "copy":
@@ -186,7 +191,7 @@ def _module_info_samples():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_torchs_module_info_samples(place, info, ours, dtype, training):
-    """torch's own samples for its own test suite: outputs, gradients and reference functions agree."""
+    """Torch's own samples for its own test suite: outputs, gradients and reference functions agree."""
     device = place.device
     samples = info.module_inputs_func(info, device, dtype, requires_grad=True, training=training)
     assert samples
@@ -213,7 +218,7 @@ def test_torchs_module_info_samples(place, info, ours, dtype, training):
 
 @pytest.mark.parametrize(("info", "ours"), _module_info_samples())
 def test_torchs_module_info_errors(info, ours):
-    """torch's own samples of bad input: the same type of error, by the same text."""
+    """Torch's own samples of bad input: the same type of error, by the same text."""
     if info.module_error_inputs_func is None:
         pytest.fail(f"{info.name} has no samples of bad input in this torch")
     samples = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=False)

@@ -18,7 +18,10 @@ def outputs_of(result):
 
 def pair_of_modules(cell: str, input_size: int = 6, hidden: int = 10, **kwargs):
     """Return fusednn's module and torch's with the same parameters."""
-    ours, theirs = MODULES[cell](input_size, hidden, **kwargs), TORCH_MODULES[cell](input_size, hidden, **kwargs)
+    ours, theirs = (
+        MODULES[cell](input_size, hidden, **kwargs),
+        TORCH_MODULES[cell](input_size, hidden, **kwargs),
+    )
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -47,7 +50,9 @@ def test_opcheck(name, backend, request):
 def test_opcheck_of_autograd_and_dynamic_shapes(name):
     """All of opcheck, on the largest case that trains: the rest of it takes seconds a case."""
     op = getattr(torch.ops.fusednn, name).default
-    trained = [args for case, args in op_cases(name).items() if case.startswith("B=9") and "False" not in case]
+    trained = [
+        args for case, args in op_cases(name).items() if case.startswith("B=9") and "False" not in case
+    ]
     torch.library.opcheck(op, trained[-1])
 
 

@@ -151,7 +151,9 @@ def test_load_state_dict(cell, module):
 def test_clipping_and_initialisation(module):
     nn.init.orthogonal_(module.weight_hh)
     warm(module)
-    torch.nn.utils.vector_to_parameters(torch.randn(sum(p.numel() for p in module.parameters())), module.parameters())
+    torch.nn.utils.vector_to_parameters(
+        torch.randn(sum(p.numel() for p in module.parameters())), module.parameters()
+    )
     warm(module)
     module.reset_parameters()
     warm(module)

@@ -112,7 +112,9 @@ def _operation(name: str, states: Callable[..., tuple[Tensor, ...]]) -> Operatio
         (
             Implementation("cpu", cpu, lambda *args: _against_cpu(*states(*args))),
             Implementation("cuda", getattr(_cuda, name), lambda *args: _against_cuda(*states(*args))),
-            Implementation("triton", getattr(_triton_products, name), lambda *args: _against_triton(*states(*args))),
+            Implementation(
+                "triton", getattr(_triton_products, name), lambda *args: _against_triton(*states(*args))
+            ),
             Implementation("reference", getattr(reference, name)),
         ),
     )

@@ -8,7 +8,6 @@ differentiated, it is done in the reference's torch ops, from the inputs.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from .. import settings
 from . import backends, reference
@@ -48,7 +47,8 @@ def _(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates):
 
 def _fake_grads(output_mask, tensors):
     return tuple(
-        t.new_empty(t.shape) if needed else t.new_empty(0) for t, needed in zip(tensors, output_mask, strict=True)
+        t.new_empty(t.shape) if needed else t.new_empty(0)
+        for t, needed in zip(tensors, output_mask, strict=True)
     )
 
 

@@ -88,7 +88,9 @@ def lstm_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def lstm_cell_gradients(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def lstm_cell_gradients(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Return the gradients of the forward's seven tensors, differentiable in every operand."""
     input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     _, c, gates = lstm_cell_forward(*tensors, save_gates=True)
@@ -147,7 +149,9 @@ def gru_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def gru_cell_gradients(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def gru_cell_gradients(
+    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Return the gradients of the forward's six tensors, differentiable in every operand."""
     input, hx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
     _, gates = gru_cell_forward(*tensors, save_gates=True)
