@@ -28,9 +28,10 @@ REMEDY = "pip install --no-build-isolation -e . (in a checkout) or pip install -
 def _build_record() -> dict[str, Any] | None:
     path = Path(__file__).with_name("_build_info.json")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) and {"torch", "interface"} <= record.keys() else None
 
 
 def _minor(version: str) -> str:
@@ -43,14 +44,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
     record = _build_record()
     if record is None:
         return None, "the extension fusednn._C was not built"
-    if _minor(record["torch"]) != _minor(torch.__version__):
+    if _minor(str(record["torch"])) != _minor(torch.__version__):
         return None, f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}"
     if record["interface"] != INTERFACE_VERSION:
         return None, f"fusednn._C is stale: interface {record['interface']}, expected {INTERFACE_VERSION}"
     try:
-        return importlib.import_module("fusednn._C"), None
+        loaded = importlib.import_module("fusednn._C")
     except ImportError as error:
         return None, f"fusednn._C can't be loaded: {error}"
+    loaded.cpu.keep_packed_weights(settings.weight_cache_enabled())
+    return loaded, None
 
 
 extension, unavailable_reason = _load()

@@ -37,8 +37,8 @@ def lstm_cell(
         ``(h', c')``, each ``[B, H]``, of the state's dtype.
 
     Raises:
-        ValueError: a rank is wrong.
-        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        ValueError: the rank of input or of a weight is wrong.
+        RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor, or ``hx`` no pair.
     """
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
@@ -83,8 +83,8 @@ def gru_cell(
         ``h'``, ``[B, H]``, of the state's dtype.
 
     Raises:
-        ValueError: a rank is wrong.
-        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        ValueError: the rank of input or of a weight is wrong.
+        RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor.
     """
     parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
@@ -128,7 +128,8 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected {argument} to be a Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 2:
-            raise ValueError(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
+            error = RuntimeError if argument.startswith("hidden") else ValueError  # as torch's own cells
+            raise error(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
     batch, input_size = input.shape
     rows, hidden = weight_hh.shape
     if rows != gates * hidden:
@@ -144,6 +145,8 @@ def _check(
             raise RuntimeError(f"{argument} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}")
     biases = (("bias_ih", bias_ih), ("bias_hh", bias_hh))
     for argument, bias in biases:
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be a Tensor or None, got {type(bias).__name__}")
         if bias is not None and bias.shape != (rows,):
             raise RuntimeError(f"{name}: {argument} has shape {list(bias.shape)}, expected [{rows}]")
     _check_types(name, input, states, (*tensors[-2:], *biases))
