@@ -49,11 +49,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
     if record["interface"] != INTERFACE_VERSION:
         return None, f"fusednn._C is stale: interface {record['interface']}, expected {INTERFACE_VERSION}"
     try:
-        loaded = importlib.import_module("fusednn._C")
+        return importlib.import_module("fusednn._C"), None
     except ImportError as error:
         return None, f"fusednn._C can't be loaded: {error}"
-    loaded.cpu.keep_packed_weights(settings.weight_cache_enabled())
-    return loaded, None
 
 
 extension, unavailable_reason = _load()
@@ -65,7 +63,6 @@ if extension is None and settings.native_enabled():
 def build_info() -> dict[str, Any]:
     """What the extension was built with; empty if there is none."""
     return (_build_record() or {}) if extension is not None else {}
-
 
 
 def _apply_settings() -> None:

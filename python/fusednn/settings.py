@@ -28,13 +28,6 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-def _checked_isa() -> None:
-    isa = os.environ.get("FUSEDNN_CPU_ISA", "baseline")
-    if isa not in INSTRUCTION_SETS:
-        raise ValueError(f"FUSEDNN_CPU_ISA: got {isa!r}, expected one of {', '.join(INSTRUCTION_SETS)}")
-
-
-_checked_isa()  # the extension reads it when it is loaded, and takes what it doesn't know for no cap
 _default_backend = _checked(os.environ.get("FUSEDNN_BACKEND", "auto"), "FUSEDNN_BACKEND")
 
 
