@@ -1,6 +1,7 @@
 """Build fusednn: ask torch for its paths, run CMake, map the package folders.
 
-Without torch, a compiler or ``FUSEDNN_NATIVE`` the package is pure Python and runs on its reference.
+Without torch, CMake or a C++20 compiler, or with ``FUSEDNN_NATIVE=0``, the package is pure Python and runs on
+its reference; ``FUSEDNN_NATIVE=1`` makes what is missing an error.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+import toolchain  # noqa: E402
+
 RECORD = "_build_info.json"  # read by fusednn._native before it loads the extension
 PACKAGE_DIRS = {"fusednn": "python/fusednn", "fusednn.triton_kernels": "triton_kernels"}
 
 
 def from_source(pattern: str, path: str) -> str:
     """Return what `pattern` finds in a source file: versions are written once."""
-    return re.search(pattern, (ROOT / path).read_text())[1]
+    found = re.search(pattern, (ROOT / path).read_text())
+    if found is None:
+        raise RuntimeError(f"{path}: nothing matches {pattern}")
+    return found[1]
 
 
 def packages() -> list[str]:
@@ -36,30 +44,60 @@ def packages() -> list[str]:
 
 def native_extensions() -> list[Extension]:
     """Return the extension, or nothing, saying why, where it can't be built."""
-    if os.environ.get("FUSEDNN_NATIVE", "1") == "0":
+    choice = os.environ.get("FUSEDNN_NATIVE")
+    if choice == "0":
         return []
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        print("fusednn: no torch in the build environment: building without the native extension; "
-              "install torch first and use --no-build-isolation to have it", file=sys.stderr)
-        return []
-    return [Extension("fusednn._C", sources=[])]
+    reasons = toolchain.against_native()
+    if not reasons:
+        return [Extension("fusednn._C", sources=[])]
+    listed = "".join(f"\n  - {reason}" for reason in reasons)
+    if choice == "1":
+        raise SystemExit(f"fusednn: FUSEDNN_NATIVE=1, but the extension can't be built:{listed}")
+    print(f"fusednn: pure Python, without the compiled kernels:{listed}", file=sys.stderr)
+    return []
 
 
 def wants_cuda(torch) -> bool:
     """Decide on the CUDA kernels: FUSEDNN_CUDA, else whether torch and nvcc allow them."""
     choice = os.environ.get("FUSEDNN_CUDA", "auto")
-    possible = torch.version.cuda is not None and nvcc() is not None
+    found = toolchain.nvcc()
+    possible = torch.version.cuda is not None and found is not None
     if choice == "1" and not possible:
-        raise RuntimeError(f"FUSEDNN_CUDA=1: needs nvcc (found: {nvcc()}) and a CUDA torch ({torch.__version__})")
+        raise SystemExit(
+            f"fusednn: FUSEDNN_CUDA=1 needs nvcc (found: {found}) and a CUDA torch ({torch.__version__})"
+        )
     return possible if choice == "auto" else choice == "1"
 
 
-def nvcc() -> str | None:
-    """Find the CUDA compiler."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+def cuda_definitions(torch) -> dict[str, object]:
+    """CMake definitions of a CUDA build; ``native`` is asked of torch, older CMakes don't know it."""
+    archs = os.environ.get("FUSEDNN_CUDA_ARCHS")
+    if archs == "native":
+        if not torch.cuda.is_available():
+            raise SystemExit("fusednn: FUSEDNN_CUDA_ARCHS=native, but torch sees no CUDA device")
+        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        archs = ";".join(f"{major}{minor}-real" for major, minor in sorted(devices))
+    definitions: dict[str, object] = {"CMAKE_CUDA_COMPILER": toolchain.nvcc()}
+    if archs:
+        definitions["FUSEDNN_CUDA_ARCHS"] = archs
+    return definitions
+
+
+def configure(build: Path, definitions: dict[str, object]) -> None:
+    """Run CMake's first half; a folder made with another generator starts afresh."""
+    ninja = toolchain.find_tool("ninja")
+    generator = "Ninja" if ninja else "Unix Makefiles"
+    flags = [f"-D{name}={value}" for name, value in definitions.items()]
+    if ninja:
+        flags.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
+    if "FUSEDNN_CUDA_ARCHS" not in definitions:
+        flags.append("-UFUSEDNN_CUDA_ARCHS")  # the cache would keep an earlier choice
+    cache = build / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_GENERATOR:INTERNAL={generator}\n" not in cache.read_text():
+        shutil.rmtree(build)
+    build.mkdir(parents=True, exist_ok=True)
+    cmake = toolchain.find_tool("cmake")
+    subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", generator, *flags], check=True)
 
 
 class CMakeBuild(build_ext):
@@ -84,16 +122,14 @@ class CMakeBuild(build_ext):
             "FUSEDNN_CUDA": "ON" if cuda else "OFF",
             "FUSEDNN_TEST_MODULES": "ON" if test_modules else "OFF",
             "FUSEDNN_TEST_MODULE_DIR": ROOT / "build" / "test_modules",
+            **(cuda_definitions(torch) if cuda else {}),
         }
-        if cuda:
-            definitions["CMAKE_CUDA_COMPILER"] = nvcc()
-            if archs := os.environ.get("FUSEDNN_CUDA_ARCHS"):
-                definitions["FUSEDNN_CUDA_ARCHS"] = archs
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        flags = [f"-D{name}={value}" for name, value in definitions.items()]
-        build.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator, *flags], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)], check=True)
+        configure(build, definitions)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(
+            [toolchain.find_tool("cmake"), "--build", build, "--parallel", jobs],
+            check=True,
+        )
         record = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda if cuda else None,
@@ -110,12 +146,23 @@ class CMakeBuild(build_ext):
             shutil.copyfile(built, ROOT / PACKAGE_DIRS["fusednn"] / RECORD)
 
 
+class FreshPython(build_py):
+    """Copy the packages into an empty folder: what an earlier version left there is no part of this one."""
+
+    def run(self) -> None:
+        """Empty the folder, then copy."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "fusednn", ignore_errors=True)
+        super().run()
+
+
 setup(
     version=from_source(r'__version__ = "(.+)"', "python/fusednn/_version.py"),
+    license="Apache-2.0",
     packages=packages(),
     package_dir=PACKAGE_DIRS,
     package_data={"fusednn": ["py.typed"]},
     ext_modules=native_extensions(),
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPython},
     zip_safe=False,
 )

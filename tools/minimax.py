@@ -1,6 +1,7 @@
 """Print the polynomial of csrc/cpu/vec_math.h: Q in exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2.
 
-Remez exchange in 60-digit arithmetic on the error of Q (r^2 <= 0.12 times smaller in exp); run it to get the same digits again.
+Remez exchange in 60-digit arithmetic on the error of Q (r^2 <= 0.12 times smaller in exp); run it to get the
+same digits again.
 
     python tools/minimax.py
 """
@@ -30,7 +31,7 @@ def remez(degree: int, rounds: int = 12):
         grid = [HALF_LN2 * (mpf(2 * i) / 2000 - 1) for i in range(2001)]
 
         def error(r, c=coefficients):
-            return (mp.polyval(c[::-1], r) - target(r))
+            return mp.polyval(c[::-1], r) - target(r)
 
         values = [error(r) for r in grid]
         nodes, best = [], 0

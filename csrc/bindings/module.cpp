@@ -17,7 +17,8 @@ void set_isa(const std::string& wanted) {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (wanted != fusednn::cpu::name(isa)) continue;
     if (!fusednn::cpu::set_isa(isa))
-      throw pybind11::value_error("isa: got " + wanted + ", expected at most " + best_isa() + " on this machine");
+      throw pybind11::value_error("isa: got " + wanted + ", expected at most " + best_isa() +
+                                  " on this machine");
     return;
   }
   throw pybind11::value_error("isa: got " + wanted + ", expected baseline, avx2 or avx512");

@@ -36,12 +36,13 @@ DType dtype_of(const Tensor& t, const char* name) {
     case at::kBFloat16:
       return DType::bf16;
     default:
-      TORCH_CHECK(false, name, ": got ", t.scalar_type(),
-                  ", expected float32, float64, bfloat16 or float16");
+      TORCH_CHECK(false, name, ": got ", t.scalar_type(), ", expected float32, float64, bfloat16 or float16");
   }
 }
 
-at::ScalarType product_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType product_dtype(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 void check(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
   TORCH_CHECK(t.device().is_cpu(), name, ": got a tensor on ", t.device(), ", expected cpu");
@@ -54,9 +55,7 @@ void check(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at:
 }
 
 // The same values with neighbours in the last dimension next to each other; a view where they are already.
-Tensor with_dense_rows(const Tensor& t) {
-  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
-}
+Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 Tensor as_operand(const Tensor& t) { return with_dense_rows(t.to(product_dtype(t))); }
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
@@ -100,8 +99,15 @@ struct CellTensors {
   bool empty() const { return batch == 0 || hidden == 0; }
 
   cpu::CellWeights weights(const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) const {
-    return {cell,           dtype_of(input, "input"), input_size,           hidden, rows(weight_ih),
-            rows(weight_hh), data_or_null(bias_ih),    data_or_null(bias_hh), nullptr};
+    return {cell,
+            dtype_of(input, "input"),
+            input_size,
+            hidden,
+            rows(weight_ih),
+            rows(weight_hh),
+            data_or_null(bias_ih),
+            data_or_null(bias_hh),
+            nullptr};
   }
 };
 
@@ -130,7 +136,8 @@ ForwardResult cell_forward(Cell cell, const Tensor& input, const Tensor& hx, con
   ForwardResult r;
   r.h = at::empty({t.batch, t.hidden}, previous.options());
   if (cell == Cell::lstm) r.c = at::empty_like(r.h);
-  r.gates = at::empty(save_gates ? at::IntArrayRef{t.batch, 4 * t.hidden} : at::IntArrayRef{0}, input.options());
+  r.gates =
+      at::empty(save_gates ? at::IntArrayRef{t.batch, 4 * t.hidden} : at::IntArrayRef{0}, input.options());
   if (t.empty()) return r;
 
   const cpu::RnnKernels& kernels = cpu::rnn_kernels();
@@ -176,8 +183,17 @@ Tensor multiply(const Tensor& a, bool transpose, const Tensor& b, Tensor into = 
   const cpu::RnnKernels& kernels = cpu::rnn_kernels();
   const cpu::Parallel threads = parallel();
   const int64_t row = a.size(1);
-  cpu::Product p{dtype_of(b, "b"), M, N, K, a.const_data_ptr(), transpose ? 1 : row, transpose ? row : 1,
-                 rows(b), out.mutable_data_ptr(), accumulate, nullptr};
+  cpu::Product p{dtype_of(b, "b"),
+                 M,
+                 N,
+                 K,
+                 a.const_data_ptr(),
+                 transpose ? 1 : row,
+                 transpose ? row : 1,
+                 rows(b),
+                 out.mutable_data_ptr(),
+                 accumulate,
+                 nullptr};
   const Tensor scratch = workspace(kernels.product_workspace(p), threads);
   p.workspace = scratch.mutable_data_ptr();
   kernels.multiply(p, threads);
@@ -209,12 +225,14 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
   d.state = at::empty({t.batch, t.hidden}, options);
   if (t.empty()) return d;
   const Tensor g = gates.contiguous(), c_dense = c.defined() ? c.contiguous() : c;
-  const Tensor g_h = grad_h ? with_dense_rows(*grad_h) : Tensor(), g_c = grad_c ? with_dense_rows(*grad_c) : Tensor();
+  const Tensor g_h = grad_h ? with_dense_rows(*grad_h) : Tensor(),
+               g_c = grad_c ? with_dense_rows(*grad_c) : Tensor();
   const auto rows_or_null = [](const Tensor& x) { return x.defined() ? rows(x) : Rows{nullptr, 0}; };
   cpu::rnn_kernels().gates_backward(
-      {t.cell, dtype_of(t.input, "input"), t.wide_state, t.batch, t.hidden, rows_or_null(g_h), rows_or_null(g_c),
-       rows(t.state), c_dense.defined() ? c_dense.const_data_ptr() : nullptr, g.const_data_ptr(),
-       d.gates.mutable_data_ptr(), d.gates_h.mutable_data_ptr(), d.state.mutable_data_ptr()},
+      {t.cell, dtype_of(t.input, "input"), t.wide_state, t.batch, t.hidden, rows_or_null(g_h),
+       rows_or_null(g_c), rows(t.state), c_dense.defined() ? c_dense.const_data_ptr() : nullptr,
+       g.const_data_ptr(), d.gates.mutable_data_ptr(), d.gates_h.mutable_data_ptr(),
+       d.state.mutable_data_ptr()},
       parallel());
   return d;
 }
@@ -231,12 +249,18 @@ SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor
     return needed ? make().to(like.scalar_type()) : at::empty({0}, like.options());
   };
   return {
-      where(mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
-      where(mask[1], [&] { return multiply(d.gates, false, t.weight_hh); }, hx),
-      where(mask[2], [&] { return d.state; }, cx),
-      where(mask[3], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
-      where(mask[4], [&] { return multiply(d.gates, true, as_operand(hx)); }, weight_hh),
-      where(mask[5], [&] { return sum_rows(d.gates); }, weight_ih),
+      where(
+          mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
+      where(
+          mask[1], [&] { return multiply(d.gates, false, t.weight_hh); }, hx),
+      where(
+          mask[2], [&] { return d.state; }, cx),
+      where(
+          mask[3], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
+      where(
+          mask[4], [&] { return multiply(d.gates, true, as_operand(hx)); }, weight_hh),
+      where(
+          mask[5], [&] { return sum_rows(d.gates); }, weight_ih),
   };
 }
 
@@ -248,12 +272,18 @@ SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Te
     return needed ? make().to(like.scalar_type()) : at::empty({0}, like.options());
   };
   return {
-      where(mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
-      where(mask[1], [&] { return multiply(d.gates_h, false, t.weight_hh, d.state); }, hx),
-      where(mask[2], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
-      where(mask[3], [&] { return multiply(d.gates_h, true, as_operand(hx)); }, weight_hh),
-      where(mask[4], [&] { return sum_rows(d.gates); }, weight_ih),
-      where(mask[5], [&] { return sum_rows(d.gates_h); }, weight_hh),
+      where(
+          mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
+      where(
+          mask[1], [&] { return multiply(d.gates_h, false, t.weight_hh, d.state); }, hx),
+      where(
+          mask[2], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
+      where(
+          mask[3], [&] { return multiply(d.gates_h, true, as_operand(hx)); }, weight_hh),
+      where(
+          mask[4], [&] { return sum_rows(d.gates); }, weight_ih),
+      where(
+          mask[5], [&] { return sum_rows(d.gates_h); }, weight_hh),
   };
 }
 

@@ -89,7 +89,7 @@ void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
 }  // namespace
 
 extern const RnnKernels rnn_table = {
-    wants_packed, packed_bytes, pack_weights,      forward_workspace, forward,
+    wants_packed, packed_bytes,      pack_weights, forward_workspace, forward,
     backward,     product_workspace, product,      sum_over_rows,     vector_math,
 };
 

@@ -93,8 +93,7 @@ FUSEDNN_INLINE void dot_accumulate(Vec<T> (&acc)[M][R], int64_t K, const T* a, i
 }
 
 template <int M, int R, class T, class S>
-void dot_tile(int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_stride, T* partial,
-              int last) {
+void dot_tile(int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_stride, T* partial, int last) {
   constexpr int width = Vec<T>::size;
   Vec<T> acc[M][R];
   const auto at = [&](int m, int r) { return partial + (m * 4 + (r < R - 1 ? r : last)) * width; };
@@ -121,9 +120,9 @@ void dot_tiles(int64_t rows, int64_t K, const T* a, int64_t a_stride, const S* w
   const T* rest = a + m * a_stride;
   T* to = partial + m * step;
   switch (rows - m) {
-#define FUSEDNN_CASE(N)                                                              \
-  case N:                                                                            \
-    if constexpr (N < M) dot_tile<N, R>(K, rest, a_stride, w, w_stride, to, last);   \
+#define FUSEDNN_CASE(N)                                                            \
+  case N:                                                                          \
+    if constexpr (N < M) dot_tile<N, R>(K, rest, a_stride, w, w_stride, to, last); \
     break;
     FUSEDNN_CASE(1)
     FUSEDNN_CASE(2)
@@ -139,8 +138,8 @@ void dot_tiles(int64_t rows, int64_t K, const T* a, int64_t a_stride, const S* w
 }
 
 template <Cell cell, class T, class S>
-void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t unit, int64_t units,
-                      T* buffer, T* partial) {
+void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t unit, int64_t units, T* buffer,
+                      T* partial) {
   constexpr int G = gates_of(cell);
   constexpr int w = Vec<T>::size;
   const CellWeights& q = p.weights;
@@ -154,8 +153,8 @@ void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t u
       const S* first = static_cast<const S*>(weight.data) + (unit + u) * weight.stride;
       constexpr int64_t chunk = kChunk / sizeof(T);
       for (int64_t k = 0; k < K; k += chunk)
-        dot_tiles<G>(rows, minimum(chunk, K - k), x + k, a.stride, first + k,
-                     q.hidden_size * weight.stride, partial, last_slot<cell>(hidden));
+        dot_tiles<G>(rows, minimum(chunk, K - k), x + k, a.stride, first + k, q.hidden_size * weight.stride,
+                     partial, last_slot<cell>(hidden));
     }
     for (int64_t m = 0; m < rows; ++m)
       for (int s = 0; s < 4; ++s) buffer[(m * 4 + s) * w + u] = sum(Vec<T>::load(partial + (m * 4 + s) * w));
@@ -238,9 +237,7 @@ struct Block {
   FUSEDNN_INLINE Vec<T> both_biases(int gate) const {
     return bias(p.weights.bias_ih, gate) + bias(p.weights.bias_hh, gate);
   }
-  FUSEDNN_INLINE Vec<T> previous(int64_t row) const {
-    return state.load(row * p.state.stride + unit, units);
-  }
+  FUSEDNN_INLINE Vec<T> previous(int64_t row) const { return state.load(row * p.state.stride + unit, units); }
   FUSEDNN_INLINE void save(int64_t row, int gate, Vec<T> x) const {
     const int64_t H = p.weights.hidden_size;
     x.store(static_cast<S*>(p.gates) + (row * 4 + gate) * H + unit, units);

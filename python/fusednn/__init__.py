@@ -3,7 +3,17 @@
 from . import functional
 from ._version import __version__
 from .dispatch import explain
+from .replace import replace_layers, restore_layers
 from .rnn.modules import GRUCell, LSTMCell
 from .settings import use_backend
 
-__all__ = ["GRUCell", "LSTMCell", "__version__", "explain", "functional", "use_backend"]
+__all__ = [
+    "GRUCell",
+    "LSTMCell",
+    "__version__",
+    "explain",
+    "functional",
+    "replace_layers",
+    "restore_layers",
+    "use_backend",
+]

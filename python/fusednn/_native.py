@@ -38,14 +38,17 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     if not settings.native_enabled():
         return None, "FUSEDNN_NATIVE=0"
     record = _build_record()
     if record is None:
         return None, "the extension fusednn._C was not built"
     if _minor(str(record["torch"])) != _minor(torch.__version__):
-        return None, f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}"
+        return (
+            None,
+            f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}",
+        )
     if record["interface"] != INTERFACE_VERSION:
         return None, f"fusednn._C is stale: interface {record['interface']}, expected {INTERFACE_VERSION}"
     try:
@@ -83,5 +86,5 @@ _apply_settings()
 # Modules with the CUDA launchers by the device type that they serve. Tests add the emulated ones for "cpu".
 cuda_modules: dict[str, ModuleType] = {}
 
-if hasattr(extension, "cuda"):
+if extension is not None and hasattr(extension, "cuda"):
     cuda_modules["cuda"] = extension.cuda

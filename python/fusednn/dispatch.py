@@ -1,8 +1,8 @@
 """Which backend serves a call, and why the others do not.
 
-An :class:`Operation` holds its implementations in the order in which ``auto`` tries them. Each has a predicate
-that returns the reasons why it can't serve a call (none: it can), so that the same text explains a fallback,
-an error, and :func:`explain`.
+An :class:`Operation` holds its implementations in the order in which ``auto`` tries them. Each has a
+predicate that returns the reasons why it can't serve a call (none: it can), so that the same text explains a
+fallback, an error, and :func:`explain`.
 """
 
 from __future__ import annotations

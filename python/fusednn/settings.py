@@ -7,7 +7,8 @@
 | ``FUSEDNN_NATIVE`` | ``1`` | ``0``: do not build (at install) or do not load (at import) the extension |
 | ``FUSEDNN_WEIGHT_CACHE`` | ``1`` | ``0``: never keep packed copies of weights between calls |
 | ``FUSEDNN_CUDA`` | ``auto`` | at install: ``1`` requires the CUDA kernels, ``0`` leaves them out |
-| ``FUSEDNN_CUDA_ARCHS`` | all targets | at install: CUDA architectures, e.g. ``90`` or ``80;90``; ``native`` |
+| ``FUSEDNN_CUDA_ARCHS`` | all targets | at install: CUDA architectures: ``90``, ``80;90``, ``native`` |
+| ``FUSEDNN_TEST_MODULES`` | ``0`` | at build: ``1`` adds the emulator's test module, never installed |
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ struct CellWeights {
   Cell cell;
   DType dtype;
   int64_t input_size, hidden_size;
-  Rows weight_ih;        // [G H, I]
-  Rows weight_hh;        // [G H, H]
-  const void* bias_ih;   // [G H] or null
-  const void* bias_hh;   // [G H] or null
-  const void* packed;    // both weights as pack_weights lays them out, or null
+  Rows weight_ih;       // [G H, I]
+  Rows weight_hh;       // [G H, H]
+  const void* bias_ih;  // [G H] or null
+  const void* bias_hh;  // [G H] or null
+  const void* packed;   // both weights as pack_weights lays them out, or null
 };
 
 struct CellForward {
@@ -53,14 +53,14 @@ struct GatesBackward {
   DType dtype;
   bool wide_state;
   int64_t batch, hidden_size;
-  Rows grad_h;        // [B, H] state dtype, or null data
-  Rows grad_c;        // [B, H] state dtype, or null data; LSTM only
-  Rows state;         // [B, H] LSTM: cx; GRU: hx
-  const void* c;      // [B, H] LSTM only
-  const void* gates;  // [B, 4H]
-  void* grad_gates;   // [B, G H] float or double, before activation (GRU: of the input product)
-  void* grad_gates_h; // [B, 3H] float or double, GRU only: of the hidden product
-  void* grad_state;   // [B, H] float or double; LSTM: of cx; GRU: the direct term of hx
+  Rows grad_h;         // [B, H] state dtype, or null data
+  Rows grad_c;         // [B, H] state dtype, or null data; LSTM only
+  Rows state;          // [B, H] LSTM: cx; GRU: hx
+  const void* c;       // [B, H] LSTM only
+  const void* gates;   // [B, 4H]
+  void* grad_gates;    // [B, G H] float or double, before activation (GRU: of the input product)
+  void* grad_gates_h;  // [B, 3H] float or double, GRU only: of the hidden product
+  void* grad_state;    // [B, H] float or double; LSTM: of cx; GRU: the direct term of hx
 };
 
 // out[M, N] (+)= a[M, K] b[K, N], in float or double; b may be stored narrower.
@@ -87,7 +87,8 @@ struct RnnKernels {
   void (*gates_backward)(const GatesBackward&, const Parallel&);
   size_t (*product_workspace)(const Product&);
   void (*multiply)(const Product&, const Parallel&);
-  // out[N] = sum over rows of a[M, N], float or double (`wide` = double), in an order that threads don't change.
+  // out[N] = sum over rows of a[M, N], float or double (`wide` = double), in an order that threads don't
+  // change.
   void (*sum_rows)(bool wide, int64_t M, int64_t N, const void* a, void* out, const Parallel&);
 
   // out[i] = f(x[i]), f = 0: exp, 1: tanh, 2: sigmoid; for the accuracy tests.

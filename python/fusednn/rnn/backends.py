@@ -44,23 +44,13 @@ def _against_cuda(input: Tensor, *states: Tensor) -> Reasons:
 
 
 def _against_triton(input: Tensor, *states: Tensor) -> Reasons:
-    kernels, reason = _triton()
-    if kernels is None:
-        return [reason]
-    return kernels.not_supported_reasons(input) or _against_dtypes(input, *states, wide_state=False)
-
-
-def _triton() -> tuple[ModuleType | None, str]:
-    global _triton_loaded
-    if _triton_loaded is None:
-        try:
-            _triton_loaded = importlib.import_module("fusednn.triton_kernels.rnn"), ""
-        except ImportError as error:
-            _triton_loaded = None, f"Triton can't be imported ({error}); pip install 'triton>=3.6' adds it"
-    return _triton_loaded
-
-
-_triton_loaded: tuple[ModuleType | None, str] | None = None
+    try:
+        support = importlib.import_module("fusednn.triton_kernels")
+    except ImportError as error:
+        return [f"the Triton kernels are not installed: {error}"]
+    return support.not_supported_reasons(input.device, input.dtype) or _against_dtypes(
+        input, *states, wide_state=False
+    )
 
 
 class _Products:
@@ -108,7 +98,7 @@ class _Products:
 
 
 _cuda = _Products(lambda input: _native.cuda_modules[input.device.type])
-_triton_products = _Products(lambda _input: _triton()[0])
+_triton_products = _Products(lambda _input: importlib.import_module("fusednn.triton_kernels.rnn"))
 
 
 def _operation(name: str, states: Callable[..., tuple[Tensor, ...]]) -> Operation:

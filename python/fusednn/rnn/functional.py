@@ -23,8 +23,9 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """One LSTM step, as ``torch.lstm_cell``.
 
-    ``i, f, o = sigmoid(.)``, ``g = tanh(.)`` of ``input @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh``;
-    ``c' = f c + i g``; ``h' = o tanh(c')`` (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000).
+    ``i, f, o = sigmoid(.)``, ``g = tanh(.)`` of
+    ``input @ weight_ih.T + bias_ih + h @ weight_hh.T + bias_hh``; ``c' = f c + i g``; ``h' = o tanh(c')``
+    (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000).
 
     Args:
         input: ``[B, I]``, floating point.
@@ -47,7 +48,9 @@ def lstm_cell(
         if found is not None:
             return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
-        raise TypeError(f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}")
+        raise TypeError(
+            f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
+        )
     if len(hx) != 2:
         raise RuntimeError(f"lstm_cell expects two hidden states: got {len(hx)}, expected (h, c)")
     h, c = hx
@@ -153,16 +156,27 @@ def _check(
     batch, input_size = input.shape
     rows, hidden = weight_hh.shape
     if rows != gates * hidden:
-        raise RuntimeError(f"{name}: weight_hh first dim must be {gates} * hidden_size = {gates * hidden}, but got {rows}")
+        raise RuntimeError(
+            f"{name}: weight_hh first dim must be {gates} * hidden_size = {gates * hidden}, but got {rows}"
+        )
     if weight_ih.shape[0] != rows:
-        raise RuntimeError(f"{name}: weight_ih first dim must be {gates} * hidden_size = {rows}, but got {weight_ih.shape[0]}")
+        raise RuntimeError(
+            f"{name}: weight_ih first dim must be {gates} * hidden_size = {rows}, "
+            f"but got {weight_ih.shape[0]}"
+        )
     if input_size != weight_ih.shape[1]:
-        raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {weight_ih.shape[1]}")
+        raise RuntimeError(
+            f"input has inconsistent input_size: got {input_size} expected {weight_ih.shape[1]}"
+        )
     for argument, state in states:
         if state.shape[0] != batch:
-            raise RuntimeError(f"Input batch size {batch} doesn't match {argument} batch size {state.shape[0]}")
+            raise RuntimeError(
+                f"Input batch size {batch} doesn't match {argument} batch size {state.shape[0]}"
+            )
         if state.shape[1] != hidden:
-            raise RuntimeError(f"{argument} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}")
+            raise RuntimeError(
+                f"{argument} has inconsistent hidden_size: got {state.shape[1]}, expected {hidden}"
+            )
     biases = (("bias_ih", bias_ih), ("bias_hh", bias_hh))
     for argument, bias in biases:
         if bias is not None and not isinstance(bias, Tensor):
@@ -184,7 +198,8 @@ def _check_types(name, input, states, parameters) -> None:
             continue
         if tensor.device != device:
             raise RuntimeError(
-                f"{name}: expected all tensors on one device: input is on {device}, {argument} on {tensor.device}"
+                f"{name}: expected all tensors on one device: "
+                f"input is on {device}, {argument} on {tensor.device}"
             )
         free = autocast or argument == "hidden1"
         if tensor.dtype != dtype and not (free and tensor.dtype.is_floating_point):
@@ -194,7 +209,7 @@ def _check_types(name, input, states, parameters) -> None:
 
 
 def _autocast(input, states, *parameters):
-    """Cast as torch.autocast does for its own cells: on a CPU the state keeps its dtype, on a GPU it is cast."""
+    """Cast as torch.autocast does for its own cells: a CPU state keeps its dtype, a GPU one is cast."""
     dtype = torch.get_autocast_dtype(input.device.type)
     eligible = input.dtype != torch.float64
     if not eligible:

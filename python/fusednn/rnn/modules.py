@@ -9,7 +9,7 @@ from . import functional
 
 
 class LSTMCell(nn.LSTMCell):
-    r"""A drop-in for :class:`torch.nn.LSTMCell`: same constructor, parameters, ``state_dict``, results, errors.
+    r"""A drop-in for :class:`torch.nn.LSTMCell`: same constructor, ``state_dict``, results and errors.
 
     Shapes:
         input ``[B, input_size]`` or ``[input_size]``; ``h``, ``c`` ``[B, hidden_size]`` or ``[hidden_size]``,
@@ -36,17 +36,17 @@ class LSTMCell(nn.LSTMCell):
         elif not isinstance(hx, Tensor):
             for index, value in enumerate(hx):
                 if value.dim() not in (1, 2):
-                    raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead")
+                    raise ValueError(
+                        f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {value.dim()}D instead"
+                    )
             if not batched:
-                hx = tuple(value.unsqueeze(0) for value in hx)
-        h, c = functional.lstm_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        )
+                hx = tuple(value.unsqueeze(0) for value in hx)  # type: ignore[assignment]  # length: lstm_cell
+        h, c = functional.lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 
 class GRUCell(nn.GRUCell):
-    r"""A drop-in for :class:`torch.nn.GRUCell`: same constructor, parameters, ``state_dict``, results, errors.
+    r"""A drop-in for :class:`torch.nn.GRUCell`: same constructor, ``state_dict``, results and errors.
 
     Shapes:
         input ``[B, input_size]`` or ``[input_size]``; ``h`` ``[B, hidden_size]`` or ``[hidden_size]``, zeros
@@ -73,7 +73,5 @@ class GRUCell(nn.GRUCell):
             hx = torch.zeros(input.size(0), self.hidden_size, dtype=input.dtype, device=input.device)
         elif not batched:
             hx = hx.unsqueeze(0)
-        h = functional.gru_cell(
-            input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        )
+        h = functional.gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return h if batched else h.squeeze(0)
