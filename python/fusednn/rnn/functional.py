@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -44,9 +46,10 @@ def lstm_cell(
         TypeError: an argument is no tensor, or ``hx`` no pair.
     """
     if _shortcut_applies() and type(hx) is tuple and len(hx) == 2:
-        found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
-        if found is not None:
-            return found
+        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
+            found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            if found is not None:
+                return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
         raise TypeError(
             f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
@@ -96,9 +99,10 @@ def gru_cell(
         TypeError: an argument is no tensor.
     """
     if _shortcut_applies():
-        found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-        if found is not None:
-            return found
+        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
+            found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            if found is not None:
+                return found
     parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
