@@ -28,9 +28,10 @@ REMEDY = "pip install --no-build-isolation -e . (in a checkout) or pip install -
 def _build_record() -> dict[str, Any] | None:
     path = Path(__file__).with_name("_build_info.json")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return record if isinstance(record, dict) and {"torch", "interface"} <= record.keys() else None
 
 
 def _minor(version: str) -> str:
@@ -43,7 +44,7 @@ def _load() -> tuple[Any, str | None]:
     record = _build_record()
     if record is None:
         return None, "the extension fusednn._C was not built"
-    if _minor(record["torch"]) != _minor(torch.__version__):
+    if _minor(str(record["torch"])) != _minor(torch.__version__):
         return (
             None,
             f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}",

@@ -18,6 +18,7 @@ import os
 from contextvars import ContextVar, Token
 
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 _backend: ContextVar[str | None] = ContextVar("fusednn_backend", default=None)
 

@@ -13,15 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, settings
 
 ERROR_RATIO = 2.0
 """A kernel's largest error may be this many times that of same-dtype PyTorch."""
 
 ULPS = 4.0
 """Added to it: units in the last place of the oracle's largest value, for results that PyTorch has exact."""
-
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 def error_budget(same_dtype_torch: Tensor, oracle: Tensor) -> float:
@@ -131,7 +129,8 @@ def instruction_sets() -> tuple[str, ...]:
     """Instruction sets that this machine and this build can run the CPU kernels on, weakest first."""
     if _native.extension is None:
         return ()
-    return INSTRUCTION_SETS[: INSTRUCTION_SETS.index(_native.extension.cpu.best_isa()) + 1]
+    best = settings.INSTRUCTION_SETS.index(_native.extension.cpu.best_isa())
+    return settings.INSTRUCTION_SETS[: best + 1]
 
 
 @contextlib.contextmanager

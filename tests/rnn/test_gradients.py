@@ -38,7 +38,7 @@ def test_every_subset_of_frozen_arguments(place, cell, batch):
     names = list(work.tensors)
     complete = run(fused_step, work)
     check(work)
-    for size in range(1, len(names)):
+    for size in (1, len(names) - 1) if place.slow else range(1, len(names)):
         for wanted in itertools.combinations(names, size):
             for name, t in run(fused_step, work, wanted).items():
                 torch.testing.assert_close(
@@ -124,6 +124,8 @@ def _checkable(cell: str, batch: int, hidden: int, bias: bool, device: str):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 2)], ids=str)
 def test_gradcheck(place, cell, bias, shape):
+    if place.slow:
+        shape = (min(shape[0], 3), min(shape[1], 2))  # the finite differences call a kernel for every element
     step, values = _checkable(cell, *shape, bias, place.device)
     assert gradcheck(step, values)
 

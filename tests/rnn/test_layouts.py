@@ -74,10 +74,13 @@ def test_each_argument(place, cell, layout, batch):
 
 
 @every_cell
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", [f for f in LAYOUTS if f is not one_value], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_all_arguments(place, cell, layout, dtype):
-    """All arguments, and the gradients of the results, in a layout."""
+    """All arguments, and the gradients of the results, in a layout.
+
+    Not one value each: all results would be one number, and PyTorch's error in it luck rather than a measure.
+    """
     check(workload(cell, 9, 6, 10, dtype, place.device).map(layout))
 
 

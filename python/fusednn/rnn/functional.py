@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -39,14 +41,15 @@ def lstm_cell(
         ``(h', c')``, each ``[B, H]``, of the state's dtype.
 
     Raises:
-        ValueError: a rank is wrong.
-        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        ValueError: the rank of input or of a weight is wrong.
+        RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor, or ``hx`` no pair.
     """
     if _shortcut_applies() and type(hx) is tuple and len(hx) == 2:
-        found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
-        if found is not None:
-            return found
+        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
+            found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            if found is not None:
+                return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
         raise TypeError(
             f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
@@ -91,14 +94,15 @@ def gru_cell(
         ``h'``, ``[B, H]``, of the state's dtype.
 
     Raises:
-        ValueError: a rank is wrong.
-        RuntimeError: a size, dtype or device does not fit; the text names the argument.
+        ValueError: the rank of input or of a weight is wrong.
+        RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor.
     """
     if _shortcut_applies():
-        found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-        if found is not None:
-            return found
+        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
+            found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+            if found is not None:
+                return found
     parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
@@ -151,7 +155,8 @@ def _check(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected {argument} to be a Tensor, got {type(tensor).__name__}")
         if tensor.dim() != 2:
-            raise ValueError(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
+            error = RuntimeError if argument.startswith("hidden") else ValueError  # as torch's own cells
+            raise error(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
     batch, input_size = input.shape
     rows, hidden = weight_hh.shape
     if rows != gates * hidden:
@@ -178,6 +183,8 @@ def _check(
             )
     biases = (("bias_ih", bias_ih), ("bias_hh", bias_hh))
     for argument, bias in biases:
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"{name}: expected {argument} to be a Tensor or None, got {type(bias).__name__}")
         if bias is not None and bias.shape != (rows,):
             raise RuntimeError(f"{name}: {argument} has shape {list(bias.shape)}, expected [{rows}]")
     _check_types(name, input, states, (*tensors[-2:], *biases))

@@ -1,0 +1,80 @@
+"""No op without its proof: every op of fusednn has a reference, a fake, samples, a gradient and a benchmark."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusednn
+from fusednn.dispatch import Operation
+from tests.rnn.op_cases import op_cases
+
+OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusednn::"))
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks" / "cases"
+FAMILIES = {"lstm_cell": "rnn", "gru_cell": "rnn"}
+
+every_op = pytest.mark.parametrize("name", [op.removeprefix("fusednn::") for op in OPS])
+
+
+def stem_of(name: str) -> str:
+    return name.removesuffix("_forward").removesuffix("_backward")
+
+
+def family_of(name: str) -> str:
+    assert stem_of(name) in FAMILIES, f"{name}: name its family in {Path(__file__).name}"
+    return FAMILIES[stem_of(name)]
+
+
+def test_there_are_ops():
+    assert len(OPS) >= 4
+
+
+@every_op
+def test_has_a_reference_and_a_row_in_the_dispatch_table(name):
+    family = family_of(name)
+    operation = getattr(importlib.import_module(f"fusednn.{family}.backends"), name)
+    assert isinstance(operation, Operation)
+    assert operation.name == name
+    backends = [i.backend for i in operation.implementations]
+    assert backends[-1] == "reference", "auto ends at the reference, which serves every call"
+    reference = importlib.import_module(f"fusednn.{family}.reference")
+    assert operation.implementations[-1].run is getattr(reference, name)
+    assert callable(getattr(reference, name))
+
+
+@every_op
+def test_has_samples_that_fake_and_reference_agree_on(name):
+    cases = op_cases(name)
+    assert cases
+    for args in cases.values():
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        meta = tuple(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args)
+        op = getattr(torch.ops.fusednn, name)
+        with fusednn.use_backend("reference"):
+            real = op(*args)
+        for r, f in zip(real, op(*meta), strict=True):
+            assert f.is_meta
+            assert (f.shape, f.dtype) == (r.shape, r.dtype)
+
+
+@every_op
+def test_has_a_gradient_or_is_one(name):
+    if name.endswith("_backward"):
+        assert f"fusednn::{stem_of(name)}_forward" in OPS
+        return
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusednn::{name}", "Autograd")
+    assert f"fusednn::{stem_of(name)}_backward" in OPS
+    tests = importlib.import_module(f"tests.{family_of(name)}.test_gradients")
+    assert hasattr(tests, "test_gradcheck")
+    assert hasattr(tests, "test_gradgradcheck")
+    cells = importlib.import_module("tests.rnn.cells")
+    assert stem_of(name).removesuffix("_cell") in cells.CELLS
+
+
+@every_op
+def test_has_a_benchmark(name):
+    if not BENCHMARKS.is_dir():
+        pytest.skip("benchmarks/ is not part of this tree")
+    text = "\n".join(p.read_text() for p in BENCHMARKS.glob("*.py")).lower()
+    assert stem_of(name).replace("_", "") in text.replace("_", "")
