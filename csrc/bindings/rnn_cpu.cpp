@@ -3,6 +3,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings/bindings.h"
+#include "bindings/rnn_cpu.h"
 #include "bindings/torch_parallel.h"
 #include "bindings/weight_cache.h"
 #include "fusednn/cpu_features.h"
@@ -12,7 +13,6 @@ namespace fusednn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using cpu::Cell;
 using cpu::Rows;
 
@@ -154,6 +154,8 @@ ForwardResult cell_forward(Cell cell, const Tensor& input, const Tensor& hx, con
   return r;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
                                                      const Tensor& weight_ih, const Tensor& weight_hh,
                                                      const OptionalTensor& bias_ih,
@@ -168,6 +170,8 @@ std::tuple<Tensor, Tensor> gru_cell_forward(const Tensor& input, const Tensor& h
   auto r = cell_forward(Cell::gru, input, hx, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates);
   return {r.h, r.gates};
 }
+
+namespace {
 
 // a[M, K] b[K, N], or a^T b; `into` is added to and returned where it is defined.
 Tensor multiply(const Tensor& a, bool transpose, const Tensor& b, Tensor into = {}) {
@@ -233,12 +237,12 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
   return d;
 }
 
-using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Mask = std::array<bool, 6>;
+}  // namespace
 
-Six lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                       const Tensor& hx, const Tensor& cx, const Tensor& weight_ih, const Tensor& weight_hh,
-                       const Tensor& c, const Tensor& gates, const Mask& mask) {
+SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
+                              const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
+                              const Tensor& weight_hh, const Tensor& c, const Tensor& gates,
+                              const std::array<bool, 6>& mask) {
   const CellTensors t(Cell::lstm, input, hx, cx, weight_ih, weight_hh);
   check(c, "c", {t.batch, t.hidden}, t.state.scalar_type());
   const GateGradients d = gates_backward(t, grad_h, grad_c, c, gates);
@@ -261,8 +265,9 @@ Six lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_
   };
 }
 
-Six gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx, const Tensor& weight_ih,
-                      const Tensor& weight_hh, const Tensor& gates, const Mask& mask) {
+SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx,
+                             const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& gates,
+                             const std::array<bool, 6>& mask) {
   const CellTensors t(Cell::gru, input, hx, hx, weight_ih, weight_hh);
   const GateGradients d = gates_backward(t, grad_h, std::nullopt, {}, gates);
   const auto where = [&](bool needed, auto make, const Tensor& like) {
@@ -283,6 +288,8 @@ Six gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& h
           mask[5], [&] { return sum_rows(d.gates_h); }, weight_hh),
   };
 }
+
+namespace {
 
 Tensor vector_math(const std::string& function, const Tensor& x) {
   const int number = function == "exp" ? 0 : function == "tanh" ? 1 : function == "sigmoid" ? 2 : -1;
@@ -305,6 +312,8 @@ void bind_rnn_cpu(pybind11::module_& m) {
   m.def("gru_cell_forward", &gru_cell_forward, unlocked);
   m.def("gru_cell_backward", &gru_cell_backward, unlocked);
   m.def("vector_math", &vector_math, unlocked);
+  m.def("try_lstm_cell", &try_lstm_cell);
+  m.def("try_gru_cell", &try_gru_cell);
   m.def("keep_packed_weights", [](bool keep) { keep_packed = keep; });
   m.def("clear_packed_weights", [] { weight_cache().clear(); });
   m.def("packed_weights", [] { return weight_cache().packed_entries(); });

@@ -6,6 +6,9 @@
 //   dot     c[M, R] = A[M, K] W[R, K]^T         both along K: no packing, for a few rows of A; each weight is
 //                                               read once, so memory is the limit
 //
+// A tile starts from zero and is added to C at its end, so that a sum over K is one of blocks: its rounding
+// error grows with kBlockK and with the number of blocks, not with K.
+//
 // w is the vector width. With 16 registers (SSE2, AVX2) M V = 12, with 32 (AVX-512) M V = 24.
 #pragma once
 
@@ -35,7 +38,7 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[m][v] = accumulate ? Vec<T>::load(at(m, v)) : Vec<T>(T(0));
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
   const T* rows[M];
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row_stride;
@@ -54,7 +57,7 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[m][v].store(at(m, v));
+    for (int v = 0; v < V; ++v) (accumulate ? Vec<T>::load(at(m, v)) + acc[m][v] : acc[m][v]).store(at(m, v));
 }
 
 // C[rows, V w] (+)= A B for any number of rows.

@@ -16,7 +16,8 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int kColumns = 4;  // vectors in a panel
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kStripe = 1024;  // columns of a stripe
+constexpr int64_t kPanelsAtOnce = 4;  // with few rows: enough neighbours for the prefetcher
+constexpr int64_t kStripe = 1024;     // columns of a stripe
 
 template <class T, class S>
 struct GatesAt {
@@ -78,7 +79,8 @@ void gates_backward(const GatesBackward& p, const Parallel& parallel) {
   });
 }
 
-// out[M, n] (+)= a[M, K] b[K, n], M <= kFewRows: four rows of b pass by the outputs at a time.
+// out[M, n] (+)= a[M, K] b[K, n], M <= kFewRows: four rows of b pass by the outputs at a time, and are summed
+// before they are added.
 template <int M, class T, class S>
 void multiply_few_rows(int64_t n, int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* out,
                        int64_t out_stride, bool accumulate) {
@@ -97,95 +99,136 @@ void multiply_few_rows(int64_t n, int64_t K, Strided<T> a, const S* b, int64_t b
     const int real_rows = static_cast<int>(minimum(rows, K - k));
     const auto step = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
       Vec<T> acc[M];
-      for (int m = 0; m < M; ++m) acc[m] = Vec<T>::load(out + m * out_stride + j, count);
+      for (int m = 0; m < M; ++m) acc[m] = Vec<T>(T(0));
       for (int r = 0; r < real_rows; ++r) {
         const Vec<T> y = Vec<T>::load(from[r] + j, count);
         for (int m = 0; m < M; ++m) acc[m] = acc[m] + x[m][r] * y;
       }
-      for (int m = 0; m < M; ++m) acc[m].store(out + m * out_stride + j, count);
+      for (int m = 0; m < M; ++m) {
+        T* to = out + m * out_stride + j;
+        (Vec<T>::load(to, count) + acc[m]).store(to, count);
+      }
     };
     int64_t j = 0;
     if (real_rows == rows) {
       for (; j + w <= n; j += w) {
         Vec<T> acc[M];
-        for (int m = 0; m < M; ++m) acc[m] = Vec<T>::load(out + m * out_stride + j);
+        for (int m = 0; m < M; ++m) acc[m] = Vec<T>(T(0));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
           const Vec<T> y = Vec<T>::load(from[r] + j);
           for (int m = 0; m < M; ++m) acc[m] = acc[m] + x[m][r] * y;
         }
-        for (int m = 0; m < M; ++m) acc[m].store(out + m * out_stride + j);
+        for (int m = 0; m < M; ++m) {
+          T* to = out + m * out_stride + j;
+          (Vec<T>::load(to) + acc[m]).store(to);
+        }
       }
     }
     for (; j < n; j += w) step(j, minimum(w, n - j));
   }
 }
 
+// Blocks of b that are copied at once: as many columns as rows of a will use them again.
+struct Blocking {
+  int64_t depth, panels;
+};
+constexpr int64_t kRowStep = 12;            // rows of a that pass by a block's panels together
+constexpr int64_t kBlockBytes = 192 << 10;  // part of a second-level cache
+
 template <class T>
-constexpr size_t product_workspace_bytes() {
-  constexpr int columns = kColumns * Vec<T>::size;
-  return (kBlockK + kRowsAtMost) * columns * sizeof(T);  // panel block, results
+Blocking blocking(int64_t rows, int64_t K) {
+  constexpr int64_t panel_row = kColumns * sizeof(Vec<T>);
+  const int64_t depth = minimum(K, kBlockK);
+  const int64_t panels = rows <= kRowsAtMost ? kPanelsAtOnce : kBlockBytes / (depth * panel_row);
+  return {depth, panels < 1 ? 1 : panels};
 }
 
-// One panel of columns for one block of rows.
+template <class T>
+constexpr size_t product_workspace_bytes() {
+  constexpr int64_t panel_row = kColumns * sizeof(Vec<T>);
+  const int64_t few = kPanelsAtOnce * kBlockK * panel_row;
+  return (few > kBlockBytes ? few : kBlockBytes) + kBlockK * panel_row + kRowStep * panel_row;
+}
+
+// The rectangle [row, row + rows) x [column, column + columns) of out; `column` is a multiple of a panel.
 template <class T, class S>
-void multiply_block(const Product& p, int64_t row, int64_t rows, int64_t column, char* workspace) {
-  constexpr int columns = kColumns * Vec<T>::size;
-  const int64_t real = minimum(columns, p.N - column);
+void multiply_rectangle(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                        T* workspace) {
+  constexpr int width = kColumns * Vec<T>::size;
   const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
-  T* panel = reinterpret_cast<T*>(workspace);
-  T* out = static_cast<T*>(p.out) + row * p.N + column;
-  const bool whole = real == columns;
-  T* c = whole ? out : panel + kBlockK * columns;
-  const int64_t c_stride = whole ? p.N : columns;
-  if (!whole && p.accumulate)
-    for (int64_t m = 0; m < rows; ++m) std::memcpy(c + m * columns, out + m * p.N, real * sizeof(T));
-  for (int64_t k = 0; k < p.K; k += kBlockK) {
-    const int64_t depth = minimum(kBlockK, p.K - k);
-    pack_panel(depth, real, columns, static_cast<const S*>(p.b.data) + k * p.b.stride + column, p.b.stride,
-               panel);
-    tiles<kColumns>(rows, depth, a.at(row, k), panel, columns, c, c_stride, kColumns - 1,
-                    p.accumulate || k > 0);
+  const S* b = static_cast<const S*>(p.b.data);
+  const Blocking block = blocking<T>(rows, p.K);
+  T* edge = workspace + product_workspace_bytes<T>() / sizeof(T) - kRowStep * width;
+  for (int64_t j0 = column; j0 < column + columns; j0 += block.panels * width) {
+    const int64_t j1 = minimum(column + columns, j0 + block.panels * width);
+    for (int64_t k = 0; k < p.K; k += block.depth) {
+      const int64_t depth = minimum(block.depth, p.K - k);
+      const bool accumulate = p.accumulate || k > 0;
+      for (int64_t j = j0; j < j1; j += width)
+        pack_panel(depth, minimum(width, j1 - j), width, b + k * p.b.stride + j, p.b.stride,
+                   workspace + (j - j0) * depth);
+      for (int64_t m = row; m < row + rows; m += kRowStep) {
+        const int64_t step = minimum(kRowStep, row + rows - m);
+        for (int64_t j = j0; j < j1; j += width) {
+          const T* panel = workspace + (j - j0) * depth;
+          T* out = static_cast<T*>(p.out) + m * p.N + j;
+          const int64_t real = j1 - j;
+          if (real >= width) {
+            tiles<kColumns>(step, depth, a.at(m, k), panel, width, out, p.N, kColumns - 1, accumulate);
+            continue;
+          }
+          if (accumulate)
+            for (int64_t r = 0; r < step; ++r) std::memcpy(edge + r * width, out + r * p.N, real * sizeof(T));
+          tiles<kColumns>(step, depth, a.at(m, k), panel, width, edge, width, kColumns - 1, accumulate);
+          for (int64_t r = 0; r < step; ++r) std::memcpy(out + r * p.N, edge + r * width, real * sizeof(T));
+        }
+      }
+    }
   }
-  if (!whole)
-    for (int64_t m = 0; m < rows; ++m) std::memcpy(out + m * p.N, c + m * columns, real * sizeof(T));
+}
+
+// M <= kFewRows: stripes of columns.
+template <class T, class S>
+void multiply_stripes(const Product& p, bool worth_it, const Parallel& parallel) {
+  const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
+  parallel(ceil_div(p.N, kStripe), worth_it, [&](int64_t begin, int64_t end, int) {
+    for (int64_t stripe = begin; stripe < end; ++stripe) {
+      const int64_t j = stripe * kStripe, n = minimum(kStripe, p.N - j);
+      const S* b = static_cast<const S*>(p.b.data) + j;
+      T* out = static_cast<T*>(p.out) + j;
+      switch (p.M) {
+        case 1:
+          multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          break;
+        case 2:
+          multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          break;
+        case 3:
+          multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          break;
+        default:
+          multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+      }
+    }
+  });
 }
 
 template <class T, class S>
 void multiply(const Product& p, const Parallel& parallel) {
   const bool worth_it = p.M * p.N * p.K > kSerialWork;
-  const S* b = static_cast<const S*>(p.b.data);
-  T* out = static_cast<T*>(p.out);
-  if (p.M <= kFewRows) {
-    parallel(ceil_div(p.N, kStripe), worth_it, [&](int64_t begin, int64_t end, int) {
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t j = s * kStripe, n = minimum(kStripe, p.N - j);
-        const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
-        switch (p.M) {
-          case 1:
-            multiply_few_rows<1>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
-            break;
-          case 2:
-            multiply_few_rows<2>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
-            break;
-          case 3:
-            multiply_few_rows<3>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
-            break;
-          default:
-            multiply_few_rows<4>(n, p.K, a, b + j, p.b.stride, out + j, p.N, p.accumulate);
-        }
-      }
-    });
-    return;
-  }
-  constexpr int columns = kColumns * Vec<T>::size;
-  const int64_t panels = ceil_div(p.N, columns), row_blocks = ceil_div(p.M, kRowsAtMost);
-  parallel(panels * row_blocks, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    char* workspace = static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / panels * kRowsAtMost;
-      multiply_block<T, S>(p, row, minimum(kRowsAtMost, p.M - row), task % panels * columns, workspace);
-    }
+  if (p.M <= kFewRows) return multiply_stripes<T, S>(p, worth_it, parallel);
+  constexpr int width = kColumns * Vec<T>::size;
+  const bool by_rows = p.M > kRowsAtMost;  // a thread then copies all of b, for rows enough to pay for it
+  const int64_t unit = by_rows ? kRowStep : width;
+  parallel(ceil_div(by_rows ? p.M : p.N, unit), worth_it, [&](int64_t begin, int64_t end, int thread) {
+    T* workspace =
+        reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
+    const int64_t first = begin * unit;
+    if (by_rows)
+      multiply_rectangle<T, S>(p, first, minimum(end * unit, p.M) - first, 0, p.N, workspace);
+    else
+      multiply_rectangle<T, S>(p, 0, p.M, first, minimum(end * unit, p.N) - first, workspace);
   });
 }
 
@@ -197,7 +240,11 @@ void sum_rows(int64_t M, int64_t N, const void* a, void* out, const Parallel& pa
       const int64_t j = block * w, n = minimum(w, N - j);
       const T* from = static_cast<const T*>(a) + j;
       Vec<T> total(T(0));
-      for (int64_t m = 0; m < M; ++m) total = total + Vec<T>::load(from + m * N, n);
+      for (int64_t m0 = 0; m0 < M; m0 += kBlockK) {
+        Vec<T> part(T(0));
+        for (int64_t m = m0; m < minimum(M, m0 + kBlockK); ++m) part = part + Vec<T>::load(from + m * N, n);
+        total = total + part;
+      }
       total.store(static_cast<T*>(out) + j, n);
     }
   });

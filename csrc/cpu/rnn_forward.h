@@ -100,12 +100,12 @@ void dot_tile(int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_str
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[m][r] = Vec<T>::load(at(m, r));
+    for (int r = 0; r < R; ++r) acc[m][r] = Vec<T>(T(0));
   dot_accumulate<M, R>(acc, K, a, a_stride, w, w_stride);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[m][r].store(at(m, r));
+    for (int r = 0; r < R; ++r) (Vec<T>::load(at(m, r)) + acc[m][r]).store(at(m, r));
 }
 
 // partial[rows][4] vectors += products of `rows` rows with the R weight rows of one unit.

@@ -1,7 +1,5 @@
 // Run-time choice of the instruction set. Compiled for the baseline only.
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
 #include "fusednn/cpu_features.h"
 #include "fusednn/rnn_cpu.h"
@@ -40,17 +38,8 @@ Isa best_isa() {
 
 namespace {
 
-Isa capped_isa() {
-  const Isa best = best_isa();
-  const char* cap = std::getenv("FUSEDNN_CPU_ISA");
-  if (!cap) return best;
-  for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-    if (std::strcmp(cap, name(isa)) == 0 && isa < best) return isa;
-  return best;
-}
-
 std::atomic<Isa>& in_use() {
-  static std::atomic<Isa> isa{capped_isa()};
+  static std::atomic<Isa> isa{best_isa()};
   return isa;
 }
 

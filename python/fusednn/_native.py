@@ -67,6 +67,21 @@ def build_info() -> dict[str, Any]:
     return (_build_record() or {}) if extension is not None else {}
 
 
+def _apply_settings() -> None:
+    """Hand the extension what the environment asks of it."""
+    if extension is None:
+        return
+    extension.cpu.keep_packed_weights(settings.weight_cache_enabled())
+    cap = settings.cpu_isa()
+    if cap is not None:
+        try:
+            extension.cpu.set_isa(cap)
+        except ValueError as error:
+            logger.warning("FUSEDNN_CPU_ISA is ignored: %s", error)
+
+
+_apply_settings()
+
 # Modules with the CUDA launchers by the device type that they serve. Tests add the emulated ones for "cpu".
 cuda_modules: dict[str, ModuleType] = {}
 

@@ -70,6 +70,11 @@ class Explanations(tuple[Explanation, ...]):
 _recorder: ContextVar[list[Explanation] | None] = ContextVar("fusednn_recorder", default=None)
 
 
+def explaining() -> bool:
+    """Whether :func:`explain` wants to see the operations of this call."""
+    return _recorder.get() is not None
+
+
 class Operation:
     """A named operation and its implementations, best first."""
 

@@ -41,6 +41,11 @@ def native_enabled() -> bool:
     return os.environ.get("FUSEDNN_NATIVE", "1") != "0"
 
 
+def cpu_isa() -> str | None:
+    """Cap that ``FUSEDNN_CPU_ISA`` sets on the CPU kernels' instruction set, if any."""
+    return os.environ.get("FUSEDNN_CPU_ISA") or None
+
+
 def weight_cache_enabled() -> bool:
     """Whether ``FUSEDNN_WEIGHT_CACHE`` allows packed weights to outlive a call."""
     return os.environ.get("FUSEDNN_WEIGHT_CACHE", "1") != "0"

@@ -8,7 +8,7 @@ enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 // The best set that both this binary and this machine have.
 Isa best_isa();
 
-// The set in use: best_isa(), capped by FUSEDNN_CPU_ISA when the library is loaded and by set_isa later.
+// The set in use: best_isa() until set_isa caps it.
 Isa current_isa();
 
 // Cap the set; returns false, and changes nothing, if this machine or binary lacks it.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import _native, dispatch, settings
 from . import (
     ops,  # noqa: F401  registers torch.ops.fusednn.*
     reference,
@@ -42,6 +43,10 @@ def lstm_cell(
         RuntimeError: a size, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor, or ``hx`` no pair.
     """
+    if _shortcut_applies() and type(hx) is tuple and len(hx) == 2:
+        found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        if found is not None:
+            return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
         raise TypeError(
             f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
@@ -90,6 +95,10 @@ def gru_cell(
         RuntimeError: a size, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor.
     """
+    if _shortcut_applies():
+        found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        if found is not None:
+            return found
     parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
@@ -98,6 +107,17 @@ def gru_cell(
     save_gates = torch.is_grad_enabled() and _any_requires_grad(input, hx, *parameters)
     h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
     return h
+
+
+def _shortcut_applies() -> bool:
+    """Whether a plain CPU call may go straight to the extension, past the dispatcher."""
+    return (
+        _native.extension is not None
+        and not torch.compiler.is_compiling()
+        and settings.backend() in ("auto", "cpu")
+        and forward_ad._current_level < 0
+        and not dispatch.explaining()
+    )
 
 
 def _under_transform(*tensors: Tensor | None) -> bool:

@@ -74,23 +74,18 @@ def _lstm_setup(ctx, inputs, output) -> None:
 
 
 def _lstm_backward(ctx, grad_h, grad_c, _grad_gates):
-    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, c, gates = ctx.saved_tensors
-    n_input, n_hx, n_cx, n_w_ih, n_w_hh, n_b_ih, n_b_hh, _ = ctx.needs_input_grad
-    mask = [n_input, n_hx, n_cx, n_w_ih, n_w_hh, n_b_ih or n_b_hh]
+    *tensors, c, gates = ctx.saved_tensors
     if grad_h is None and grad_c is None:
         return (None,) * 8
-    if torch.is_grad_enabled() or gates.numel() != c.shape[0] * weight_hh.shape[0]:
-        _, c, gates = reference.lstm_cell_forward(
-            input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True
-        )
-    operands = (grad_h, grad_c, input, hx, cx, weight_ih, weight_hh, c, gates, mask)
     if torch.is_grad_enabled():
-        grads = reference.lstm_cell_backward(*operands)
-    else:
-        with settings.use_backend(ctx.backend):
-            grads = torch.ops.fusednn.lstm_cell_backward(*operands)
-    *wanted, bias = (g if needed else None for g, needed in zip(grads, mask, strict=True))
-    return *wanted, bias if n_b_ih else None, bias if n_b_hh else None, None
+        return *_keep(reference.lstm_cell_gradients((grad_h, grad_c), tensors), ctx.needs_input_grad), None
+    if gates.numel() != 4 * c.numel():
+        _, c, gates = reference.lstm_cell_forward(*(*tensors, True))
+    *needs, n_bias_ih, n_bias_hh, _ = ctx.needs_input_grad
+    mask = [*needs, n_bias_ih or n_bias_hh]
+    with settings.use_backend(ctx.backend):
+        *grads, bias = torch.ops.fusednn.lstm_cell_backward(grad_h, grad_c, *tensors[:5], c, gates, mask)
+    return *_keep((*grads, bias, bias), ctx.needs_input_grad), None
 
 
 def _gru_setup(ctx, inputs, output) -> None:
@@ -103,21 +98,21 @@ def _gru_setup(ctx, inputs, output) -> None:
 
 
 def _gru_backward(ctx, grad_h, _grad_gates):
-    input, hx, weight_ih, weight_hh, bias_ih, bias_hh, gates = ctx.saved_tensors
-    *needs, _ = ctx.needs_input_grad
+    *tensors, gates = ctx.saved_tensors
     if grad_h is None:
         return (None,) * 7
-    if torch.is_grad_enabled() or gates.numel() != 4 * hx.numel():
-        _, gates = reference.gru_cell_forward(
-            input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True
-        )
-    operands = (grad_h, input, hx, weight_ih, weight_hh, gates, needs)
     if torch.is_grad_enabled():
-        grads = reference.gru_cell_backward(*operands)
-    else:
-        with settings.use_backend(ctx.backend):
-            grads = torch.ops.fusednn.gru_cell_backward(*operands)
-    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None
+        return *_keep(reference.gru_cell_gradients((grad_h,), tensors), ctx.needs_input_grad), None
+    if gates.numel() != 4 * tensors[1].numel():
+        _, gates = reference.gru_cell_forward(*(*tensors, True))
+    *needs, _ = ctx.needs_input_grad
+    with settings.use_backend(ctx.backend):
+        grads = torch.ops.fusednn.gru_cell_backward(grad_h, *tensors[:4], gates, needs)
+    return *_keep(grads, needs), None
+
+
+def _keep(grads, needs):
+    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=False))
 
 
 torch.library.register_autograd(

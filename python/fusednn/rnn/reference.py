@@ -13,6 +13,7 @@ the second derivative's way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,15 @@ def lstm_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
+def lstm_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
+    """Return the gradients of the forward's seven tensors, differentiable in every operand."""
+    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    _, c, gates = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
+    operands = (*grads, input, hx, cx, weight_ih, weight_hh, c, gates, (True,) * 6)
+    *found, bias = lstm_cell_backward(*operands)
+    return [*found, None if bias_ih is None else bias, None if bias_hh is None else bias]
+
+
 def gru_cell_forward(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [B, H]
@@ -136,6 +146,15 @@ def gru_cell_backward(
         lambda: d_gates_h.sum(0),
     )
     return where_needed(grads, output_mask, input)
+
+
+def gru_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
+    """Return the gradients of the forward's six tensors, differentiable in every operand."""
+    input, hx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    _, gates = gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
+    operands = (*grads, input, hx, weight_ih, weight_hh, gates, (True,) * 6)
+    *found, d_bias_ih, d_bias_hh = gru_cell_backward(*operands)
+    return [*found, None if bias_ih is None else d_bias_ih, None if bias_hh is None else d_bias_hh]
 
 
 def where_needed(

@@ -1,0 +1,111 @@
+// Packs of consecutive elements: one load or store of 2 to 16 bytes, arithmetic in float (double for double).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace fusednn::cuda {
+
+constexpr int kWidestAccess = 16;  // bytes
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ inline T narrow(Arithmetic<T> x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  static_assert(sizeof(T) * N <= kWidestAccess);
+  T items[N];
+
+  __device__ Arithmetic<T> get(int i) const { return widen(items[i]); }
+  __device__ void set(int i, Arithmetic<T> x) { items[i] = narrow<T>(x); }
+};
+
+// The built-in vector type of a size.
+template <int Bytes>
+struct RawOf;
+template <>
+struct RawOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct RawOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
+};
+template <>
+struct RawOf<16> {
+  using type = uint4;
+};
+
+// A plain access through a vector type may be taken apart into scalar ones; the intrinsics, with the default
+// caching, may not.
+template <class Raw>
+__device__ inline Raw load_raw(const Raw* source) {
+#if defined(__CUDA_ARCH__)
+  return __ldca(source);
+#else
+  return *source;
+#endif
+}
+
+template <class Raw>
+__device__ inline void store_raw(Raw* target, const Raw& raw) {
+#if defined(__CUDA_ARCH__)
+  __stwb(target, raw);
+#else
+  *target = raw;
+#endif
+}
+
+// `offset` counts elements; data + offset must be aligned to the pack.
+template <class T, int N>
+__device__ inline Pack<T, N> load(const void* data, int64_t offset) {
+  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
+  const Raw raw = load_raw(reinterpret_cast<const Raw*>(static_cast<const T*>(data) + offset));
+  Pack<T, N> pack;
+  memcpy(&pack, &raw, sizeof(pack));
+  return pack;
+}
+
+template <class T, int N>
+__device__ inline Pack<T, N> load_or_zero(const void* data, int64_t offset) {
+  if (data != nullptr) return load<T, N>(data, offset);
+  Pack<T, N> zero;
+#pragma unroll
+  for (int i = 0; i < N; ++i) zero.set(i, 0);
+  return zero;
+}
+
+template <class T, int N>
+__device__ inline void store(void* data, int64_t offset, const Pack<T, N>& pack) {
+  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
+  Raw raw;
+  memcpy(&raw, &pack, sizeof(pack));
+  store_raw(reinterpret_cast<Raw*>(static_cast<T*>(data) + offset), raw);
+}
+
+}  // namespace fusednn::cuda

@@ -1,0 +1,1 @@
+"""fusednn's proof."""

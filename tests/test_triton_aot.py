@@ -1,0 +1,87 @@
+"""The ahead-of-time check of the Triton kernels, and faults planted to see it catch them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import triton_aot  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels can't be compiled"
+    ),
+]
+
+
+def compile_one(**changes):
+    job = {"module": "triton_kernels.rnn", "case": "lstm_forward/wide", "dtype": "fp32", "arch": 90}
+    return triton_aot.compile_case(triton_aot.Job(**(job | changes)))
+
+
+def test_every_kernel_compiles_without_local_memory(tmp_path):
+    report = tmp_path / "aot.json"
+    command = [sys.executable, str(ROOT / "tools" / "triton_aot.py"), "--json", str(report)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(report.read_text())
+    assert {(r["dtype"], r["arch"]) for r in results} == {
+        (dtype, arch) for dtype in ("fp32", "fp64", "fp16", "bf16") for arch in (80, 90, 100, 120)
+    }
+    assert all(r["ok"] and r["registers"] > 0 for r in results)
+
+
+def test_planted_spill_is_caught():
+    assert compile_one(dtype="fp64").ok
+    spilled = compile_one(dtype="fp64", options=(("maxnreg", 32),))
+    assert not spilled.error
+    assert spilled.stack_bytes + spilled.local_bytes > 0
+    assert not spilled.ok
+    assert "B local" in triton_aot.table([spilled])
+
+
+def test_failure_to_compile_is_caught(tmp_path, monkeypatch):
+    """A jitted function that returns two types: the interpreter runs it, the compiler refuses."""
+    (tmp_path / "broken.py").write_text(
+        "import triton, triton.language as tl\n"
+        "from triton_kernels.aot import AotCase\n"
+        "@triton.jit\n"
+        "def load(x):\n"
+        "    value = tl.load(x)\n"
+        "    if value.dtype == tl.float32:\n"
+        "        return value\n"
+        "    return value.to(tl.float16)\n"
+        "@triton.jit\n"
+        "def broken_kernel(x):\n"
+        "    tl.store(x, load(x))\n"
+        "AOT_CASES = [AotCase('broken', broken_kernel, ('x',), {}, {}, {})]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = compile_one(module="broken", case="broken")
+    assert result.error
+    assert not result.ok
+    assert "FAILED" in triton_aot.table([result])
+
+
+def test_misnamed_arguments_are_an_error():
+    from triton_kernels import rnn
+    from triton_kernels.aot import AotCase
+
+    case = AotCase("misnamed", rnn.gru_backward_kernel, ("grad_h",), {}, {}, {})
+    with pytest.raises(ValueError, match=r"misnamed: arguments .*'gates'.* are not named on both sides"):
+        triton_aot._source(case, "fp32")
+
+
+def test_resource_usage_of_an_unknown_format_is_an_error():
+    text = " Function k:\n  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:400"
+    assert triton_aot.parse_resource_usage(text) == {"REG": 40, "STACK": 16, "SHARED": 0, "LOCAL": 0}
+    with pytest.raises(ValueError, match="LOCAL"):
+        triton_aot.parse_resource_usage("REG:40 STACK:16 SHARED:0")

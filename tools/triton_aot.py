@@ -1,0 +1,189 @@
+"""Compiles every Triton kernel for every architecture, without a device, and reports registers and spills.
+
+    python tools/triton_aot.py [--json FILE] [--arch 80 90] [--dtype fp32] [--jobs 2] [case ...]
+
+The modules of triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails to
+compile or uses local memory, which these kernels only do by spilling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = (80, 90, 100, 120)
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case of one module, compiled for one dtype and architecture; `options` go to Triton."""
+
+    module: str
+    case: str
+    dtype: str
+    arch: int
+    options: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out of a job; `error` is empty if it compiled."""
+
+    module: str
+    case: str
+    dtype: str
+    arch: int
+    registers: int = 0
+    stack_bytes: int = 0
+    local_bytes: int = 0
+    shared_bytes: int = 0
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Compiled, and without local memory."""
+        return not self.error and self.stack_bytes == 0 and self.local_bytes == 0
+
+
+def parse_resource_usage(text: str) -> dict[str, int]:
+    """Numbers of the one kernel in the output of `cuobjdump --dump-resource-usage`."""
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    missing = {"REG", "STACK", "SHARED", "LOCAL"} - numbers.keys()
+    if missing:
+        raise ValueError(f"cuobjdump: got {text!r}, expected numbers for {sorted(missing)}")
+    return numbers
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return parse_resource_usage(text)
+
+
+def _source(case, dtype: str):
+    from triton.compiler import ASTSource
+
+    types = {name: f"*{dtype}" for name in case.pointers} | dict(case.integers)
+    names = case.kernel.arg_names
+    unknown = (types.keys() | case.constants.keys()) ^ set(names)
+    if unknown:
+        raise ValueError(f"{case.name}: arguments {sorted(unknown)} are not named on both sides")
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
+    return ASTSource(
+        fn=case.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs=dict(case.constants),
+        attrs=attributes,
+    )
+
+
+def compile_case(job: Job) -> Result:
+    """Compiles one job in this process; failures are in the result."""
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
+    where = (job.module, job.case, job.dtype, job.arch)
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        module = importlib.import_module(job.module)
+        case = next(case for case in module.AOT_CASES if case.name == job.case)
+        options = dict(case.options) | dict(job.options)
+        target = GPUTarget("cuda", job.arch, WARP_SIZE)
+        compiled = triton.compile(_source(case, job.dtype), target=target, options=options)
+        usage = _resource_usage(compiled.asm["cubin"])
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones repeat the kernel's source
+            cause = cause.__cause__
+        return Result(*where, error=f"{type(cause).__name__}: {cause}")
+    return Result(*where, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
+
+
+def jobs_of(
+    package: str, architectures: Iterable[int], dtypes: Iterable[str], cases: Iterable[str]
+) -> list[Job]:
+    """Every registered combination; `dtypes` and `cases` narrow it down unless empty."""
+    dtypes, cases = set(dtypes), set(cases)
+    jobs = []
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+        for case in getattr(importlib.import_module(info.name), "AOT_CASES", ()):
+            if cases and case.name not in cases:
+                continue
+            chosen = [dtype for dtype in case.dtypes if not dtypes or dtype in dtypes]
+            jobs += [Job(info.name, case.name, dtype, arch) for dtype in chosen for arch in architectures]
+    return jobs
+
+
+def run(jobs: list[Job], workers: int) -> list[Result]:
+    """Compiles the jobs in `workers` processes."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_case, jobs, chunksize=4))
+
+
+def table(results: list[Result]) -> str:
+    """One line for each case and dtype; a cell is registers, marked if local memory is used or it failed."""
+    architectures = sorted({r.arch for r in results})
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for r in results:
+        spilled = "" if r.ok else f" +{r.stack_bytes + r.local_bytes} B local"
+        rows.setdefault((r.case, r.dtype), {})[r.arch] = "FAILED" if r.error else f"{r.registers}{spilled}"
+    lines = [f"{'registers':<28}" + "".join(f"{f'sm_{arch}':>16}" for arch in architectures)]
+    for (case, dtype), cells in rows.items():
+        lines.append(
+            f"{f'{case} {dtype}':<28}" + "".join(f"{cells.get(arch, ''):>16}" for arch in architectures)
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", help="names from AOT_CASES; all by default")
+    parser.add_argument("--arch", nargs="*", type=int, default=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="*", default=[])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args(argv)
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    jobs = jobs_of("triton_kernels", arguments.arch, arguments.dtype, arguments.cases)
+    if not jobs:
+        parser.error("nothing to compile")
+    results = run(jobs, arguments.jobs)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([asdict(r) | {"ok": r.ok} for r in results], indent=1) + "\n")
+    print(table(results))
+    bad = [r for r in results if not r.ok]
+    for r in bad:
+        reason = r.error or f"{r.stack_bytes + r.local_bytes} bytes of local memory"
+        print(f"{r.case} {r.dtype} sm_{r.arch}: {reason}", file=sys.stderr)
+    print(f"{len(results) - len(bad)} of {len(results)} compiled without local memory")
+    return 1 if bad else 0
+
+
+sys.path.insert(0, str(ROOT))  # also in the worker processes, which import this file again
+
+if __name__ == "__main__":
+    sys.exit(main())
