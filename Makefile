@@ -40,7 +40,7 @@ bench:
 
 test:
 	@FUSEDNN_TEST_MODULES=$${FUSEDNN_TEST_MODULES:-1} $(SETUP) --build test
-	@$(PY) tools/run_tests.py $(ARGS)
+	@FUSEDNN_REQUIRE_ALL=$${FUSEDNN_REQUIRE_ALL:-1} $(PY) tools/run_tests.py $(ARGS)
 
 lint:
 	@$(SETUP) lint

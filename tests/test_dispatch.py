@@ -27,7 +27,9 @@ def operation():
     return Operation(
         "double",
         (
-            Implementation("cpu", lambda x: ("cpu", 2 * x), lambda x: [] if isinstance(x, float) else ["no float"]),
+            Implementation(
+                "cpu", lambda x: ("cpu", 2 * x), lambda x: [] if isinstance(x, float) else ["no float"]
+            ),
             Implementation("triton", lambda x: ("triton", 2 * x), unprofitable=lambda x: ["slower here"]),
             Implementation("reference", lambda x: ("reference", 2 * x)),
         ),
@@ -103,7 +105,9 @@ def test_threads_choose_for_themselves():
 
 @pytest.mark.parametrize("name", ["", "gpu", "CPU", "Reference"])
 def test_unknown_names(name):
-    with pytest.raises(ValueError, match="use_backend: got .*expected one of auto, reference, cpu, cuda, triton"):
+    with pytest.raises(
+        ValueError, match="use_backend: got .*expected one of auto, reference, cpu, cuda, triton"
+    ):
         fusednn.use_backend(name)
 
 
@@ -205,7 +209,9 @@ def imported(package: Path = PACKAGE, **environment: str) -> dict:
 def test_environment_chooses_the_backend():
     report = imported(FUSEDNN_BACKEND="reference")
     assert (report["backend"], report["taken"]) == ("reference", "reference")
-    with pytest.raises(ImportError, match="ValueError: FUSEDNN_BACKEND: got 'gpu', expected one of auto, ref"):
+    with pytest.raises(
+        ImportError, match="ValueError: FUSEDNN_BACKEND: got 'gpu', expected one of auto, ref"
+    ):
         imported(FUSEDNN_BACKEND="gpu")
 
 
@@ -238,7 +244,9 @@ def test_environment_turns_the_weight_cache_off():
     found = {}
     for value in ("0", "1"):
         env = os.environ | {"FUSEDNN_WEIGHT_CACHE": value, "PYTHONPATH": str(PACKAGE.parent)}
-        found[value] = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True).stdout
+        found[value] = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True
+        ).stdout
     assert found == {"0": "0\n", "1": "1\n"}
 
 

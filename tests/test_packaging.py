@@ -103,8 +103,8 @@ def python_files(folder: Path) -> set[str]:
 
 def test_sdist_holds_what_a_build_needs(sdist):
     for name in ("csrc", "triton_kernels"):
-        wanted = {p.relative_to(ROOT) for p in (ROOT / name).rglob("*") if p.suffix in (".h", ".cpp", ".cu")}
-        wanted |= {p.relative_to(ROOT) for p in (ROOT / name).rglob("*.py")}
+        files = [p for p in (ROOT / name).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        wanted = {p.relative_to(ROOT) for p in files}
         assert [path for path in sorted(wanted) if not (sdist / path).is_file()] == []
     for name in ("CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", "tools/toolchain.py"):
         assert (sdist / name).is_file(), name

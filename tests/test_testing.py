@@ -76,7 +76,7 @@ def test_a_stand_in_serves_cuda_only_inside():
     assert (h == 0).all()
     assert (c == 1).all()
     assert module not in _native.cuda_modules.values()
-    with fusednn.use_backend("cuda"), pytest.raises(RuntimeError, match="no CUDA kernels|expected cuda"):
+    with fusednn.use_backend("cuda"), pytest.raises(RuntimeError, match=r"no CUDA kernels|expected cuda"):
         cell(torch.randn(2, 3))
 
 

@@ -48,7 +48,7 @@ def check_float32(native, function: str, x: torch.Tensor, what: str) -> None:
 @every_function
 @pytest.mark.usefixtures("isa")
 def test_float32_over_all_exponents(native, function):
-    """Every 509th of all bit patterns: all signs and exponents, subnormals, NaN; prime, so no bit stays put."""
+    """Every 509th bit pattern: all signs and exponents, subnormals, NaN; prime, so no bit stays put."""
     bits = torch.arange(-(2**31), 2**31, 509, dtype=torch.int64).to(torch.int32)
     check_float32(native, function, bits.view(torch.float32), "all bit patterns")
 

@@ -111,9 +111,10 @@ def compile_case(job: Job) -> Result:
         compiled = triton.compile(_source(case, job.dtype), target=target, options=options)
         usage = _resource_usage(compiled.asm["cubin"])
     except Exception as error:
-        while error.__cause__ is not None:  # the outer ones repeat the kernel's source
-            error = error.__cause__
-        return Result(*where, error=f"{type(error).__name__}: {error}")
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outer ones repeat the kernel's source
+            cause = cause.__cause__
+        return Result(*where, error=f"{type(cause).__name__}: {cause}")
     return Result(*where, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
 
 

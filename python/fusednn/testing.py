@@ -83,8 +83,9 @@ def assert_close_to_oracle(
         place = tuple(int(i) for i in bad.nonzero()[0])
         worst = error[bad].max().item() if not error.isnan().any() else float("nan")
         raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} elements beyond the budget: largest error {worst:.3g}, "
-            f"budget {budget:.3g}; first at {place}: got {actual[place].item()!r}, oracle {oracle[place].item()!r}"
+            f"{what}: {int(bad.sum())} of {bad.numel()} elements beyond the budget: "
+            f"largest error {worst:.3g}, budget {budget:.3g}; "
+            f"first at {place}: got {actual[place].item()!r}, oracle {oracle[place].item()!r}"
         )
 
 

@@ -50,7 +50,7 @@ def workload(
     bias: bool = True,
     scale: float = 1.0,
 ) -> Workload:
-    """Make a step whose values depend on its shape alone: states and inputs of `scale`, weights as torch's."""
+    """Make a step whose values depend on its shape alone: inputs of `scale`, weights as torch's."""
     seed = zlib.crc32(repr((cell, batch, input_size, hidden, scale)).encode())
     generator = torch.Generator().manual_seed(seed)
     rows = GATES[cell] * hidden

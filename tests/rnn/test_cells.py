@@ -64,7 +64,6 @@ def test_without_bias(place, cell, dtype, batch):
 def test_with_one_bias(place, cell, name, batch):
     work = workload(cell, batch, 7, 19, device=place.device)
     tensors = {**work.tensors, name: None}
-    zero = torch.zeros_like(work.tensors[name])
     with torch.no_grad():
         expected = torch_step(cell, {**work.tensors, name: torch.zeros_like(work.tensors[name])})
         actual = fused_step(cell, tensors)

@@ -162,7 +162,7 @@ def test_autocast(place, cell, dtype, hx, state_dtype):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype
         torch.testing.assert_close(a, e, rtol=0.02, atol=0.02)
-    for module, outputs in ((ours, actual), (theirs, expected)):
+    for outputs in (actual, expected):
         sum(o.float().square().sum() for o in outputs).backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert a.grad.dtype == b.grad.dtype

@@ -27,13 +27,14 @@ def test_plan_fits_into_nine_minutes_and_names_every_stage(capsys):
     assert gpu_check.TOTAL_S < 540
 
 
-def test_goes_on_after_a_failure_and_a_timeout():
+def test_goes_on_after_a_failure_and_a_timeout(tmp_path):
+    left_behind = tmp_path / "left_behind"
     log = io.StringIO()
     started = time.monotonic()
     outcomes = gpu_check.run_all(
         [
             Stage("fails", python("print('a reason'); raise SystemExit(3)"), 60),
-            Stage("hangs", ["sh", "-c", "sleep 300 & sleep 300"], 1),
+            Stage("hangs", ["sh", "-c", f"(sleep 4; touch {left_behind}) & sleep 300"], 1),
             Stage(
                 "works", python("import os; print(os.environ['OFFLINE'], os.environ['X'])"), 60, {"X": "y"}
             ),
@@ -45,6 +46,8 @@ def test_goes_on_after_a_failure_and_a_timeout():
     assert outcomes[2].last_line == "1 y"
     assert "a reason" in log.getvalue()
     assert time.monotonic() - started < 60
+    time.sleep(5)
+    assert not left_behind.exists(), "a process of the stage that ran out of time went on"
 
 
 def test_stops_after_an_essential_stage():

@@ -80,7 +80,7 @@ def _lstm_backward(ctx, grad_h, grad_c, _grad_gates):
     if torch.is_grad_enabled():
         return *_keep(reference.lstm_cell_gradients((grad_h, grad_c), tensors), ctx.needs_input_grad), None
     if gates.numel() != 4 * c.numel():
-        _, c, gates = reference.lstm_cell_forward(*tensors, save_gates=True)
+        _, c, gates = reference.lstm_cell_forward(*(*tensors, True))
     *needs, n_bias_ih, n_bias_hh, _ = ctx.needs_input_grad
     mask = [*needs, n_bias_ih or n_bias_hh]
     with settings.use_backend(ctx.backend):
@@ -104,7 +104,7 @@ def _gru_backward(ctx, grad_h, _grad_gates):
     if torch.is_grad_enabled():
         return *_keep(reference.gru_cell_gradients((grad_h,), tensors), ctx.needs_input_grad), None
     if gates.numel() != 4 * tensors[1].numel():
-        _, gates = reference.gru_cell_forward(*tensors, save_gates=True)
+        _, gates = reference.gru_cell_forward(*(*tensors, True))
     *needs, _ = ctx.needs_input_grad
     with settings.use_backend(ctx.backend):
         grads = torch.ops.fusednn.gru_cell_backward(grad_h, *tensors[:4], gates, needs)

@@ -13,6 +13,7 @@ the second derivative's way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +89,12 @@ def lstm_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def lstm_cell_gradients(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def lstm_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
     """Return the gradients of the forward's seven tensors, differentiable in every operand."""
     input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    _, c, gates = lstm_cell_forward(*tensors, save_gates=True)
-    operands = (input, hx, cx, weight_ih, weight_hh, c, gates)
-    *found, bias = lstm_cell_backward(*grads, *operands, output_mask=(True,) * 6)
+    _, c, gates = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
+    operands = (*grads, input, hx, cx, weight_ih, weight_hh, c, gates, (True,) * 6)
+    *found, bias = lstm_cell_backward(*operands)
     return [*found, None if bias_ih is None else bias, None if bias_hh is None else bias]
 
 
@@ -149,14 +148,12 @@ def gru_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def gru_cell_gradients(
-    grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def gru_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
     """Return the gradients of the forward's six tensors, differentiable in every operand."""
     input, hx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    _, gates = gru_cell_forward(*tensors, save_gates=True)
-    operands = (input, hx, weight_ih, weight_hh, gates)
-    *found, d_bias_ih, d_bias_hh = gru_cell_backward(*grads, *operands, output_mask=(True,) * 6)
+    _, gates = gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
+    operands = (*grads, input, hx, weight_ih, weight_hh, gates, (True,) * 6)
+    *found, d_bias_ih, d_bias_hh = gru_cell_backward(*operands)
     return [*found, None if bias_ih is None else d_bias_ih, None if bias_hh is None else d_bias_hh]
 
 
