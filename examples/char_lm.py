@@ -17,7 +17,7 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 class CharLM(nn.Module):
     """Embedding, one recurrent cell stepped over time, linear: logits of the next character."""
 
-    def __init__(self, cell_class: type[nn.RNNCellBase], hidden: int) -> None:
+    def __init__(self, cell_class: Callable[[int, int], nn.Module], hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(ALPHABET), hidden)
         self.cell = cell_class(hidden, hidden)
@@ -154,7 +154,7 @@ def generate(run: Run, prompt: str, length: int, seed: int, device: torch.device
             logits, state = run.model(tokens.to(device), state)
             chances = (logits[0, -1].cpu() / 0.7).softmax(0)  # temperature
             tokens = torch.multinomial(chances, 1, generator=generator)[None]
-            text += ALPHABET[tokens.item()]
+            text += ALPHABET[int(tokens.item())]
     return text
 
 

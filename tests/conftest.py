@@ -58,7 +58,7 @@ MARKS = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep what this process can run: interpreted Triton, or the rest; a device's tests where there is one."""
+    """Keep what this process can run: interpreted Triton, or the rest; device tests where there is one."""
     kept, left = [], []
     for item in items:
         interpreter = item.get_closest_marker("interpreter") is not None
@@ -99,7 +99,7 @@ def running_on(place: Place) -> Iterator[Place]:
             module = emulated_module()
             if module is None:
                 missing(
-                    "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build time adds them"
+                    "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
                 )
             stack.enter_context(testing.emulated_cuda(module))
         if place.backend == "triton":

@@ -1,4 +1,4 @@
-"""No op without its proof: every op of fusednn has a reference, a fake, samples, a gradient and a benchmark."""
+"""No op without its proof: a reference, a fake, samples, a gradient and a benchmark for every op."""
 
 import importlib
 from pathlib import Path

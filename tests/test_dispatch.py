@@ -106,7 +106,7 @@ def test_threads_choose_for_themselves():
 @pytest.mark.parametrize("name", ["", "gpu", "CPU", "Reference"])
 def test_unknown_names(name):
     with pytest.raises(
-        ValueError, match="use_backend: got .*expected one of auto, reference, cpu, cuda, triton"
+        ValueError, match=r"use_backend: got .*expected one of auto, reference, cpu, cuda, triton"
     ):
         fusednn.use_backend(name)
 
@@ -117,7 +117,8 @@ def test_the_fallback_is_said_once(operation, caplog):
             operation(1)
         operation(1.0)
     assert [r.getMessage() for r in caplog.records] == [
-        "double: falls back to the reference, correct but slower (said once): cpu: no float; triton: slower here"
+        "double: falls back to the reference, correct but slower (said once): "
+        "cpu: no float; triton: slower here"
     ]
 
 

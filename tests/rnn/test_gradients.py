@@ -42,7 +42,7 @@ def test_every_subset_of_frozen_arguments(place, cell, batch):
         for wanted in itertools.combinations(names, size):
             for name, t in run(fused_step, work, wanted).items():
                 torch.testing.assert_close(
-                    t, complete[name], msg=lambda text, n=name: f"{wanted} {n}: {text}"
+                    t, complete[name], msg=lambda text, n=f"{wanted} {name}": f"{n}: {text}"
                 )
 
 
