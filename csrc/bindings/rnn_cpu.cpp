@@ -112,13 +112,14 @@ struct CellTensors {
 };
 
 Tensor packed_weights(const cpu::RnnKernels& kernels, const cpu::CellWeights& weights, const CellTensors& t) {
-  if (!keep_packed || !kernels.wants_packed(weights, t.batch)) return {};
+  if (!kernels.wants_packed(weights, t.batch)) return {};
   const int variant = static_cast<int>(weights.cell) + 2 * static_cast<int>(cpu::current_isa());
-  return weight_cache().find_or_pack({t.weight_ih, t.weight_hh}, variant, [&] {
+  const auto pack = [&] {
     Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(weights))}, at::kByte);
     kernels.pack_weights(weights, packed.mutable_data_ptr(), parallel());
     return packed;
-  });
+  };
+  return keep_packed ? weight_cache().find_or_pack({t.weight_ih, t.weight_hh}, variant, pack) : pack();
 }
 
 struct ForwardResult {

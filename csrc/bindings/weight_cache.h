@@ -32,9 +32,8 @@ class WeightIdentity {
 
 class WeightCache {
  public:
-  // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
-  // same weights: what is used once is not worth a copy. An undefined tensor says: use the weights as they
-  // lie.
+  // The packing of `weights` for `variant` (a layout's number), made by `pack`. It is kept from the second
+  // sight of the same weights on: what is used once is not worth the memory.
   at::Tensor find_or_pack(const std::vector<at::Tensor>& weights, int variant,
                           const std::function<at::Tensor()>& pack);
   void clear();

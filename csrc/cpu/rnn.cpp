@@ -27,7 +27,7 @@ auto with_cell(Cell cell, const F& f) {
   return cell == Cell::lstm ? f.template operator()<Cell::lstm>() : f.template operator()<Cell::gru>();
 }
 
-bool wants_packed(const CellWeights&, int64_t batch) { return batch >= 8; }
+bool wants_packed(const CellWeights&, int64_t batch) { return batch >= 16; }
 
 size_t packed_bytes(const CellWeights& q) {
   return with_types(q.dtype, [&]<class T, class S>() -> size_t {

@@ -16,8 +16,10 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int kColumns = 4;  // vectors in a panel
 constexpr int64_t kFewRows = 4;
-constexpr int64_t kPanelsAtOnce = 4;  // with few rows: enough neighbours for the prefetcher
-constexpr int64_t kStripe = 1024;     // columns of a stripe
+constexpr int kRowsOfB = 4;             // that pass at a time
+constexpr int64_t kFewRowsDepth = 128;  // products in a sum before it is added to the result
+constexpr int64_t kPanelsAtOnce = 4;    // with few rows: enough neighbours for the prefetcher
+constexpr int64_t kStripe = 1024;       // columns of a stripe
 
 template <class T, class S>
 struct GatesAt {
@@ -79,53 +81,49 @@ void gates_backward(const GatesBackward& p, const Parallel& parallel) {
   });
 }
 
-// out[M, n] (+)= a[M, K] b[K, n], M <= kFewRows: four rows of b pass by the outputs at a time, and are summed
-// before they are added.
+// part[M, n] += x[M, K] b[K, n].
+template <int M, class T, class S>
+FUSEDNN_INLINE void add_rows(int64_t n, int K, const Vec<T> (&x)[M][kRowsOfB], const S* b, int64_t b_stride,
+                             T* part) {
+  for (int64_t j = 0; j < n; j += Vec<T>::size) {
+    const int64_t count = minimum(Vec<T>::size, n - j);
+    Vec<T> acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = Vec<T>::load(part + m * kStripe + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < K; ++r) {
+      const Vec<T> y = Vec<T>::load(b + r * b_stride + j, count);
+      for (int m = 0; m < M; ++m) acc[m] = acc[m] + x[m][r] * y;
+    }
+    for (int m = 0; m < M; ++m) acc[m].store(part + m * kStripe + j);
+  }
+}
+
+// out[M, n] (+)= a[M, K] b[K, n], M <= kFewRows, n <= kStripe: some rows of b at a time pass by a stripe of
+// sums. `part` [M, kStripe] holds those of a block of K until they are added to out.
 template <int M, class T, class S>
 void multiply_few_rows(int64_t n, int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* out,
-                       int64_t out_stride, bool accumulate) {
-  constexpr int w = Vec<T>::size;
-  if (!accumulate)
-    for (int m = 0; m < M; ++m) std::memset(out + m * out_stride, 0, n * sizeof(T));
-  constexpr int rows = 4;
-  for (int64_t k = 0; k < K; k += rows) {
-    const S* from[rows];
-    Vec<T> x[M][rows];
-    for (int r = 0; r < rows; ++r) {
-      const bool real = k + r < K;
-      from[r] = b + (real ? k + r : k) * b_stride;
-      for (int m = 0; m < M; ++m) x[m][r] = Vec<T>(real ? *a.at(m, k + r).data : T(0));
+                       int64_t out_stride, bool accumulate, T* part) {
+  for (int64_t k0 = 0; k0 < K; k0 += kFewRowsDepth) {
+    const int64_t k1 = minimum(K, k0 + kFewRowsDepth);
+    std::memset(part, 0, M * kStripe * sizeof(T));
+    for (int64_t k = k0; k < k1; k += kRowsOfB) {
+      const int rows = static_cast<int>(minimum(kRowsOfB, k1 - k));
+      Vec<T> x[M][kRowsOfB];
+      for (int r = 0; r < rows; ++r)
+        for (int m = 0; m < M; ++m) x[m][r] = Vec<T>(*a.at(m, k + r).data);
+      if (rows == kRowsOfB)
+        add_rows<M>(n, kRowsOfB, x, b + k * b_stride, b_stride, part);
+      else
+        add_rows<M>(n, rows, x, b + k * b_stride, b_stride, part);
     }
-    const int real_rows = static_cast<int>(minimum(rows, K - k));
-    const auto step = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-      Vec<T> acc[M];
-      for (int m = 0; m < M; ++m) acc[m] = Vec<T>(T(0));
-      for (int r = 0; r < real_rows; ++r) {
-        const Vec<T> y = Vec<T>::load(from[r] + j, count);
-        for (int m = 0; m < M; ++m) acc[m] = acc[m] + x[m][r] * y;
-      }
-      for (int m = 0; m < M; ++m) {
-        T* to = out + m * out_stride + j;
-        (Vec<T>::load(to, count) + acc[m]).store(to, count);
-      }
-    };
-    int64_t j = 0;
-    if (real_rows == rows) {
-      for (; j + w <= n; j += w) {
-        Vec<T> acc[M];
-        for (int m = 0; m < M; ++m) acc[m] = Vec<T>(T(0));
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> y = Vec<T>::load(from[r] + j);
-          for (int m = 0; m < M; ++m) acc[m] = acc[m] + x[m][r] * y;
-        }
-        for (int m = 0; m < M; ++m) {
-          T* to = out + m * out_stride + j;
-          (Vec<T>::load(to) + acc[m]).store(to);
-        }
+    for (int m = 0; m < M; ++m) {
+      T* to = out + m * out_stride;
+      for (int64_t j = 0; j < n; j += Vec<T>::size) {
+        const int64_t count = minimum(Vec<T>::size, n - j);
+        const Vec<T> sums = Vec<T>::load(part + m * kStripe + j);
+        (accumulate || k0 > 0 ? Vec<T>::load(to + j, count) + sums : sums).store(to + j, count);
       }
     }
-    for (; j < n; j += w) step(j, minimum(w, n - j));
   }
 }
 
@@ -204,23 +202,24 @@ void multiply_rectangle(const Product& p, int64_t row, int64_t rows, int64_t col
 template <class T, class S>
 void multiply_stripes(const Product& p, bool worth_it, const Parallel& parallel) {
   const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
-  parallel(ceil_div(p.N, kStripe), worth_it, [&](int64_t begin, int64_t end, int) {
+  parallel(ceil_div(p.N, kStripe), worth_it, [&](int64_t begin, int64_t end, int thread) {
+    T* part = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
     for (int64_t stripe = begin; stripe < end; ++stripe) {
       const int64_t j = stripe * kStripe, n = minimum(kStripe, p.N - j);
       const S* b = static_cast<const S*>(p.b.data) + j;
       T* out = static_cast<T*>(p.out) + j;
       switch (p.M) {
         case 1:
-          multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
           break;
         case 2:
-          multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
           break;
         case 3:
-          multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
           break;
         default:
-          multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate);
+          multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
       }
     }
   });

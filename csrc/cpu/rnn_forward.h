@@ -9,7 +9,7 @@
 //
 // Two ways to the products, with equal results up to rounding:
 //   rows    weights as they lie, dot products along K in chunks that stay in the first-level cache
-//   panels  weights packed as [unit block][K][gates, w], outer products; pays when the packing is kept
+//   panels  weights packed as [unit block][K][gates, w], outer products; for larger batches
 //
 // Bytes: each weight once per block of rows; flops: 2 B G H (I + H).
 #pragma once
@@ -180,21 +180,49 @@ void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t
   }
 }
 
+// to[k][u] = from[u][k] for 8 x 8 elements.
+template <class S>
+FUSEDNN_INLINE void transpose_8x8(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
+  for (int u = 0; u < 8; ++u)
+    for (int k = 0; k < 8; ++k) to[k * to_stride + u] = from[u * from_stride + k];
+}
+
+#if defined(__AVX2__)
+FUSEDNN_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m256 low[4], high[4];  // rows u and u + 4 in the halves, columns 0..3 and 4..7
+  for (int u = 0; u < 4; ++u) {
+    const float *a = from + u * from_stride, *b = from + (u + 4) * from_stride;
+    low[u] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+    high[u] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
+  }
+  const auto columns = [&](const __m256(&x)[4], float* out) __attribute__((always_inline)) {
+    const __m256 a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
+    const __m256 c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+    _mm256_storeu_ps(out, _mm256_shuffle_ps(a, c, 0x44));
+    _mm256_storeu_ps(out + to_stride, _mm256_shuffle_ps(a, c, 0xee));
+    _mm256_storeu_ps(out + 2 * to_stride, _mm256_shuffle_ps(b, d, 0x44));
+    _mm256_storeu_ps(out + 3 * to_stride, _mm256_shuffle_ps(b, d, 0xee));
+  };
+  columns(low, to);
+  columns(high, to + 4 * to_stride);
+}
+#endif
+
 // panel[k][slot][u] = weights[slot H + first + u][k], zeros beyond the last unit.
 template <int G, int w, class S>
 void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t stride, S* panel) {
-  constexpr int64_t block = 16;  // of k, so that the lines written stay in cache until they are full
-  for (int64_t k0 = 0; k0 < K; k0 += block) {
-    const int64_t k1 = minimum(K, k0 + block);
-    for (int slot = 0; slot < G; ++slot) {
-      for (int u = 0; u < w; ++u) {
-        const bool real = first + u < H;
-        const S* row = weights + (slot * H + first + (real ? u : 0)) * stride;
-        S* to = panel + slot * w + u;
-        for (int64_t k = k0; k < k1; ++k) to[k * G * w] = real ? row[k] : S{};
-      }
-    }
+  int64_t k = 0;
+  if (w % 8 == 0 && first + w <= H) {
+    for (; k + 8 <= K; k += 8)
+      for (int slot = 0; slot < G; ++slot)
+        for (int u = 0; u < w; u += 8)
+          transpose_8x8(weights + (slot * H + first + u) * stride + k, stride, panel + (k * G + slot) * w + u,
+                        G * w);
   }
+  for (; k < K; ++k)
+    for (int slot = 0; slot < G; ++slot)
+      for (int u = 0; u < w; ++u)
+        panel[(k * G + slot) * w + u] = first + u < H ? weights[(slot * H + first + u) * stride + k] : S{};
 }
 
 template <Cell cell, class T, class S>

@@ -1,7 +1,7 @@
 """The Triton gate kernels in Triton's interpreter.
 
 A kernel is interpreted or compiled by what TRITON_INTERPRET says when its module is first imported; hence a
-process of their own, which the one test of an ordinary run starts.
+process of their own (tools/run_tests.py starts it).
 """
 
 import importlib.util
@@ -14,9 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+]
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    pytestmark.append(pytest.mark.interpreter)
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     import gate_checks
     import numpy
@@ -95,14 +98,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         assert "int32" in reason
 
 else:
-
-    def test_in_its_own_process():
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        report = done.stdout + done.stderr
-        assert done.returncode == 0, report
-        assert "skipped" not in report, report
 
     def test_importing_the_package_does_not_import_triton():
         code = "import sys, triton_kernels; assert 'triton' not in sys.modules"

@@ -76,7 +76,8 @@ struct Product {
 };
 
 struct RnnKernels {
-  // Whether packing pays for such a batch.
+  // Whether such a batch takes packed weights. A matter of shape alone: the two ways round differently, and
+  // the same input must give the same bits whatever was kept from earlier calls.
   bool (*wants_packed)(const CellWeights&, int64_t batch);
   size_t (*packed_bytes)(const CellWeights&);
   void (*pack_weights)(const CellWeights&, void* packed, const Parallel&);
