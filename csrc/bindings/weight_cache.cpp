@@ -44,15 +44,15 @@ bool WeightIdentity::same_content(const WeightIdentity& other) const {
   return version_ == other.version_ && fingerprint_ == other.fingerprint_;
 }
 
-at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int variant,
-                                     const std::function<at::Tensor()>& pack) {
+at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant,
+                             const std::function<at::Tensor()>& pack) {
   for (const at::Tensor& weight : weights)
-    if (weight.is_inference()) return pack();  // such a tensor counts no versions
+    if (weight.is_inference()) return {};  // such a tensor counts no versions
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
     return std::equal(entry.weights.begin(), entry.weights.end(), identities.begin(), identities.end(), test);
   };
-  std::unique_lock<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (Entry& entry : entries_) {
     if (entry.variant != variant || !all(entry, std::mem_fn(&WeightIdentity::same_place))) continue;
     if (all(entry, std::mem_fn(&WeightIdentity::same_content))) {
@@ -61,16 +61,14 @@ at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int
     }
     entry.weights = std::move(identities);
     entry.packed.reset();
-    lock.unlock();
-    return pack();
+    return {};
   }
   std::erase_if(entries_, [](const Entry& entry) {
     return std::any_of(entry.weights.begin(), entry.weights.end(), std::mem_fn(&WeightIdentity::expired));
   });
   if (entries_.size() == kMostEntries) entries_.erase(entries_.begin());
   entries_.push_back({std::move(identities), variant, {}});
-  lock.unlock();
-  return pack();
+  return {};
 }
 
 void WeightCache::clear() {

@@ -32,10 +32,10 @@ class WeightIdentity {
 
 class WeightCache {
  public:
-  // The packing of `weights` for `variant` (a layout's number), made by `pack`. It is kept from the second
-  // sight of the same weights on: what is used once is not worth the memory.
-  at::Tensor find_or_pack(const std::vector<at::Tensor>& weights, int variant,
-                          const std::function<at::Tensor()>& pack);
+  // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
+  // same weights and then kept; undefined at the first: what is used once is not worth the memory.
+  at::Tensor find(const std::vector<at::Tensor>& weights, int variant,
+                  const std::function<at::Tensor()>& pack);
   void clear();
   int64_t packed_entries();
 

@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "fusednn/dtype.h"
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,9 @@ struct Vec {
     return r;
   }
   FUSEDNN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
+  // Past the caches, to memory that nobody reads soon; p is a multiple of the vector. Ends with
+  // stream_fence().
+  FUSEDNN_INLINE void stream(T* p) const;
 
   static FUSEDNN_INLINE Vec load(const BFloat16* p) {
     typename VectorOf<T>::Narrow n;
@@ -205,6 +208,26 @@ FUSEDNN_INLINE void Vec<T>::store(Half* p) const {
   }
 #else
   for (int i = 0; i < size; ++i) narrow(wide[i], p + i);
+#endif
+}
+
+template <class T>
+FUSEDNN_INLINE void Vec<T>::stream(T* p) const {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p);
+#endif
+}
+
+// Makes what this thread has streamed visible to those that wait for it.
+FUSEDNN_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 
