@@ -23,6 +23,7 @@ from fusednn import _native, testing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REQUIRE_ALL = os.environ.get("FUSEDNN_REQUIRE_ALL") == "1"
+NO_EMULATOR = "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
 TEST_MODULES = Path(__file__).resolve().parents[1] / "build" / "test_modules"
 
 
@@ -98,9 +99,7 @@ def running_on(place: Place) -> Iterator[Place]:
         if place.name == "cuda-emulated":
             module = emulated_module()
             if module is None:
-                missing(
-                    "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
-                )
+                missing(NO_EMULATOR)
             stack.enter_context(testing.emulated_cuda(module))
         if place.backend == "triton":
             try:
