@@ -1,5 +1,9 @@
 #include "bindings/weight_cache.h"
 
+#include <ATen/MapAllocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -24,6 +28,16 @@ uint64_t fingerprint(const at::Tensor& t) {
   return hash;
 }
 
+// Whether this process's version counter sees what torch writes here. Nobody counts writes to tensors made in
+// inference mode, nor what others write to memory that they share or have lent: processes, numpy.
+bool counts_writes(const at::Tensor& weight) {
+  if (weight.is_inference()) return false;
+  const c10::DataPtr& data = weight.storage().data_ptr();
+  if (const auto* mapped = at::MapAllocator::fromDataPtr(data))
+    return (mapped->flags() & (at::ALLOCATOR_MAPPED_SHARED | at::ALLOCATOR_MAPPED_SHAREDMEM)) == 0;
+  return data.get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
 }  // namespace
 
 WeightIdentity::WeightIdentity(const at::Tensor& weight)
@@ -46,8 +60,7 @@ bool WeightIdentity::same_content(const WeightIdentity& other) const {
 
 at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int variant,
                                      const std::function<at::Tensor()>& pack) {
-  for (const at::Tensor& weight : weights)
-    if (weight.is_inference()) return pack();  // such a tensor counts no versions
+  if (!std::all_of(weights.begin(), weights.end(), counts_writes)) return pack();
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
     return std::equal(entry.weights.begin(), entry.weights.end(), identities.begin(), identities.end(), test);
@@ -71,6 +84,16 @@ at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int
   entries_.push_back({std::move(identities), variant, {}});
   lock.unlock();
   return pack();
+}
+
+WeightCache& WeightCache::instance() {
+  static WeightCache* const cache = [] {
+    // A child must not inherit a lock whose holder it lacks.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+    return new WeightCache;  // never destroyed: tensors must not outlive torch
+  }();
+  return *cache;
 }
 
 void WeightCache::clear() {

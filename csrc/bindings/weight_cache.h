@@ -32,6 +32,8 @@ class WeightIdentity {
 
 class WeightCache {
  public:
+  static WeightCache& instance();  // the process's
+
   // The packing of `weights` for `variant` (a layout's number), made by `pack`. It is kept from the second
   // sight of the same weights on: what is used once is not worth the memory.
   at::Tensor find_or_pack(const std::vector<at::Tensor>& weights, int variant,
