@@ -160,7 +160,7 @@ def test_autocast(place, cell, dtype, hx, state_dtype):
     if wide and place.backend in ("cuda", "triton"):
         with (
             torch.autocast(place.device, dtype),
-            pytest.raises(RuntimeError, match="a state of torch.float32"),
+            pytest.raises(RuntimeError, match=r"a state of torch\.float32"),
         ):
             ours(*args)
         return
