@@ -61,7 +61,7 @@ class Running:
         self.process = process
         self._arguments = arguments
         self._started = time.monotonic()
-        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")
+        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  it outlives this
         self._child = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-m", process.marker, *arguments],
             cwd=ROOT,
@@ -109,7 +109,9 @@ def absent(process: Process) -> Outcome | None:
 
 def run(processes: list[Process], arguments: list[str], at_once: int) -> list[Outcome]:
     """Run the processes, also after a failure, and show the output of each when it ends."""
-    waiting, running, outcomes = list(processes), [], []
+    waiting = list(processes)
+    running: list[Running] = []
+    outcomes: list[Outcome] = []
     started = said = time.monotonic()
     try:
         while waiting or running:
