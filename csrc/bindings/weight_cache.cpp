@@ -1,6 +1,5 @@
 #include "bindings/weight_cache.h"
 
-#include <ATen/MapAllocator.h>
 #include <c10/core/CPUAllocator.h>
 #include <pthread.h>
 
@@ -29,13 +28,10 @@ uint64_t fingerprint(const at::Tensor& t) {
 }
 
 // Whether this process's version counter sees what torch writes here. Nobody counts writes to tensors made in
-// inference mode, nor what others write to memory that they share or have lent: processes, numpy.
+// inference mode, nor what others write to memory that they share or have lent: processes, files, numpy.
 bool counts_writes(const at::Tensor& weight) {
   if (weight.is_inference()) return false;
-  const c10::DataPtr& data = weight.storage().data_ptr();
-  if (const auto* mapped = at::MapAllocator::fromDataPtr(data))
-    return (mapped->flags() & (at::ALLOCATOR_MAPPED_SHARED | at::ALLOCATOR_MAPPED_SHAREDMEM)) == 0;
-  return data.get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+  return weight.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
 }
 
 }  // namespace
