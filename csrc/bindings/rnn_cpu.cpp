@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
+
 #include "bindings/bindings.h"
 #include "bindings/rnn_cpu.h"
 #include "bindings/torch_parallel.h"
@@ -15,11 +17,6 @@ namespace {
 using at::Tensor;
 using cpu::Cell;
 using cpu::Rows;
-
-WeightCache& weight_cache() {
-  static WeightCache* const cache = new WeightCache;  // never destroyed: tensors must not outlive torch
-  return *cache;
-}
 
 std::atomic<bool> keep_packed{true};
 
@@ -115,7 +112,7 @@ struct CellTensors {
 // again.
 Tensor packed_weights(const cpu::RnnKernels& kernels, const cpu::CellWeights& weights, const CellTensors& t) {
   const int variant = static_cast<int>(weights.cell) + 2 * static_cast<int>(cpu::current_isa());
-  return weight_cache().find({t.weight_ih, t.weight_hh}, variant, [&] {
+  return WeightCache::instance().find({t.weight_ih, t.weight_hh}, variant, [&] {
     Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(weights))}, at::kByte);
     kernels.pack_weights(weights, packed.mutable_data_ptr(), parallel());
     return packed;
@@ -329,8 +326,8 @@ void bind_rnn_cpu(pybind11::module_& m) {
   m.def("try_lstm_cell", &try_lstm_cell);
   m.def("try_gru_cell", &try_gru_cell);
   m.def("keep_packed_weights", [](bool keep) { keep_packed = keep; });
-  m.def("clear_packed_weights", [] { weight_cache().clear(); });
-  m.def("packed_weights", [] { return weight_cache().packed_entries(); });
+  m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
+  m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
 }
 
 }  // namespace fusednn

@@ -32,6 +32,8 @@ class WeightIdentity {
 
 class WeightCache {
  public:
+  static WeightCache& instance();  // the process's
+
   // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
   // same weights and then kept; undefined at the first: what is used once is not worth the memory.
   at::Tensor find(const std::vector<at::Tensor>& weights, int variant,

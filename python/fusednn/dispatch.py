@@ -13,6 +13,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
 from . import settings
 
 logger = logging.getLogger("fusednn")
@@ -73,6 +77,17 @@ _recorder: ContextVar[list[Explanation] | None] = ContextVar("fusednn_recorder",
 def explaining() -> bool:
     """Whether :func:`explain` wants to see the operations of this call."""
     return _recorder.get() is not None
+
+
+def under_transform(*tensors: Tensor | None) -> bool:
+    """Whether vmap, torch.func.grad or forward-mode AD looks on: they see through torch's ops only."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 class Operation:
