@@ -158,11 +158,11 @@ def test_repeats_in_every_bit(place, cell, dtype, shape):
     work = workload(cell, *shape, dtype, place.device)
     before, first = torch.get_num_threads(), None
     try:
-        for threads in (before, 1, 2, 3):
+        for threads in (before, 1) if place.slow else (before, 1, 2, 3):
             torch.set_num_threads(threads)
             if first is None or place.backend != "cpu":
                 first = run(fused_step, work)
-            for attempt in range(3):
+            for attempt in range(2):
                 assert_same_bits(run(fused_step, work), first, f"{threads} threads, run {attempt + 1}")
             assert_same_bits(run(fused_step, work.map(torch.clone)), first, f"{threads} threads, elsewhere")
     finally:
