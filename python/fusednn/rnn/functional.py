@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _native, dispatch, settings
+from ..transforms import any_requires_grad, under_transform
 from . import (
     ops,  # noqa: F401  registers torch.ops.fusednn.*
     reference,
@@ -61,10 +62,10 @@ def lstm_cell(
     parameters = _check("lstm_cell", 4, input, states, weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_autocast_enabled(input.device.type):
         input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
-    if _under_transform(input, h, c, *parameters):
+    if under_transform(input, h, c, *parameters):
         h, c, _ = reference.lstm_cell_forward(input, h, c, *parameters, save_gates=False)
         return h, c
-    save_gates = torch.is_grad_enabled() and _any_requires_grad(input, h, c, *parameters)
+    save_gates = any_requires_grad(input, h, c, *parameters)
     h, c, _ = torch.ops.fusednn.lstm_cell_forward(input, h, c, *parameters, save_gates)
     return h, c
 
@@ -106,9 +107,9 @@ def gru_cell(
     parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
-    if _under_transform(input, hx, *parameters):
+    if under_transform(input, hx, *parameters):
         return reference.gru_cell_forward(input, hx, *parameters, save_gates=False)[0]
-    save_gates = torch.is_grad_enabled() and _any_requires_grad(input, hx, *parameters)
+    save_gates = any_requires_grad(input, hx, *parameters)
     h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
     return h
 
@@ -122,21 +123,6 @@ def _shortcut_applies() -> bool:
         and forward_ad._current_level < 0
         and not dispatch.explaining()
     )
-
-
-def _under_transform(*tensors: Tensor | None) -> bool:
-    """Whether vmap, torch.func.grad or forward-mode AD looks on: they see through torch's ops only."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
-
-
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(

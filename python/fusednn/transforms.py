@@ -1,0 +1,23 @@
+"""Whether something other than autograd and the compiler looks on at a call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def under_transform(*tensors: Tensor | None) -> bool:
+    """Whether vmap, torch.func.grad or forward-mode AD looks on: they see through torch's ops only."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def any_requires_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to record a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
