@@ -75,6 +75,14 @@ def explaining() -> bool:
     return _recorder.get() is not None
 
 
+def record_composite(operation: str, reasons: Reasons) -> None:
+    """Let :func:`explain` know of a layer that calls torch's own layers one by one, and why it must."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        passed_over = {"fused": tuple(reasons)}
+        recorder.append(Explanation(operation, settings.backend(), "composite", passed_over))
+
+
 class Operation:
     """A named operation and its implementations, best first."""
 

@@ -192,14 +192,13 @@ def check_size(name, input: Tensor, kernel: Sequence[int], padding: Sequence[int
         raise RuntimeError(f"{name}: expected a non-empty image, got input of size {list(input.shape)}")
 
 
-def autocast(input: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast as torch.autocast does for its own convolutions: all but float64, to the autocast dtype."""
-    if not torch.is_autocast_enabled(input.device.type):
-        return (input, *tensors)
-    dtype = torch.get_autocast_dtype(input.device.type)
+def cast_dtype(t: Tensor) -> torch.dtype:
+    """Dtype of a convolution's argument once torch.autocast has had its say: it spares float64."""
+    if not torch.is_autocast_enabled(t.device.type) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t.dtype
+    return torch.get_autocast_dtype(t.device.type)
 
-    def cast(t: Tensor | None) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if eligible else t  # type: ignore[union-attr]
 
-    return tuple(cast(t) for t in (input, *tensors))
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast as torch.autocast does for its own convolutions."""
+    return tuple(None if t is None else t.to(cast_dtype(t)) for t in tensors)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..transforms import any_requires_grad, under_transform
 from . import (
+    batch_norm,
     checks,
     ops,  # noqa: F401  registers torch.ops.fusednn.*
     reference,
 )
 from .checks import IntOrPair
+from .shapes import output_size
 
 
 def depthwise_conv2d(
@@ -200,12 +205,55 @@ def depthwise_separable_conv2d(
 
 def _separable(input, w1, b1, w2, b2, residual, stride, padding, dilation, act1, act2) -> Tensor:
     tensors = (input, w1, b1, w2, b2, residual)
+    options, acts = (stride, padding, dilation), (act1, act2)
     if not input.dtype.is_floating_point or under_transform(*tensors):
-        return reference.separable_conv2d_forward(*tensors, stride, padding, dilation, act1, act2)
+        return reference.separable_conv2d_forward(*tensors, *options, *acts)
     if not any_requires_grad(*tensors):
-        op = torch.ops.fusednn.separable_conv2d_forward
-        return op(*tensors, stride, padding, dilation, act1, act2)
-    return torch.ops.fusednn.separable_conv2d_train_forward(
-        input, w1, b1, None, None, w2, b2, None, None, residual,
-        stride, padding, dilation, 0.0, 0.0, act1, act2, False, False,
-    )[0]  # fmt: skip
+        return separable_inference(*tensors, *options, *acts)
+    return separable_training(input, (w1, b1, w2, b2), None, None, residual, options, acts)
+
+
+def separable_inference(*args: Any) -> Tensor:
+    """The block of checked arguments, those of the op, in one pass that records no gradients."""
+    return torch.ops.fusednn.separable_conv2d_forward(*args)
+
+
+def separable_training(
+    input: Tensor,
+    weights: Sequence[Tensor | None],
+    norm1: nn.BatchNorm2d | None,
+    norm2: nn.BatchNorm2d | None,
+    residual: Tensor | None,
+    options: Sequence[Sequence[int]],
+    activations: Sequence[str],
+) -> Tensor:
+    """The block of checked arguments, with norms that take the batch's statistics, and track them.
+
+    Args:
+        input: ``[N, C, H, W]``.
+        weights: depthwise weight and bias, pointwise weight and bias.
+        norm1: after the depthwise product, or None.
+        norm2: after the pointwise product, or None.
+        residual: of the result's shape, or None.
+        options: stride, padding (top, bottom, left, right) and dilation.
+        activations: names of both.
+
+    Raises:
+        ValueError: a norm would see one value per channel.
+    """
+    w1, b1, w2, b2 = weights
+    assert w1 is not None
+    assert w2 is not None
+    size = output_size(input.shape[2:], w1.shape[2:], *options)
+    for norm, w in ((norm1, w1), (norm2, w2)):
+        batch_norm.check_batch(norm, torch.Size((input.shape[0], w.shape[0], *size)))
+    g1, s1, eps1 = (None, None, 0.0) if norm1 is None else (norm1.weight, norm1.bias, norm1.eps)
+    g2, s2, eps2 = (None, None, 0.0) if norm2 is None else (norm2.weight, norm2.bias, norm2.eps)
+    out, _z1, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
+        input, w1, b1, g1, s1, w2, b2, g2, s2, residual, *options, eps1, eps2, *activations,
+        norm1 is not None, norm2 is not None,
+    )  # fmt: skip
+    count = input.shape[0] * size[0] * size[1]
+    batch_norm.track(norm1, mean1, rstd1, count)
+    batch_norm.track(norm2, mean2, rstd2, count)
+    return out
