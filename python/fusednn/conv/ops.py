@@ -137,9 +137,37 @@ def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *grads, None, None, None, None
 
 
+def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = inputs[:5]
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*tensors)
+    ctx.backend = settings.backend()
+
+
+def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradients of a block that was run, or traced, for inference: its products are made again."""
+    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+    if torch.is_grad_enabled():
+        forward = reference.separable_conv2d_forward
+        grads = _gradients_by_autograd(lambda *t: forward(*t, None, *ctx.options), tensors, grad, needs)
+    else:
+        input, w1, b1, w2, b2 = tensors
+        block = (input, w1, b1, None, None, w2, b2, None, None)
+        *geometry, act1, act2 = ctx.options
+        with settings.use_backend(ctx.backend):
+            _, *saved = torch.ops.fusednn.separable_conv2d_train_forward(
+                *block, None, *geometry, 0.0, 0.0, act1, act2, False, False
+            )
+            mask = [*needs[:3], False, False, *needs[3:], False, False]
+            found = torch.ops.fusednn.separable_conv2d_train_backward(
+                grad, *block, *saved, *geometry, act1, act2, False, False, mask
+            )
+        grads = _keep((*found[:3], *found[5:7]), needs)
+    return *grads, grad if ctx.needs_input_grad[5] else None, *(None,) * len(ctx.options)
+
+
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, residual = inputs[:10]
-    ctx.has_residual = residual is not None
+    tensors = inputs[:9]
     ctx.options = inputs[10:]
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -167,6 +195,9 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
 
 torch.library.register_autograd(
     "fusednn::depthwise_conv2d_forward", _depthwise_backward, setup_context=_depthwise_setup, lib=_library
+)
+torch.library.register_autograd(
+    "fusednn::separable_conv2d_forward", _inference_backward, setup_context=_inference_setup, lib=_library
 )
 torch.library.register_autograd(
     "fusednn::separable_conv2d_train_forward",
