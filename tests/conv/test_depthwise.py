@@ -76,7 +76,7 @@ CASES = {
     **{f"C={c}": ((2, c, 6, 7), (3, 3), {"padding": 1}) for c in (1, 7, 13, 31, 33, 127, 129, 257)},
     "7x7": ((2, 33, 15, 14), (7, 7), {"padding": 3}),
     "5x5 stride 2": ((2, 33, 15, 14), (5, 5), {"padding": 2, "stride": 2}),
-    "31x31": ((1, 3, 33, 40), (31, 31), {"padding": 15}),
+    "11x11": ((1, 3, 12, 13), (11, 11), {"padding": 5}),
     "even": ((2, 9, 8, 8), (2, 4), {"padding": (1, 2)}),
     "1x1": ((2, 9, 5, 5), (1, 1), {}),
     "row": ((2, 9, 8, 8), (1, 5), {"padding": (0, 2)}),
@@ -101,6 +101,13 @@ CASES = {
 def test_matches_the_oracle(place, case, dtype):
     shape, kernel, options = CASES[case]
     check(make(shape, kernel, dtype=dtype, device=place.device, activation="silu", **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_31x31(place, dtype):
+    """Forward only: beyond the kernels under test, torch's own backward takes minutes here."""
+    work = make((1, 3, 33, 40), (31, 31), dtype=dtype, device=place.device, padding=15)
+    check(work, wanted=())
 
 
 @every_dtype
