@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -126,31 +127,24 @@ def check(work: Work, wanted: tuple[str, ...] = ARGUMENTS, what: str = "") -> Re
     return actual
 
 
-def composite_of(block: fusednn.DepthwiseSeparableConv2d) -> nn.Module:
-    """Torch's layers with copies of the block's parameters, one after the other."""
-    return Composite(block)
+ORDER = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activation2")
 
 
 class Composite(nn.Module):
-    """What a block replaces."""
+    """What a block replaces: torch's layers, with copies of its parameters, one after the other."""
 
     def __init__(self, block: fusednn.DepthwiseSeparableConv2d) -> None:
         super().__init__()
-        import copy
-
         copied = copy.deepcopy(block)
-        for name, child in copied.named_children():
-            self.add_module(name, child)
-        self.layers = [getattr(copied, name) for name in _ORDER]
+        for name in ORDER:
+            self.register_module(name, getattr(copied, name))
         self.residual = block.residual
         self.training = block.training
 
     def forward(self, input: Tensor) -> Tensor:
         """Call the layers in turn."""
         out = input
-        for layer in self.layers:
+        for name in ORDER:
+            layer = getattr(self, name)
             out = out if layer is None else layer(out)
         return out + input if self.residual else out
-
-
-_ORDER = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activation2")

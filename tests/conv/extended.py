@@ -78,7 +78,7 @@ def extended_results(work: Work) -> dict[str, torch.Tensor]:
     d_padded, d_w = np.zeros_like(padded), np.zeros_like(w)
     for u, v in taps:
         d_w[:, 0, u, v] = (d * np.repeat(window(padded, u, v), multiplier, 1)).sum((0, 2, 3))
-        taken = (d * w[:, 0, u, v, None, None]).reshape(d.shape[0], -1, multiplier, rows, columns).sum(2)
+        taken = (d * w[:, 0, u, v, None, None]).reshape(*x.shape[:2], multiplier, rows, columns).sum(2)
         window(d_padded, u, v)[...] += taken
     height, width = x.shape[2:]
     results = {

@@ -141,13 +141,15 @@ def works(draw):
         n + 2 * p > d * (k - 1) for n, p, d, k in zip(image, padding, dilation, kernel, strict=True)
     )
     assume(fits)
+    dtype = draw(st.sampled_from(DTYPES))
+    assume(kernel != (1, 1) or dtype.itemsize > 2)  # torch's own 1x1 of 16 bits crashes where it is padded
     channels = draw(st.sampled_from([1, 2, 3, 7, 8, 13, 16, 31, 33, 64, 129]))
     return make(
         (draw(st.integers(0, 3)), channels, *image),
         kernel,
         draw(st.sampled_from([1, 1, 1, 2, 3])),
         draw(st.booleans()),
-        draw(st.sampled_from(DTYPES)),
+        dtype,
         stride=stride,
         padding=padding,
         dilation=dilation,

@@ -66,7 +66,6 @@ def _depthwise(input, weight, bias, stride, padding, dilation) -> Tensor:
 def _depthwise_backward(d, input, weight, stride, padding, dilation, output_mask) -> tuple[Tensor, ...]:
     """Gradients of input, weight and bias; None where masked."""
     top, bottom, left, right = padding
-    height, width = input.shape[2:]
     symmetric = (top, left) == (bottom, right)
     if not symmetric:
         input = F.pad(input, (left, right, top, bottom))
@@ -84,7 +83,7 @@ def _depthwise_backward(d, input, weight, stride, padding, dilation, output_mask
         list(output_mask),
     )
     if output_mask[0] and not symmetric:
-        grad_input = grad_input[:, :, top : top + height, left : left + width]
+        grad_input = F.pad(grad_input, (-left, -right, -top, -bottom))
     return grad_input, *others
 
 
