@@ -77,13 +77,14 @@ def test_inference_matches_the_oracle(inference_place, case, dtype, last):
     with torch.no_grad():
         out, same_dtype = block.eval()(x), composite.eval()(x)
     assert out.stride() == same_dtype.stride()
-    with torch.no_grad(), fusednn.use_backend("reference"):
-        assert_close_to_oracle(out, same_dtype, oracle)
-        assert [e.backend for e in fusednn.explain(block, x)] == ["reference"]
+    assert_close_to_oracle(out, same_dtype, oracle)
+    with torch.no_grad():
+        (found,) = fusednn.explain(block, x)
+    assert (found.operation, found.backend) == ("separable_conv2d_forward", inference_place.backend)
 
 
 @every_block
-@pytest.mark.parametrize("mode", itertools.product([True, False], repeat=2), ids=str)
+@pytest.mark.parametrize("mode", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_training_in_float64(training_place, case, mode):
     """Each norm in either mode: frozen ones are differentiated too."""
     block, composite = pair(case, training_place.device, torch.float64)
@@ -101,6 +102,10 @@ def test_training_in_float64(training_place, case, mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_matches_the_oracle(training_place, case, dtype):
     block, composite = pair(case, training_place.device, dtype)
+    if dtype.itemsize == 2:  # at a kink, rounding decides about a whole gradient: luck, not exactness
+        for module, name in itertools.product((block, composite), ("activation1", "activation2")):
+            if getattr(module, name) is not None:
+                setattr(module, name, nn.SiLU())
     x = images(case, training_place.device, dtype)
     oracle = step(copy.deepcopy(composite).double(), x.double())
     actual, same_dtype = step(block, x), step(composite, x)
@@ -192,9 +197,14 @@ def _saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(size for size, _ in storages.values())
 
 
-def test_saved_memory_is_at_most_half_of_eagers(training_place):
-    block, composite = pair("mobilenet", training_place.device)
-    x = images("mobilenet", training_place.device, batch=8).requires_grad_()
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", ["mobilenet", "linear bottleneck", "efficientnet"])
+def test_saved_memory_is_at_most_half_of_eagers(training_place, case, inplace):
+    block, composite = pair(case, training_place.device)
+    for module in (*block.modules(), *composite.modules()):
+        if hasattr(module, "inplace"):
+            module.inplace = inplace
+    x = images(case, training_place.device, batch=8).requires_grad_()
     ours, eagers = _saved_bytes(block, x), _saved_bytes(composite, x)
     assert 0 < ours <= eagers / 2, f"{ours} bytes, eager {eagers}"
 
@@ -205,7 +215,8 @@ def test_repeats_in_every_bit(training_place):
     first = step(copy.deepcopy(block), x)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        # PyTorch's own sums depend on the number of threads.
+        for threads in (before, before) if training_place.backend == "reference" else (1, 2, 3):
             torch.set_num_threads(threads)
             for name, t in step(copy.deepcopy(block), x).items():
                 assert t.equal(first[name]), f"{threads} threads: {name}"

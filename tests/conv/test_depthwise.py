@@ -219,7 +219,8 @@ def test_repeats_in_every_bit(place, dtype):
     first = run(_fused, work)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        # PyTorch's own sums depend on the number of threads.
+        for threads in (before, before) if place.backend == "reference" else (1, 2, 3):
             torch.set_num_threads(threads)
             for name, t in run(_fused, work.map(torch.clone)).items():
                 assert t.equal(first[name]), f"{threads} threads: {name}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import autocast_enabled
 from .reference import ACTIVATIONS
 from .shapes import output_size
 
@@ -160,7 +161,7 @@ def check_bias(name: str, argument: str, weight: Tensor, bias: Tensor | None) ->
 
 def check_same_kind(name: str, input: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
     """Every tensor on one device and of one dtype; autocast makes floating dtypes equal."""
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input.device)
     for argument, tensor in others:
         if tensor is None:
             continue
@@ -194,7 +195,7 @@ def check_size(name, input: Tensor, kernel: Sequence[int], padding: Sequence[int
 
 def cast_dtype(t: Tensor) -> torch.dtype:
     """Dtype of a convolution's argument once torch.autocast has had its say: it spares float64."""
-    if not torch.is_autocast_enabled(t.device.type) or not t.is_floating_point() or t.dtype == torch.float64:
+    if not autocast_enabled(t.device) or not t.is_floating_point() or t.dtype == torch.float64:
         return t.dtype
     return torch.get_autocast_dtype(t.device.type)
 

@@ -169,7 +169,8 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:9]
     ctx.options = inputs[10:]
-    ctx.save_for_backward(*tensors, *output[1:])
+    # Not z1: the depthwise product is cheap to make again, and what is kept stays below half of eager's.
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.backend = settings.backend()
@@ -189,7 +190,10 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward
-            grads = _keep(op(grad, *tensors, *saved, stride, padding, dilation, *rest, needs), needs)
+            z1 = torch.ops.fusednn.depthwise_conv2d_forward(
+                *tensors[:3], stride, padding, dilation, "none"
+            )
+            grads = _keep(op(grad, *tensors, z1, *saved, stride, padding, dilation, *rest, needs), needs)
     return *grads, grad if ctx.needs_input_grad[9] else None, *nothing
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..transforms import autocast_enabled
 from .shapes import output_format
 
 _aten = torch.ops.aten
@@ -48,7 +49,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(tensor.device.type):
+        if not autocast_enabled(tensor.device):
             return function(tensor, *args, **kwargs)
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args, **kwargs)
@@ -125,7 +126,7 @@ def depthwise_conv2d_backward(
         d = ACTIVATIONS[activation][1](d, _depthwise(x, w, b, stride, padding, dilation))
     grads = _depthwise_backward(d, x, w, stride, padding, dilation, output_mask)
     formats = (output_format(input, weight), torch.preserve_format, torch.contiguous_format)
-    likes = (input, weight, weight)
+    likes = (input, weight, weight[:, 0, 0, 0])
     return tuple(
         _laid_out(g.to(input.dtype), like, fmt) if needed else input.new_empty(0)
         for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
@@ -134,6 +135,8 @@ def depthwise_conv2d_backward(
 
 def _laid_out(t: Tensor, like: Tensor, fmt: torch.memory_format) -> Tensor:
     """Lay `t` out in a format; preserve_format stands for the strides that ``empty_like(like)`` has."""
+    if t.numel() == 0:  # a layout of nothing is kept by contiguous()
+        return torch.empty_like(like, dtype=t.dtype, memory_format=fmt)
     if fmt is not torch.preserve_format:
         return t.contiguous(memory_format=fmt)
     strides = torch.empty_like(like, device="meta").stride()
