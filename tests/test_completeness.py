@@ -8,11 +8,18 @@ import torch
 
 import fusednn
 from fusednn.dispatch import Operation
-from tests.rnn.op_cases import op_cases
 
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusednn::"))
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks" / "cases"
-FAMILIES = {"lstm_cell": "rnn", "gru_cell": "rnn"}
+FAMILIES = {
+    "lstm_cell": "rnn",
+    "gru_cell": "rnn",
+    "depthwise_conv2d": "conv",
+    "separable_conv2d": "conv",
+    "separable_conv2d_train": "conv",
+}
+# Where the backward is that of another op.
+BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}
 
 every_op = pytest.mark.parametrize("name", [op.removeprefix("fusednn::") for op in OPS])
 
@@ -45,7 +52,7 @@ def test_has_a_reference_and_a_row_in_the_dispatch_table(name):
 
 @every_op
 def test_has_samples_that_fake_and_reference_agree_on(name):
-    cases = op_cases(name)
+    cases = importlib.import_module(f"tests.{family_of(name)}.op_cases").op_cases(name)
     assert cases
     for args in cases.values():
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
@@ -53,7 +60,8 @@ def test_has_samples_that_fake_and_reference_agree_on(name):
         op = getattr(torch.ops.fusednn, name)
         with fusednn.use_backend("reference"):
             real = op(*args)
-        for r, f in zip(real, op(*meta), strict=True):
+        real, fake = (x if isinstance(x, tuple) else (x,) for x in (real, op(*meta)))
+        for r, f in zip(real, fake, strict=True):
             assert f.is_meta
             assert (f.shape, f.dtype) == (r.shape, r.dtype)
 
@@ -64,12 +72,13 @@ def test_has_a_gradient_or_is_one(name):
         assert f"fusednn::{stem_of(name)}_forward" in OPS
         return
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusednn::{name}", "Autograd")
-    assert f"fusednn::{stem_of(name)}_backward" in OPS
+    stem = stem_of(name)
+    assert f"fusednn::{BACKWARDS.get(stem, stem)}_backward" in OPS
     tests = importlib.import_module(f"tests.{family_of(name)}.test_gradients")
     assert hasattr(tests, "test_gradcheck")
     assert hasattr(tests, "test_gradgradcheck")
-    cells = importlib.import_module("tests.rnn.cells")
-    assert stem_of(name).removesuffix("_cell") in cells.CELLS
+    checked = importlib.import_module(f"tests.{family_of(name)}.test_gradients").CHECKED
+    assert stem in checked
 
 
 @every_op
@@ -77,4 +86,4 @@ def test_has_a_benchmark(name):
     if not BENCHMARKS.is_dir():
         pytest.skip("benchmarks/ is not part of this tree")
     text = "\n".join(p.read_text() for p in BENCHMARKS.glob("*.py")).lower()
-    assert stem_of(name).replace("_", "") in text.replace("_", "")
+    assert stem_of(name).removesuffix("_train").replace("_", "") in text.replace("_", "")

@@ -15,6 +15,7 @@ import fusednn
 from fusednn.replace import REPLACEMENTS
 
 PAIRS = list(REPLACEMENTS.items())
+ARGUMENTS = {nn.LSTMCell: (3, 3), nn.GRUCell: (3, 3), nn.Conv2d: (4, 8, 3, 2, 1, 1, 4, False, "reflect")}
 
 
 class Decoder(nn.Module):
@@ -53,7 +54,11 @@ def reason(report: fusednn.replace.Report, name: str) -> str:
 @pytest.mark.parametrize(("torch_class", "fused_class"), PAIRS)
 def test_every_row_keeps_constructor_and_state(torch_class, fused_class):
     assert issubclass(fused_class, torch_class)
-    assert "__init__" not in vars(fused_class)
+    theirs, ours = (c(*ARGUMENTS[torch_class]) for c in (torch_class, fused_class))
+    assert vars(ours).keys() == vars(theirs).keys()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert getattr(fusednn, fused_class.__name__) is fused_class
 
 
@@ -126,12 +131,33 @@ def test_second_call_changes_nothing(model):
 
 @pytest.mark.parametrize(("torch_class", "fused_class"), PAIRS)
 def test_the_model_itself(torch_class, fused_class):
-    cell = torch_class(3, 3)
+    cell = torch_class(*ARGUMENTS[torch_class])
     report = fusednn.replace_layers(cell)
     assert type(cell) is fused_class
     assert "(the model itself)" in str(report)
     fusednn.restore_layers(cell)
     assert type(cell) is torch_class
+
+
+def test_only_depthwise_convolutions_are_replaced():
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(1, 3, 3)
+    )
+    x = torch.randn(2, 8, 9, 9)
+    expected = model[0](x)
+    report = fusednn.replace_layers(model)
+    assert [type(m) for m in model] == [
+        fusednn.DepthwiseConv2d,
+        nn.Conv2d,
+        nn.Conv2d,
+        fusednn.DepthwiseConv2d,
+    ]
+    assert reason(report, "1") == "not depthwise: got groups=1, expected in_channels = 8"
+    assert reason(report, "2") == "not depthwise: got groups=4, expected in_channels = 8"
+    torch.testing.assert_close(model[0](x), expected)
+    assert [e.operation for e in fusednn.explain(model[0], x)] == ["depthwise_conv2d_forward"]
+    fusednn.restore_layers(model)
+    assert {type(m) for m in model} == {nn.Conv2d}
 
 
 def test_references_outside_the_module_tree_follow(model):

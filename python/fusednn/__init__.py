@@ -2,12 +2,17 @@
 
 from . import functional
 from ._version import __version__
+from .conv.block import DepthwiseSeparableConv2d
+from .conv.modules import DepthwiseConv1d, DepthwiseConv2d
 from .dispatch import explain
 from .replace import replace_layers, restore_layers
 from .rnn.modules import GRUCell, LSTMCell
 from .settings import use_backend
 
 __all__ = [
+    "DepthwiseConv1d",
+    "DepthwiseConv2d",
+    "DepthwiseSeparableConv2d",
     "GRUCell",
     "LSTMCell",
     "__version__",

@@ -79,15 +79,12 @@ def explaining() -> bool:
     return _recorder.get() is not None
 
 
-def under_transform(*tensors: Tensor | None) -> bool:
-    """Whether vmap, torch.func.grad or forward-mode AD looks on: they see through torch's ops only."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+def record_composite(operation: str, reasons: Reasons) -> None:
+    """Let :func:`explain` know of a layer that calls torch's own layers one by one, and why it must."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        passed_over = {"fused": tuple(reasons)}
+        recorder.append(Explanation(operation, settings.backend(), "composite", passed_over))
 
 
 class Operation:

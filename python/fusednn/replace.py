@@ -14,13 +14,25 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .conv.modules import DepthwiseConv2d
 from .rnn.modules import GRUCell, LSTMCell
 
-# A row per layer. Each class of fusednn subclasses torch's, adds no state, and keeps its __init__.
+# A row per layer. Each class of fusednn subclasses torch's, takes its arguments and adds no state to them.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
+    nn.Conv2d: DepthwiseConv2d,
 }
+
+
+def _not_depthwise(module: nn.Module) -> str:
+    if module.groups == module.in_channels:
+        return ""
+    return f"not depthwise: got groups={module.groups}, expected in_channels = {module.in_channels}"
+
+
+# Classes of torch whose objects are replaced only where this returns no reason against it.
+_CONDITIONS: dict[type[nn.Module], Callable[[nn.Module], str]] = {nn.Conv2d: _not_depthwise}
 
 # Set on the layers that replace_layers swapped, so that restore_layers leaves alone those that the model's
 # author made fusednn's. An ordinary attribute: it survives deepcopy and pickle, and is in no state_dict.
@@ -121,6 +133,8 @@ def replace_layers(
         if isinstance(module, REPLACEMENTS[torch_class]):
             return _plain_class(module), f"already {_name(REPLACEMENTS[torch_class])}"
         reason = _reason_against(module, torch_class)
+        if not reason and torch_class in _CONDITIONS:
+            reason = _CONDITIONS[torch_class](module)
         if excluded_by is not None:
             reason = f"excluded by {excluded_by}"
         elif not included:

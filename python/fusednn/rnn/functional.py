@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _native, dispatch, settings
+from ..transforms import may_need_backward, needs_torchs_ops
 from . import (
     flops,  # noqa: F401  registers the formulas
     ops,  # noqa: F401  registers torch.ops.fusednn.*
@@ -64,10 +65,10 @@ def lstm_cell(
     _check("lstm_cell", 4, input, states, *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
-    if _only_torchs_ops_serve(input, h, c, *parameters):
+    if needs_torchs_ops(input, h, c, *parameters):
         h, c, _ = reference.lstm_cell_forward(input, h, c, *parameters, save_gates=False)
         return h, c
-    save_gates = _records(input, h, c, *parameters)
+    save_gates = may_need_backward(input, h, c, *parameters)
     h, c, _ = torch.ops.fusednn.lstm_cell_forward(input, h, c, *parameters, save_gates)
     return h, c
 
@@ -112,9 +113,9 @@ def gru_cell(
     _check("gru_cell", 3, input, (("hidden0", hx),), *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
-    if _only_torchs_ops_serve(input, hx, *parameters):
+    if needs_torchs_ops(input, hx, *parameters):
         return reference.gru_cell_forward(input, hx, *parameters, save_gates=False)[0]
-    save_gates = _records(input, hx, *parameters)
+    save_gates = may_need_backward(input, hx, *parameters)
     h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
     return h
 
@@ -132,19 +133,6 @@ def _shortcut_applies(tensors: tuple[Tensor | None, ...]) -> bool:
         and not dispatch.explaining()
         and all(t is None or isinstance(t, Tensor) for t in tensors)
     )
-
-
-def _only_torchs_ops_serve(*tensors: Tensor | None) -> bool:
-    """Whether the call is under a transform, or its tensors are not dense (sparse, mkldnn)."""
-    return dispatch.under_transform(*tensors) or any(
-        t is not None and t.layout != torch.strided for t in tensors
-    )
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow; torch.jit.trace assumes it, since its check traces without gradients."""
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return recorded or torch.jit.is_tracing()
 
 
 def _check(

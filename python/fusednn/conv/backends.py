@@ -1,0 +1,89 @@
+"""The convolutions on each backend, and when one can't serve: the family's rows of the dispatch table."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..dispatch import Implementation, Operation, Reasons
+from . import reference
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _against_dtype(input: Tensor) -> Reasons:
+    if input.dtype not in _FLOATS:
+        return [f"got input of {input.dtype}, expected float32, float64, bfloat16 or float16"]
+    return []
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("fusednn.triton_kernels.conv")
+
+
+def _against_cpu(name: str, input: Tensor) -> Reasons:
+    if _native.extension is None:
+        return [_native.unavailable_reason or "no extension"]
+    if not hasattr(_native.extension.cpu, name):
+        return [f"this build's CPU kernels lack {name}"]
+    if input.device.type != "cpu":
+        return [f"got tensors on {input.device}, expected cpu"]
+    return _against_dtype(input)
+
+
+def _against_cuda(name: str, input: Tensor) -> Reasons:
+    if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
+        return [f"this build has no CUDA kernel for {name}"]
+    if not hasattr(_native.cuda_modules.get(input.device.type), name):
+        return [f"got tensors on {input.device}, expected cuda"]
+    return _against_dtype(input)
+
+
+def _against_triton(name: str, input: Tensor) -> Reasons:
+    try:
+        support, kernels = importlib.import_module("fusednn.triton_kernels"), _triton_kernels()
+    except ImportError as error:
+        return [f"there is no Triton kernel for {name}: {error}"]
+    if not hasattr(kernels, name):
+        return [f"there is no Triton kernel for {name}"]
+    return support.not_supported_reasons(input.device, input.dtype) or _against_dtype(input)
+
+
+def _operation(name: str, input_position: int = 0) -> Operation:
+    """Make the operation `name`, whose input is its argument at `input_position`."""
+
+    def input_of(args: tuple[Any, ...]) -> Tensor:
+        return args[input_position]
+
+    def cuda(*args: Any) -> Any:
+        return getattr(_native.cuda_modules[input_of(args).device.type], name)(*args)
+
+    return Operation(
+        name,
+        (
+            Implementation(
+                "cpu",
+                lambda *args: getattr(_native.extension.cpu, name)(*args),
+                lambda *args: _against_cpu(name, input_of(args)),
+            ),
+            Implementation("cuda", cuda, lambda *args: _against_cuda(name, input_of(args))),
+            Implementation(
+                "triton",
+                lambda *args: getattr(_triton_kernels(), name)(*args),
+                lambda *args: _against_triton(name, input_of(args)),
+            ),
+            Implementation("reference", getattr(reference, name)),
+        ),
+    )
+
+
+depthwise_conv2d_forward = _operation("depthwise_conv2d_forward")
+depthwise_conv2d_backward = _operation("depthwise_conv2d_backward", 1)
+separable_conv2d_forward = _operation("separable_conv2d_forward")
+separable_conv2d_train_forward = _operation("separable_conv2d_train_forward")
+separable_conv2d_train_backward = _operation("separable_conv2d_train_backward", 1)

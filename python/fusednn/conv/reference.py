@@ -1,0 +1,354 @@
+"""Depthwise convolution in plain PyTorch: the fallback on any machine and the oracle of every kernel.
+
+    depthwise   out[n, c m + j, y, x] = act(b[c m + j] + sum over u, v of
+                                            w[c m + j, 0, u, v] in[n, c, s y + d u - p, s x + d v - p])
+    separable   out = act2(norm2(W2 act1(norm1(depthwise(in))))) + residual        (Howard et al. 2017)
+    norm        (z - mean) rstd weight + bias, mean and rstd = 1 / sqrt(var + eps) over N, H, W
+                (Ioffe & Szegedy 2015); a norm with frozen statistics is folded into the weights before it
+
+Sums are taken in float32 or wider whatever the storage. Padding is (top, bottom, left, right), of zeros.
+Everything is differentiable.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..transforms import autocast_enabled
+from .shapes import output_format
+
+_aten = torch.ops.aten
+
+# Name: the function, and z's gradient for a gradient d. Both torch's, and so are kinks and NaN.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "none": (lambda z: z, lambda d, z: d),
+    "relu": (F.relu, lambda d, z: _aten.threshold_backward(d, z, 0)),
+    "relu6": (F.relu6, lambda d, z: _aten.hardtanh_backward(d, z, 0.0, 6.0)),
+    "silu": (F.silu, lambda d, z: _aten.silu_backward(d, z)),
+    "hardswish": (F.hardswish, lambda d, z: _aten.hardswish_backward(d, z)),
+    "gelu": (F.gelu, lambda d, z: _aten.gelu_backward(d, z)),
+    "gelu_tanh": (
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda d, z: _aten.gelu_backward(d, z, approximate="tanh"),
+    ),
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums, statistics and activations: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the dtypes that were chosen: autocast has had its say before the op."""
+
+    @functools.wraps(function)
+    def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not autocast_enabled(tensor.device):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return wrapped
+
+
+def _depthwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):
+        input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+    return F.conv2d(input, weight, bias, stride, (top, left), dilation, groups=input.shape[1])
+
+
+def _depthwise_backward(d, input, weight, stride, padding, dilation, output_mask) -> tuple[Tensor, ...]:
+    """Gradients of input, weight and bias; None where masked."""
+    top, bottom, left, right = padding
+    symmetric = (top, left) == (bottom, right)
+    if not symmetric:
+        input = F.pad(input, (left, right, top, bottom))
+    grad_input, *others = _aten.convolution_backward(
+        d,
+        input,
+        weight,
+        [weight.shape[0]],
+        stride,
+        [top, left] if symmetric else [0, 0],
+        dilation,
+        False,
+        [0, 0],
+        input.shape[1],
+        list(output_mask),
+    )
+    if output_mask[0] and not symmetric:
+        grad_input = F.pad(grad_input, (-left, -right, -top, -bottom))
+    return grad_input, *others
+
+
+def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+@_without_autocast
+def depthwise_conv2d_forward(
+    input: Tensor,  # [N, C, H, W]
+    weight: Tensor,  # [C m, 1, kh, kw]
+    bias: Tensor | None,  # [C m]
+    stride: Sequence[int],
+    padding: Sequence[int],  # top, bottom, left, right
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """Return the activated convolution [N, C m, H', W']."""
+    x, w, b = _wide(accumulation_dtype(input.dtype), input, weight, bias)
+    out = ACTIVATIONS[activation][0](_depthwise(x, w, b, stride, padding, dilation))
+    return out.to(input.dtype).contiguous(memory_format=output_format(input, weight))
+
+
+@_without_autocast
+def depthwise_conv2d_backward(
+    grad_output: Tensor,  # [N, C m, H', W']
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of input, weight and bias; empty where masked."""
+    d, x, w, b = _wide(accumulation_dtype(input.dtype), grad_output, input, weight, bias)
+    if activation != "none":
+        d = ACTIVATIONS[activation][1](d, _depthwise(x, w, b, stride, padding, dilation))
+    grads = _depthwise_backward(d, x, w, stride, padding, dilation, output_mask)
+    formats = (output_format(input, weight), torch.preserve_format, torch.contiguous_format)
+    likes = (input, weight, weight[:, 0, 0, 0])
+    return tuple(
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
+        for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
+    )
+
+
+def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
+    """Give `t` the dtype of `like` and a format; preserve_format: the strides of ``empty_like(like)``."""
+    t = t.to(like.dtype)
+    if t.numel() == 0:  # a layout of nothing is kept by contiguous()
+        return torch.empty_like(like, dtype=t.dtype, memory_format=fmt)
+    if fmt is not torch.preserve_format:
+        return t.contiguous(memory_format=fmt)
+    strides = torch.empty_like(like, device="meta").stride()
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
+@_without_autocast
+def separable_conv2d_forward(
+    input: Tensor,  # [N, C, H, W]
+    depthwise_weight: Tensor,  # [C m, 1, kh, kw]
+    depthwise_bias: Tensor | None,  # [C m]
+    pointwise_weight: Tensor,  # [C', C m, 1, 1]
+    pointwise_bias: Tensor | None,  # [C']
+    residual: Tensor | None,  # [N, C', H', W']
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    depthwise_activation: str,
+    pointwise_activation: str,
+) -> Tensor:
+    """Return ``act2(pointwise(act1(depthwise(input)))) + residual``, [N, C', H', W']."""
+    x, w1, b1, w2, b2, r = _wide(
+        accumulation_dtype(input.dtype),
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        pointwise_weight,
+        pointwise_bias,
+        residual,
+    )
+    y = ACTIVATIONS[depthwise_activation][0](_depthwise(x, w1, b1, stride, padding, dilation))
+    out = ACTIVATIONS[pointwise_activation][0](F.conv2d(y, w2, b2))
+    out = (out if r is None else out + r).to(input.dtype)
+    return out.contiguous(memory_format=output_format(input, depthwise_weight, pointwise_weight))
+
+
+def _statistics(z: Tensor, has_norm: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of z [N, C, H, W]; empty without a norm."""
+    if not has_norm:
+        return z.new_empty(0), z.new_empty(0)
+    if z.numel() == 0:
+        return z.new_zeros(z.shape[1]), z.new_zeros(z.shape[1])
+    var, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def _channels(t: Tensor) -> Tensor:
+    return t[:, None, None]
+
+
+def _normalised(z, mean, rstd, weight, bias, has_norm: bool) -> Tensor:
+    if not has_norm:
+        return z
+    z = (z - _channels(mean)) * _channels(rstd)
+    z = z if weight is None else z * _channels(weight)
+    return z if bias is None else z + _channels(bias)
+
+
+def _norm_backward(d, z, mean, rstd, weight, has_norm: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of z, of the norm's weight and of its bias: mean and variance are functions of z."""
+    if not has_norm:
+        return d, None, None
+    xhat = (z - _channels(mean)) * _channels(rstd)
+    d_weight, d_bias = (d * xhat).sum((0, 2, 3)), d.sum((0, 2, 3))
+    count = max(z.numel() // z.shape[1], 1)
+    d_z = d - _channels(d_bias / count) - xhat * _channels(d_weight / count)
+    return d_z * _channels(rstd if weight is None else rstd * weight), d_weight, d_bias
+
+
+@_without_autocast
+def separable_conv2d_train_forward(
+    input: Tensor,  # [N, C, H, W]
+    depthwise_weight: Tensor,  # [C m, 1, kh, kw]
+    depthwise_bias: Tensor | None,  # [C m]
+    norm1_weight: Tensor | None,  # [C m]
+    norm1_bias: Tensor | None,  # [C m]
+    pointwise_weight: Tensor,  # [C', C m, 1, 1]
+    pointwise_bias: Tensor | None,  # [C']
+    norm2_weight: Tensor | None,  # [C']
+    norm2_bias: Tensor | None,  # [C']
+    residual: Tensor | None,  # [N, C', H', W']
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    eps1: float,
+    eps2: float,
+    depthwise_activation: str,
+    pointwise_activation: str,
+    has_norm1: bool,
+    has_norm2: bool,
+) -> tuple[Tensor, ...]:
+    """Return the block's result, both products z1 and z2, and mean and rstd of each.
+
+    Statistics are of this batch; they are empty where there is no norm, and so is z2 where neither a norm nor
+    an activation follows it, since no backward needs it.
+    """
+    dtype, wide = input.dtype, accumulation_dtype(input.dtype)
+    x, w1, b1, g1, s1, w2, b2, g2, s2, r = _wide(
+        wide,
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        norm1_weight,
+        norm1_bias,
+        pointwise_weight,
+        pointwise_bias,
+        norm2_weight,
+        norm2_bias,
+        residual,
+    )
+    z1 = _depthwise(x, w1, b1, stride, padding, dilation).to(dtype)
+    mean1, var1 = _statistics(z1.to(wide), has_norm1)
+    rstd1 = (var1 + eps1).rsqrt()
+    y1 = ACTIVATIONS[depthwise_activation][0](_normalised(z1.to(wide), mean1, rstd1, g1, s1, has_norm1))
+    z2 = F.conv2d(y1, w2, b2).to(dtype)
+    mean2, var2 = _statistics(z2.to(wide), has_norm2)
+    rstd2 = (var2 + eps2).rsqrt()
+    out = ACTIVATIONS[pointwise_activation][0](_normalised(z2.to(wide), mean2, rstd2, g2, s2, has_norm2))
+    out = (out if r is None else out + r).to(dtype)
+    fmt1 = output_format(input, depthwise_weight)
+    fmt2 = output_format(input, depthwise_weight, pointwise_weight)
+    z2 = z2 if needs_z2(has_norm2, pointwise_activation) else z2.new_empty(0)
+    z2 = z2.contiguous(memory_format=fmt2) if z2.dim() == 4 else z2
+    out = out.contiguous(memory_format=fmt2)
+    return out, z1.contiguous(memory_format=fmt1), z2, mean1, rstd1, mean2, rstd2
+
+
+def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
+    """Whether the backward reads the pointwise product."""
+    return has_norm2 or pointwise_activation != "none"
+
+
+@_without_autocast
+def separable_conv2d_train_backward(
+    grad_out: Tensor,  # [N, C', H', W']
+    input: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    z1: Tensor,  # [N, C m, H', W']
+    z2: Tensor,  # [N, C', H', W'] or empty
+    mean1: Tensor,
+    rstd1: Tensor,
+    mean2: Tensor,
+    rstd2: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    depthwise_activation: str,
+    pointwise_activation: str,
+    has_norm1: bool,
+    has_norm2: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the nine tensors from input to norm2_bias; empty where masked.
+
+    That of the residual is ``grad_out``. y1, between the two products, is made again from z1.
+    """
+    d, x, w1, g1, s1, w2, g2, s2, u1, u2 = _wide(
+        accumulation_dtype(input.dtype),
+        grad_out,
+        input,
+        depthwise_weight,
+        norm1_weight,
+        norm1_bias,
+        pointwise_weight,
+        norm2_weight,
+        norm2_bias,
+        z1,
+        z2,
+    )
+    if pointwise_activation != "none":
+        n2 = _normalised(u2, mean2, rstd2, g2, s2, has_norm2)
+        d = ACTIVATIONS[pointwise_activation][1](d, n2)
+    d, d_g2, d_s2 = _norm_backward(d, u2, mean2, rstd2, g2, has_norm2)
+    n1 = _normalised(u1, mean1, rstd1, g1, s1, has_norm1)
+    y1 = ACTIVATIONS[depthwise_activation][0](n1)
+    d_w2 = torch.einsum("nohw,nihw->oi", d, y1)[:, :, None, None]
+    d_b2 = d.sum((0, 2, 3))
+    d = F.conv_transpose2d(d, w2)
+    d = ACTIVATIONS[depthwise_activation][1](d, n1)
+    d, d_g1, d_s1 = _norm_backward(d, u1, mean1, rstd1, g1, has_norm1)
+    convolution_mask = output_mask[:3]
+    d_x, d_w1, d_b1 = _depthwise_backward(d, x, w1, stride, padding, dilation, convolution_mask)
+    grads = (d_x, d_w1, d_b1, d_g1, d_s1, d_w2, d_b2, d_g2, d_s2)
+    likes = (
+        input,
+        depthwise_weight,
+        depthwise_bias,
+        norm1_weight,
+        norm1_bias,
+        pointwise_weight,
+        pointwise_bias,
+        norm2_weight,
+        norm2_bias,
+    )
+    formats = (output_format(input, depthwise_weight), *[torch.preserve_format] * 8)
+    return tuple(
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
+        for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
+    )

@@ -1,0 +1,131 @@
+"""Whether the backwards are derivatives, to the second order, and which are asked for."""
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fusednn
+from fusednn.functional import depthwise_conv1d, depthwise_conv2d, depthwise_separable_conv2d
+
+from .cases import ACTIVATIONS, ARGUMENTS, Composite, fused_step, make, run
+
+CHECKED = (
+    "depthwise_conv2d",
+    "separable_conv2d",
+    "separable_conv2d_train",
+)  # what the tests here differentiate
+
+
+def leaf(*size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def depthwise_leaves(bias: bool = True):
+    return leaf(1, 2, 4, 3), leaf(4, 1, 3, 2), leaf(4) if bias else None
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"stride": 2, "dilation": (1, 2), "padding": (1, 3)}], ids=str
+)
+def test_gradcheck(place, activation, options):
+    assert gradcheck(lambda *t: depthwise_conv2d(*t, activation=activation, **options), depthwise_leaves())
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_gradgradcheck(place, activation):
+    options = {"padding": "same", "activation": activation}
+    assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), depthwise_leaves(activation != "silu"))
+
+
+def test_of_a_sequence(place):
+    leaves = leaf(2, 2, 5), leaf(2, 1, 3), leaf(2)
+    for options in ({"causal": True, "dilation": 2}, {"padding": 1, "stride": 2}):
+        assert gradcheck(lambda *t, o=options: depthwise_conv1d(*t, activation="silu", **o), leaves)
+
+
+@pytest.mark.parametrize("acts", [("relu6", None), ("silu", "gelu")], ids=str)
+def test_of_a_block_without_norms(training_place, acts):
+    leaves = leaf(1, 2, 4, 3), leaf(2, 1, 3, 3), leaf(3, 2, 1, 1), leaf(2), leaf(3)
+    options = {"padding": 1, "depthwise_activation": acts[0], "pointwise_activation": acts[1]}
+    residual = leaf(1, 3, 4, 3)
+
+    def function(*t):
+        return depthwise_separable_conv2d(*t[:5], residual=t[5], **options)
+
+    assert gradcheck(function, (*leaves, residual))
+    assert gradgradcheck(function, (*leaves, residual))
+
+
+def test_of_a_block_traced_for_inference(training_place):
+    """The inference op has a gradient too, should a graph that holds it be differentiated."""
+    leaves = leaf(1, 2, 4, 3), leaf(2, 1, 3, 3), leaf(2), leaf(3, 2, 1, 1), leaf(3), leaf(1, 3, 4, 3)
+    op = torch.ops.fusednn.separable_conv2d_forward
+    with fusednn.use_backend("reference"):
+        function = lambda *t: op(*t, (1, 1), (1, 1, 1, 1), (1, 1), "silu", "gelu")  # noqa: E731
+        assert gradcheck(function, leaves)
+        assert gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("training", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_of_a_block_with_norms(training_place, training):
+    """Batch statistics and frozen ones, in every mixture."""
+    block = fusednn.DepthwiseSeparableConv2d(
+        2, 3, 3, padding=1, activation="silu", pointwise_activation="gelu", dtype=torch.float64
+    )
+    block.norm1.train(training[0])
+    block.norm2.train(training[1])
+    names = [name for name, _ in block.named_parameters()]
+    leaves = [leaf(*p.shape) for p in block.parameters()]
+
+    def function(x, *parameters):
+        for name, p in zip(names, parameters, strict=True):
+            module, _, attribute = name.rpartition(".")
+            child = block.get_submodule(module)
+            del child._parameters[attribute]
+            child._parameters[attribute] = p
+        return block(x)
+
+    x = leaf(2, 2, 3, 3)
+    assert gradcheck(function, (x, *leaves))
+    assert gradgradcheck(function, (x, *leaves))
+
+
+def test_every_subset_of_frozen_arguments(place):
+    work = make((2, 5, 7, 6), padding=1, activation="silu", device=place.device)
+    complete = run(fused_step, work)
+    for size in (1, 2):
+        for wanted in itertools.combinations(ARGUMENTS, size):
+            for name, t in run(fused_step, work, wanted).items():
+                torch.testing.assert_close(t, complete[name])
+
+
+def test_a_gradient_penalty_through_a_block(training_place):
+    """Double backward in float32, batch statistics included, is that of torch's layers."""
+    block = fusednn.DepthwiseSeparableConv2d(4, 6, 3, padding=1, activation="silu", dtype=torch.float64)
+    composite = Composite(block)
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    found = []
+    for module in (block, composite):
+        leaf_ = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(module(leaf_).square().sum(), leaf_, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [leaf_, *module.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_weight_made_from_the_input(place):
+    """Double backward does not follow a weight back to the input that it was computed from."""
+    x = leaf(1, 2, 4, 4)
+    results = []
+    for f in (lambda i, w: depthwise_conv2d(i, w, activation="silu"), _torch):
+        w = x[:, :, :2, :2].reshape(2, 1, 2, 2) * 2
+        (grad,) = torch.autograd.grad(f(x, w).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), x)[0])
+    torch.testing.assert_close(results[0], results[1])
+
+
+def _torch(x, w):
+    return torch.nn.functional.silu(torch.nn.functional.conv2d(x, w, groups=2))
