@@ -1,0 +1,120 @@
+// The pointwise product on blocks of channels.
+//
+//   out[P, O] = a[P, K] b[K, O]      a by blocks [K / w][P][w], b packed in panels of 2 w columns [O / 2w][K][2w]
+//
+// A tile holds M pixels by 2 w columns in registers. The elements of a that it broadcasts lie at fixed distances
+// from one pointer, thanks to the blocks. kBlockK rows of a panel stay in the first-level cache while all pixels
+// of the strip go past them; sums of such blocks are added up, so rounding errors grow with kBlockK, not with K.
+#pragma once
+
+#include "cpu/conv_blocks.h"
+#include "cpu/gemm.h"
+
+namespace fusednn::cpu::FUSEDNN_ISA {
+
+constexpr int kPanel = 2;                              // vectors in a panel
+constexpr int kTilePixels = kAccumulators / kPanel;
+
+template <int M, int V, class T>
+void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c, bool accumulate) {
+  constexpr int w = Vec<T>::size;
+  Vec<T> acc[M][V];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
+  for (int64_t k = 0; k < blocks; ++k, a += a_block) {
+#pragma GCC unroll 4
+    for (int i = 0; i < w; ++i, b += V * w) {
+      Vec<T> bs[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) bs[v] = Vec<T>::load(b + v * w);
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) {
+        const Vec<T> x(a[m * w + i]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[m][v] = acc[m][v] + x * bs[v];
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      T* to = c + (m * V + v) * w;
+      (accumulate ? Vec<T>::load(to) + acc[m][v] : acc[m][v]).store(to);
+    }
+}
+
+// c[P][V w] = a b for one panel; tiles of nearly equal height.
+template <int V, class T>
+void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, const T* b, T* c) {
+  constexpr int w = Vec<T>::size;
+  constexpr int64_t step = kBlockK / w;
+  for (int64_t k = 0; k < blocks; k += step) {
+    const int64_t depth = minimum(step, blocks - k);
+    int64_t tiles = ceil_div(pixels, kTilePixels);
+    for (int64_t p = 0; p < pixels; --tiles) {
+      const int64_t rows = ceil_div(pixels - p, tiles);
+      switch (rows) {
+#define FUSEDNN_CASE(M)                                                                                  \
+  case M:                                                                                                \
+    if constexpr (M <= kTilePixels)                                                                      \
+      product_tile<M, V>(depth, a + k * a_block + p * w, a_block, b + k * V * w * w, c + p * V * w, k > 0); \
+    break;
+        FUSEDNN_CASE(1)
+        FUSEDNN_CASE(2)
+        FUSEDNN_CASE(3)
+        FUSEDNN_CASE(4)
+        FUSEDNN_CASE(5)
+        FUSEDNN_CASE(6)
+        FUSEDNN_CASE(7)
+        FUSEDNN_CASE(8)
+        FUSEDNN_CASE(9)
+        FUSEDNN_CASE(10)
+        FUSEDNN_CASE(11)
+        FUSEDNN_CASE(12)
+#undef FUSEDNN_CASE
+        default:
+          break;
+      }
+      p += rows;
+    }
+  }
+}
+
+// The panels of b: `columns` in all, the last one vector wide where that is enough.
+template <class T>
+struct Panels {
+  static constexpr int w = Vec<T>::size;
+  int64_t columns, blocks;  // blocks of K
+  const T* data;
+
+  FUSEDNN_INLINE int64_t count() const { return ceil_div(columns, kPanel * w); }
+  FUSEDNN_INLINE const T* panel(int64_t i) const { return data + i * blocks * w * kPanel * w; }
+  static int64_t size(int64_t columns, int64_t K) {
+    return ceil_div(K, w) * w * ceil_div(columns, w) * w;
+  }
+  // f<V>(first column, data) for panel i.
+  template <class F>
+  FUSEDNN_INLINE void with_panel(int64_t i, const F& f) const {
+    if (columns - i * kPanel * w > w)
+      f.template operator()<kPanel>(i * kPanel * w, panel(i));
+    else
+      f.template operator()<1>(i * kPanel * w, panel(i));
+  }
+};
+
+// b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column.
+template <class T, class S>
+void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride, T* packed) {
+  constexpr int w = Vec<T>::size;
+  for (int64_t first = 0; first < columns; first += kPanel * w) {
+    const int64_t width = columns - first > w ? kPanel * w : w;
+    for (int64_t k = 0; k < ceil_div(K, w) * w; ++k)
+      for (int64_t j = first; j < first + width; ++j)
+        *packed++ = k < K && j < columns ? T(widen(weight[j * column_stride + k * k_stride])) : T(0);
+  }
+}
+
+}  // namespace fusednn::cpu::FUSEDNN_ISA
