@@ -110,6 +110,16 @@ void activate_all(Activation activation, T* x, int64_t count) {
   });
 }
 
+template <class S>
+Prefetch lines_of(const Pixels<S>& image, int64_t n, int64_t first, int64_t pixels, int64_t channel,
+                  int64_t channels) {
+  const char* base = reinterpret_cast<const char*>(image.at(n, first, channel));
+  constexpr int64_t item = sizeof(S);
+  if (!image.channels_last) return {base, image.area * item, pixels * item, channels};
+  if (channels == image.channels) return {base, 0, pixels * channels * item, 1};
+  return {base, image.channels * item, channels * item, pixels};
+}
+
 template <class T, class S>
 struct Separable {
   static constexpr int w = Vec<T>::size;
@@ -146,9 +156,10 @@ struct Separable {
   }
 
   void product(int64_t n, int64_t first_pixel, int64_t pixels, const T* strip, int64_t pitch, int64_t panel,
-               T* block) const {
+               T* block, PrefetchPair& ahead) const {
     panels.with_panel(panel, [&]<int V>(int64_t column, const T* b) {
-      product_panel<V>(pixels, blocks, strip, pitch, b, block);
+      ahead.out = lines_of(out, n, first_pixel, pixels, column, minimum(V * w, p.out_channels - column));
+      product_panel<V>(pixels, blocks, strip, pitch, b, block, ahead);
       Vec<T> bias[V];
       for (int v = 0; v < V; ++v) bias[v] = Vec<T>::load(packed.pointwise_bias + column + v * w);
       with_activation(p.pointwise_activation, [&]<Activation A>() {
@@ -171,9 +182,23 @@ struct Separable {
       const int64_t n = task / strips, r = task % strips * p.plan.rows;
       const int64_t rows = minimum(p.plan.rows, s.out_height - r);
       depthwise(ring, taps, n, 0, blocks, r, rows, strip, pitch);
+      PrefetchPair ahead;
+      if (task + 1 < end) look_ahead(ring, task + 1, ceil_div(rows * s.out_width, kTilePixels), ahead);
       for (int64_t i = 0; i < panels.count(); ++i)
-        product(n, r * s.out_width, rows * s.out_width, strip, pitch, i, block);
+        product(n, r * s.out_width, rows * s.out_width, strip, pitch, i, block, ahead);
     }
+  }
+
+  // The input rows that strip `task` will bring in, spread over the `tiles` of each panel of this one.
+  void look_ahead(const RowRing<T>& ring, int64_t task, int64_t tiles, PrefetchPair& ahead) const {
+    const int64_t n = task / strips, r = task % strips * p.plan.rows;
+    const int64_t low = r * s.stride_h - s.pad_top;
+    const int64_t high = low + (p.plan.rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
+    const int64_t begin = maximum(maximum(0, low), n == ring.image ? ring.next : 0);
+    const int64_t end = minimum(s.height, high);
+    if (begin >= end) return;
+    ahead.in = lines_of(in, n, begin * s.width, (end - begin) * s.width, 0, in.channels);
+    ahead.in_lines = ceil_div(ahead.in.lines(), tiles * panels.count());
   }
 
   void depthwise_blocks(int64_t begin, int64_t end, Arena arena, T* shared) const {
@@ -191,11 +216,12 @@ struct Separable {
     const int64_t pitch = strip_pitch(s.out_height * s.out_width) * w;
     T* block = arena.take<T>(p.plan.rows * s.out_width * kPanel * w);
     for (int64_t task = begin; task < end; ++task) {
+      PrefetchPair ahead;
       const int64_t i = task / (s.batch * strips), strip = task % (s.batch * strips);
       const int64_t n = strip / strips, r = strip % strips * p.plan.rows;
       const int64_t rows = minimum(p.plan.rows, s.out_height - r);
       product(n, r * s.out_width, rows * s.out_width, shared + n * blocks * pitch + r * s.out_width * w, pitch, i,
-              block);
+              block, ahead);
     }
   }
 };

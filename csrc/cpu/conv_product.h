@@ -15,6 +15,32 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 constexpr int kPanel = 2;                              // vectors in a panel
 constexpr int kTilePixels = kAccumulators / kPanel;
 
+// Lines of memory that will be wanted soon, asked for a few at a time between tiles: [rows][row_bytes], rows
+// `stride` bytes apart.
+struct Prefetch {
+  const char* row = nullptr;
+  int64_t stride = 0, row_bytes = 0, rows = 0;
+  int64_t at = 0;  // bytes of the row asked for
+
+  FUSEDNN_INLINE int64_t lines() const { return rows * ceil_div(row_bytes, 64); }
+  FUSEDNN_INLINE void some(int64_t count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(row + at);
+      at += 64;
+      if (at < row_bytes) continue;
+      at = 0;
+      row += stride;
+      --rows;
+    }
+  }
+};
+
+// What to ask for while a panel is computed: the places it goes to, and the next strip's input.
+struct PrefetchPair {
+  Prefetch out, in;
+  int64_t in_lines = 0;  // per tile
+};
+
 template <int M, int V, class T>
 void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c, bool accumulate) {
   constexpr int w = Vec<T>::size;
@@ -48,14 +74,18 @@ void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c,
 
 // c[P][V w] = a b for one panel; tiles of nearly equal height.
 template <int V, class T>
-void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, const T* b, T* c) {
+void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, const T* b, T* c,
+                   PrefetchPair& ahead) {
   constexpr int w = Vec<T>::size;
+  const int64_t out_lines = ceil_div(ahead.out.lines(), ceil_div(pixels, kTilePixels));
   constexpr int64_t step = kBlockK / w;
   for (int64_t k = 0; k < blocks; k += step) {
     const int64_t depth = minimum(step, blocks - k);
     int64_t tiles = ceil_div(pixels, kTilePixels);
     for (int64_t p = 0; p < pixels; --tiles) {
       const int64_t rows = ceil_div(pixels - p, tiles);
+      ahead.out.some(out_lines);
+      ahead.in.some(ahead.in_lines);
       switch (rows) {
 #define FUSEDNN_CASE(M)                                                                                  \
   case M:                                                                                                \
