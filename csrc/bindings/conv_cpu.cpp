@@ -104,7 +104,7 @@ Tensor packed_separable(const cpu::ConvKernels& kernels, DType dtype, const Dept
     Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(dtype, shape, out_channels))}, at::kByte);
     kernels.pack_separable(dtype, shape, out_channels, parts[0].const_data_ptr(), bias_data(depthwise_bias, 2),
                            parts[1].const_data_ptr(), bias_data(pointwise_bias, depthwise_bias ? 3 : 2),
-                           packed.mutable_data_ptr());
+                           packed.mutable_data_ptr(), torch_parallel());
     return packed;
   });
 }

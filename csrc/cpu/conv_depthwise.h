@@ -109,15 +109,15 @@ struct RowRing {
   }
 };
 
-// Source rows [y0, y1) of image n, channel blocks from `first_block` on, into the ring.
+// Source rows [y0, y1) of image n, `blocks` channel blocks from `first_block` on, into the ring.
 template <class T, class S>
 void load_rows(const RowRing<T>& ring, const Pixels<S>& in, int64_t multiplier, int64_t channels, int64_t n,
-               int64_t first_block, int64_t y0, int64_t y1) {
+               int64_t first_block, int64_t blocks, int64_t y0, int64_t y1) {
   constexpr int w = Vec<T>::size;
   const int64_t W = ring.source_width, x0 = ring.begin_x(), x1 = ring.end_x();
   if (multiplier > 1) {
     for (int64_t y = y0; y < y1; ++y) {
-      for (int64_t b = 0; b < ring.blocks; ++b) {
+      for (int64_t b = 0; b < blocks; ++b) {
         for (int64_t x = x0; x < x1; ++x) {
           for (int64_t c = 0; c < w; ++c) {
             const int64_t channel = (first_block + b) * w + c;
@@ -136,13 +136,13 @@ void load_rows(const RowRing<T>& ring, const Pixels<S>& in, int64_t multiplier, 
         const S* from = in.at(n, y * W + x, first_block * w);
         T* to = rows + ring.offset(x);
         int64_t left = channels - first_block * w;
-        for (int64_t b = 0; b < ring.blocks; ++b, left -= w)
+        for (int64_t b = 0; b < blocks; ++b, left -= w)
           Vec<T>::load(from + b * w, left).store(to + b * ring.width * w);
       }
     }
     return;
   }
-  for (int64_t b = 0; b < ring.blocks; ++b) {
+  for (int64_t b = 0; b < blocks; ++b) {
     const int64_t channel = (first_block + b) * w;
     const S* planes = in.at(n, y0 * W, channel);
     read_planes<T>(planes, in.area, channels - channel, (y1 - y0) * W,

@@ -9,16 +9,14 @@
 // then the product by (strip, panel of columns).
 #pragma once
 
-#include "cpu/conv_activation.h"
-#include "cpu/conv_depthwise.h"
 #include "cpu/conv_product.h"
+#include "cpu/conv_strip.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kStripBytes = 256 << 10;  // of the depthwise result: part of a second-level cache
 constexpr int64_t kStripPixelsAtMost = 192;
 constexpr int64_t kStripPixelsAtLeast = 24;  // two tiles
-constexpr int64_t kSerialFlops = 128 << 10;  // below this, threads cost more than they save
 
 // pack_separable's layout.
 template <class T>
@@ -39,16 +37,13 @@ struct PackedSeparable {
 
 template <class T, class S>
 void pack_separable(const DepthwiseShape& s, int64_t out_channels, const S* depthwise, const S* depthwise_bias,
-                    const S* pointwise, const S* pointwise_bias, void* base) {
+                    const S* pointwise, const S* pointwise_bias, void* base, const Parallel& parallel) {
   const PackedSeparable<T> packed(s, out_channels, base);
   pack_depthwise(s.channels, s.kernel_h * s.kernel_w, false, depthwise, packed.depthwise);
   pack_vector(s.channels, depthwise_bias, packed.depthwise_bias);
-  pack_panels(out_channels, s.channels, pointwise, s.channels, 1, packed.panels);
+  pack_panels(out_channels, s.channels, pointwise, s.channels, 1, packed.panels, parallel);
   pack_vector(out_channels, pointwise_bias, packed.pointwise_bias);
 }
-
-// Pixels from one channel block of a strip to the next: odd, so that blocks don't meet in one cache set.
-constexpr int64_t strip_pitch(int64_t pixels) { return pixels | 1; }
 
 template <class T>
 int64_t separable_thread_bytes(const DepthwiseShape& s, int64_t rows, bool fused) {
@@ -110,16 +105,6 @@ void activate_all(Activation activation, T* x, int64_t count) {
   });
 }
 
-template <class S>
-Prefetch lines_of(const Pixels<S>& image, int64_t n, int64_t first, int64_t pixels, int64_t channel,
-                  int64_t channels) {
-  const char* base = reinterpret_cast<const char*>(image.at(n, first, channel));
-  constexpr int64_t item = sizeof(S);
-  if (!image.channels_last) return {base, image.area * item, pixels * item, channels};
-  if (channels == image.channels) return {base, 0, pixels * channels * item, 1};
-  return {base, image.channels * item, channels * item, pixels};
-}
-
 template <class T, class S>
 struct Separable {
   static constexpr int w = Vec<T>::size;
@@ -145,7 +130,7 @@ struct Separable {
   void depthwise(RowRing<T>& ring, Taps<T>& taps, int64_t n, int64_t first, int64_t count, int64_t r, int64_t rows,
                  T* strip, int64_t pitch) const {
     ring.need(s, n, r, rows, [&](int64_t y0, int64_t y1) {
-      load_rows(ring, in, s.multiplier, s.channels, n, first, y0, y1);
+      load_rows(ring, in, s.multiplier, s.channels, n, first, count, y0, y1);
     });
     for (int64_t b = 0; b < count; ++b, strip += pitch) {
       const T* weights = packed.depthwise + (first + b) * s.kernel_h * s.kernel_w * w;

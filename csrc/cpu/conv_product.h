@@ -35,6 +35,16 @@ struct Prefetch {
   }
 };
 
+template <class S>
+Prefetch lines_of(const Pixels<S>& image, int64_t n, int64_t first, int64_t pixels, int64_t channel,
+                  int64_t channels) {
+  const char* base = reinterpret_cast<const char*>(image.at(n, first, channel));
+  constexpr int64_t item = sizeof(S);
+  if (!image.channels_last) return {base, image.area * item, pixels * item, channels};
+  if (channels == image.channels) return {base, 0, pixels * channels * item, 1};
+  return {base, image.channels * item, channels * item, pixels};
+}
+
 // What to ask for while a panel is computed: the places it goes to, and the next strip's input.
 struct PrefetchPair {
   Prefetch out, in;
@@ -137,14 +147,19 @@ struct Panels {
 
 // b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column.
 template <class T, class S>
-void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride, T* packed) {
+void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride, T* packed,
+                 const Parallel& parallel) {
   constexpr int w = Vec<T>::size;
-  for (int64_t first = 0; first < columns; first += kPanel * w) {
-    const int64_t width = columns - first > w ? kPanel * w : w;
-    for (int64_t k = 0; k < ceil_div(K, w) * w; ++k)
-      for (int64_t j = first; j < first + width; ++j)
-        *packed++ = k < K && j < columns ? T(widen(weight[j * column_stride + k * k_stride])) : T(0);
-  }
+  const int64_t depth = ceil_div(K, w) * w;
+  parallel(ceil_div(columns, kPanel * w), columns * K > 16384, [&](int64_t begin, int64_t end, int) {
+    for (int64_t first = begin * kPanel * w; first < minimum(columns, end * kPanel * w); first += kPanel * w) {
+      const int64_t width = columns - first > w ? kPanel * w : w;
+      T* panel = packed + first * depth;
+      for (int64_t j = first; j < first + width; ++j, ++panel)
+        for (int64_t k = 0; k < depth; ++k)
+          panel[k * width] = k < K && j < columns ? T(widen(weight[j * column_stride + k * k_stride])) : T(0);
+    }
+  });
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA
