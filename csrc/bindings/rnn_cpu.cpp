@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/rnn_cpu.h"
+#include "bindings/tensor_checks.h"
 #include "bindings/torch_parallel.h"
 #include "bindings/weight_cache.h"
 #include "fusednn/cpu_features.h"
@@ -18,37 +19,10 @@ using at::Tensor;
 using cpu::Cell;
 using cpu::Rows;
 
-std::atomic<bool> keep_packed{true};
-
 cpu::Parallel parallel() { return torch_parallel(); }
-
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      TORCH_CHECK(false, name, ": got ", t.scalar_type(), ", expected float32, float64, bfloat16 or float16");
-  }
-}
 
 at::ScalarType product_dtype(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK(t.device().is_cpu(), name, ": got a tensor on ", t.device(), ", expected cpu");
-  TORCH_CHECK(t.sizes() == sizes, name, ": got shape ", t.sizes(), ", expected ", sizes);
-  TORCH_CHECK(t.scalar_type() == dtype, name, ": got ", t.scalar_type(), ", expected ", dtype);
-}
-
-void check(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (t) check(*t, name, sizes, dtype);
 }
 
 // The same values with neighbours in the last dimension next to each other; a view where they are already.
@@ -56,7 +30,6 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 Tensor as_operand(const Tensor& t) { return with_dense_rows(t.to(product_dtype(t))); }
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 Tensor workspace(size_t bytes_per_thread, const cpu::Parallel& threads) {
   return at::empty({static_cast<int64_t>(bytes_per_thread) * threads.threads}, at::kByte);
@@ -143,7 +116,7 @@ ForwardResult cell_forward(Cell cell, const Tensor& input, const Tensor& hx, con
   cpu::CellWeights weights = t.weights(bias_ih, bias_hh);
   const bool by_panels = kernels.by_panels(weights, t.batch);
   Tensor packed;
-  if (by_panels && keep_packed) packed = packed_weights(kernels, weights, t);
+  if (by_panels) packed = packed_weights(kernels, weights, t);
   if (packed.defined()) weights.packed = packed.const_data_ptr();
   const Tensor x = as_operand(input), h = as_operand(hx);
   const Tensor scratch = workspace(kernels.forward_workspace(weights), threads);
@@ -325,7 +298,7 @@ void bind_rnn_cpu(pybind11::module_& m) {
   m.def("vector_math", &vector_math, unlocked);
   m.def("try_lstm_cell", &try_lstm_cell);
   m.def("try_gru_cell", &try_gru_cell);
-  m.def("keep_packed_weights", [](bool keep) { keep_packed = keep; });
+  m.def("keep_packed_weights", [](bool keep) { WeightCache::instance().keep(keep); });
   m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
   m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
 }

@@ -56,7 +56,7 @@ bool WeightIdentity::same_content(const WeightIdentity& other) const {
 
 at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant,
                              const std::function<at::Tensor()>& pack) {
-  if (!std::all_of(weights.begin(), weights.end(), counts_writes)) return {};
+  if (!keeps_ || !std::all_of(weights.begin(), weights.end(), counts_writes)) return {};
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
     return std::equal(entry.weights.begin(), entry.weights.end(), identities.begin(), identities.end(), test);

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <vector>
@@ -38,6 +39,7 @@ class WeightCache {
   // same weights and then kept; undefined at the first: what is used once is not worth the memory.
   at::Tensor find(const std::vector<at::Tensor>& weights, int variant,
                   const std::function<at::Tensor()>& pack);
+  void keep(bool on) { keeps_ = on; }  // off: find() finds nothing
   void clear();
   int64_t packed_entries();
 
@@ -49,6 +51,7 @@ class WeightCache {
   };
   static constexpr size_t kMostEntries = 256;
 
+  std::atomic<bool> keeps_{true};
   std::mutex mutex_;
   std::vector<Entry> entries_;
 };

@@ -1,26 +1,12 @@
 // The rnn kernels of one instruction set, as a table. This file is compiled once for each.
 #include "fusednn/rnn_cpu.h"
 
+#include "cpu/dtypes.h"
 #include "cpu/rnn_backward.h"
 #include "cpu/rnn_forward.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 namespace {
-
-// Calls f<T, S>() with the accumulator and the storage type of `dtype`.
-template <class F>
-auto with_types(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f64:
-      return f.template operator()<double, double>();
-    case DType::f16:
-      return f.template operator()<float, Half>();
-    case DType::bf16:
-      return f.template operator()<float, BFloat16>();
-    default:
-      return f.template operator()<float, float>();
-  }
-}
 
 template <class F>
 auto with_cell(Cell cell, const F& f) {

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/integer.h"
 #include "cpu/vec_math.h"
 #include "fusednn/rnn_cpu.h"
 #include "math/gates.h"
@@ -25,9 +26,6 @@ constexpr int64_t kRowsAtMost = 96;
 constexpr int64_t kRowBlockBytes = 192 << 10;  // operands of a block of rows: part of a second-level cache
 constexpr int64_t kSerialWork = 64 << 10;      // products below which threads cost more than they save
 constexpr int64_t kChunk = 4096;               // bytes of a weight row at a time
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Slot of the buffer that the last gate of a product adds to; the others come in order.
 template <Cell cell>

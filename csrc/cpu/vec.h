@@ -67,6 +67,10 @@ struct Vec {
   template <class S>
   static FUSEDNN_INLINE Vec load(const S* p, int64_t n) {
     if (n >= size) return load(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return Vec((Native)_mm512_maskz_loadu_ps((1u << n) - 1, p));
+    if constexpr (sizeof(S) == 8) return Vec((Native)_mm512_maskz_loadu_pd((1u << n) - 1, p));
+#endif
     S buffer[size];
     std::memset(buffer, 0, sizeof(buffer));
     std::memcpy(buffer, p, n * sizeof(S));
@@ -75,6 +79,10 @@ struct Vec {
   template <class S>
   FUSEDNN_INLINE void store(S* p, int64_t n) const {
     if (n >= size) return store(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+    if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#endif
     S buffer[size];
     store(buffer);
     std::memcpy(p, buffer, n * sizeof(S));

@@ -1,0 +1,378 @@
+// fusednn._C.cpu: depthwise convolution with its gradients, and training of the depthwise-separable block.
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings/bindings.h"
+#include "bindings/conv_cpu.h"
+#include "bindings/tensor_checks.h"
+#include "bindings/torch_parallel.h"
+
+namespace fusednn {
+namespace {
+
+using at::Tensor;
+using cpu::Activation;
+using cpu::DepthwiseShape;
+using cpu::padded_channels;
+
+constexpr int64_t kTrainStripPixels = 128;
+
+at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::kByte); }
+
+void* data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
+const void* const_data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr; }
+
+Tensor channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
+
+OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
+
+struct Depthwise {
+  DepthwiseShape shape;
+  DType dtype;
+  DenseImage input;
+  Tensor weight;
+  OptionalTensor bias;
+
+  Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, const Pair& stride, const Padding& padding,
+            const Pair& dilation)
+      : shape(depthwise_shape(x, w, stride, padding, dilation)),
+        dtype(dtype_of(x, "input")),
+        input(x),
+        weight(w.contiguous()),
+        bias(dense(b)) {
+    check(b, "depthwise bias", {shape.channels}, x.scalar_type());
+  }
+  at::DimVector out_sizes() const { return {shape.batch, shape.channels, shape.out_height, shape.out_width}; }
+
+  void run(Activation activation, cpu::Image output, const Tensor& grad_output, void* statistics) const {
+    const cpu::ConvKernels& kernels = cpu::conv_kernels();
+    const cpu::Parallel threads = torch_parallel();
+    cpu::DepthwiseForward p{dtype,
+                            shape,
+                            activation,
+                            weight.const_data_ptr(),
+                            data_or_null(bias),
+                            input.image(),
+                            output,
+                            const_data(grad_output),
+                            statistics,
+                            nullptr};
+    const Tensor scratch = bytes(kernels.depthwise_workspace(p, threads.threads));
+    p.workspace = scratch.mutable_data_ptr();
+    kernels.depthwise_forward(p, threads);
+  }
+};
+
+Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                const Pair& stride, const Padding& padding, const Pair& dilation,
+                                const std::string& activation) {
+  const Depthwise conv(input, weight, bias, stride, padding, dilation);
+  const Activation act = activation_named(activation, "activation");
+  const auto format = conv_format(input, {weight});
+  Tensor out = at::empty(conv.out_sizes(), input.options(), format);
+  if (out.numel() > 0)
+    conv.run(act, {out.mutable_data_ptr(), format == at::MemoryFormat::ChannelsLast}, {}, nullptr);
+  return out;
+}
+
+struct DepthwiseGradients {
+  Tensor input, weight, bias;
+};
+
+// From dz, or from da behind a norm (z and coefficients given); what is not wanted stays undefined.
+DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DenseImage& grad, const Tensor& z,
+                                       const Tensor& coefficients, bool want_input, bool want_weight, bool want_bias) {
+  const DepthwiseShape& s = conv.shape;
+  const Tensor& x = conv.input.tensor;
+  DepthwiseGradients r;
+  const auto format = conv_format(x, {conv.weight});
+  const auto wide = x.options().dtype(wide_dtype(x));
+  if (want_input) r.input = at::empty({s.batch, s.channels, s.height, s.width}, x.options(), format);
+  if (want_weight || want_bias) {
+    r.weight = at::empty({s.channels, s.kernel_h, s.kernel_w}, wide);
+    r.bias = at::empty({s.channels}, wide);
+  }
+  if (grad.tensor.numel() == 0) {
+    for (Tensor* t : {&r.input, &r.weight, &r.bias})
+      if (t->defined()) t->zero_();
+  } else {
+    const cpu::ConvKernels& kernels = cpu::conv_kernels();
+    const cpu::Parallel threads = torch_parallel();
+    cpu::DepthwiseBackward p{conv.dtype,
+                             s,
+                             grad.tensor.scalar_type() != x.scalar_type(),
+                             grad.image(),
+                             const_data(z),
+                             const_data(coefficients),
+                             conv.input.image(),
+                             conv.weight.const_data_ptr(),
+                             {data(r.input), format == at::MemoryFormat::ChannelsLast},
+                             data(r.weight),
+                             data(r.bias),
+                             nullptr};
+    const Tensor scratch = bytes(kernels.depthwise_backward_workspace(p, threads.threads));
+    p.workspace = scratch.mutable_data_ptr();
+    kernels.depthwise_backward(p, threads);
+  }
+  if (want_input && s.multiplier > 1)
+    r.input = r.input.contiguous()
+                  .view({s.batch, s.channels / s.multiplier, s.multiplier, s.height, s.width})
+                  .sum(2)
+                  .contiguous(format);
+  if (r.weight.defined()) r.weight = r.weight.view(conv.weight.sizes()).to(x.scalar_type());
+  if (r.bias.defined()) r.bias = r.bias.to(x.scalar_type());
+  return r;
+}
+
+Tensor or_empty(bool wanted, const Tensor& t, const Tensor& like) {
+  return wanted ? t : at::empty({0}, like.options());
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& input,
+                                                             const Tensor& weight, const OptionalTensor& bias,
+                                                             const Pair& stride, const Padding& padding,
+                                                             const Pair& dilation, const std::string& activation,
+                                                             const std::array<bool, 3>& mask) {
+  const Depthwise conv(input, weight, bias, stride, padding, dilation);
+  check(grad_output, "grad_output", conv.out_sizes(), input.scalar_type());
+  const Activation act = activation_named(activation, "activation");
+  Tensor dz = grad_output;
+  if (act != Activation::none && grad_output.numel() > 0) {
+    dz = at::empty(conv.out_sizes(), input.options().dtype(wide_dtype(input)), at::MemoryFormat::ChannelsLast);
+    conv.run(act, {dz.mutable_data_ptr(), true}, channels_last(grad_output), nullptr);
+  }
+  const auto r = depthwise_gradients(conv, DenseImage(dz), {}, {}, mask[0], mask[1], mask[2]);
+  return {or_empty(mask[0], r.input, input), or_empty(mask[1], r.weight, weight), or_empty(mask[2], r.bias, weight)};
+}
+
+// A norm of the block: its parameters, its statistics, and what the kernels make of them.
+struct BlockNorm {
+  bool present;
+  OptionalTensor weight, bias;
+  Tensor mean, rstd, norm;
+
+  BlockNorm(bool has, const OptionalTensor& w, const OptionalTensor& b, int64_t channels, const Tensor& like,
+            const char* name)
+      : present(has), weight(dense(w)), bias(dense(b)) {
+    check(w, name, {channels}, like.scalar_type());
+    check(b, name, {channels}, like.scalar_type());
+    const auto wide = like.options().dtype(wide_dtype(like));
+    norm = at::empty({3, padded_channels(channels)}, wide);
+    mean = at::empty({has ? channels : 0}, wide);
+    rstd = at::empty_like(mean);
+  }
+};
+
+// Statistics by strips, merged.
+void merge(BlockNorm& n, DType dtype, int64_t channels, const Tensor& records, const std::vector<int64_t>& counts,
+           double eps) {
+  int64_t count = 0;
+  for (const int64_t c : counts) count += c;
+  cpu::conv_kernels().merge_statistics(
+      {dtype, channels, static_cast<int64_t>(counts.size()), count, counts.data(),
+       n.present ? const_data(records) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias), data(n.mean),
+       data(n.rstd), n.norm.mutable_data_ptr()},
+      torch_parallel());
+}
+
+// Statistics that the forward found: the same norm again. One strip with M2 such that rstd comes out as it went in
+// would round; so the two lines of merge_statistics that matter are done here.
+void restore(BlockNorm& n, int64_t channels, const Tensor& mean, const Tensor& rstd) {
+  n.norm.zero_();
+  n.norm.select(0, 1).fill_(1);
+  if (!n.present) return;
+  n.mean = mean.contiguous();
+  n.rstd = rstd.contiguous();
+  const auto part = [&](int i) { return n.norm.select(0, i).narrow(0, 0, channels); };
+  part(0).copy_(n.mean);
+  part(1).copy_(n.weight ? n.rstd * *n.weight : n.rstd);
+  if (n.bias) part(2).copy_(*n.bias);
+}
+
+std::vector<int64_t> strip_counts(int64_t batch, int64_t area) {
+  const int64_t per_image = (area + kTrainStripPixels - 1) / kTrainStripPixels;
+  const int64_t pixels = (area + per_image - 1) / per_image;
+  std::vector<int64_t> counts;
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t first = 0; first < area; first += pixels) counts.push_back(std::min(pixels, area - first));
+  return counts;
+}
+
+bool needs_z2(bool has_norm2, Activation act2) { return has_norm2 || act2 != Activation::none; }
+
+struct Pointwise {
+  Tensor weight;
+  OptionalTensor bias;
+  int64_t out_channels, area;
+
+  Pointwise(const Tensor& w, const OptionalTensor& b, const DepthwiseShape& s, const Tensor& like)
+      : weight(w.contiguous()), bias(dense(b)), out_channels(w.size(0)), area(s.out_height * s.out_width) {
+    check(w, "pointwise weight", {out_channels, s.channels, 1, 1}, like.scalar_type());
+    check(b, "pointwise bias", {out_channels}, like.scalar_type());
+  }
+};
+
+using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SevenTensors separable_conv2d_train_forward(
+    const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const OptionalTensor& norm1_weight,
+    const OptionalTensor& norm1_bias, const Tensor& w2, const OptionalTensor& b2, const OptionalTensor& norm2_weight,
+    const OptionalTensor& norm2_bias, const OptionalTensor& residual, const Pair& stride, const Padding& padding,
+    const Pair& dilation, double eps1, double eps2, const std::string& depthwise_activation,
+    const std::string& pointwise_activation, bool has_norm1, bool has_norm2) {
+  const Depthwise conv(input, w1, b1, stride, padding, dilation);
+  const DepthwiseShape& s = conv.shape;
+  const Pointwise point(w2, b2, s, input);
+  const int64_t C = s.channels, O = point.out_channels;
+  BlockNorm norm1(has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
+      norm2(has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
+  const Activation act1 = activation_named(depthwise_activation, "depthwise_activation"),
+                   act2 = activation_named(pointwise_activation, "pointwise_activation");
+  const at::DimVector sizes{s.batch, O, s.out_height, s.out_width};
+  check(residual, "residual", sizes, input.scalar_type());
+
+  const auto format = conv_format(input, {w1, w2});
+  const bool last = format == at::MemoryFormat::ChannelsLast;
+  const auto nhwc = at::MemoryFormat::ChannelsLast;
+  Tensor out = at::empty(sizes, input.options(), format);
+  Tensor z1 = at::empty(conv.out_sizes(), input.options(), nhwc), z2 = at::empty(sizes, input.options(), nhwc);
+  if (out.numel() == 0 || z1.numel() == 0) {
+    TORCH_CHECK(O == 0 || z1.numel() == 0, "input: got no channels, expected at least one");
+    return {out, z1, needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean, norm2.rstd};
+  }
+  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  const auto wide = norm1.mean.options();
+
+  std::vector<int64_t> counts1(kernels.depthwise_strips(s, nullptr));
+  kernels.depthwise_strips(s, counts1.data());
+  Tensor records1 = has_norm1 ? at::empty({static_cast<int64_t>(counts1.size()), 2, padded_channels(C)}, wide) : Tensor();
+  conv.run(Activation::none, {z1.mutable_data_ptr(), true}, {}, data(records1));
+  merge(norm1, conv.dtype, C, records1, counts1, eps1);
+
+  const std::vector<int64_t> counts2 = strip_counts(s.batch, point.area);
+  Tensor records2 = has_norm2 ? at::empty({static_cast<int64_t>(counts2.size()), 2, padded_channels(O)}, wide) : Tensor();
+  cpu::PointwiseForward p{conv.dtype, s.batch, point.area, C, O, kTrainStripPixels, act1, z1.const_data_ptr(),
+                          norm1.norm.const_data_ptr(), point.weight.const_data_ptr(), data_or_null(point.bias),
+                          z2.mutable_data_ptr(), data(records2), nullptr};
+  const Tensor scratch = bytes(kernels.pointwise_forward_workspace(p, threads.threads));
+  p.workspace = scratch.mutable_data_ptr();
+  kernels.pointwise_forward(p, threads);
+  merge(norm2, conv.dtype, O, records2, counts2, eps2);
+
+  const Tensor add = residual ? residual->contiguous(format) : Tensor();
+  cpu::NormActivation a{conv.dtype, s.batch, point.area, O, act2, z2.const_data_ptr(), norm2.norm.const_data_ptr(),
+                        {const_cast<void*>(const_data(add)), last}, {out.mutable_data_ptr(), last}, nullptr};
+  const Tensor scratch2 = bytes(kernels.norm_activation_workspace(a, threads.threads));
+  a.workspace = scratch2.mutable_data_ptr();
+  kernels.norm_activation(a, threads);
+  return {out, z1, needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean, norm2.rstd};
+}
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct NormGradients {
+  Tensor weight, bias, coefficients;
+  NormGradients(const BlockNorm& n, DType dtype, int64_t channels, const Tensor& sums, int64_t count) {
+    const auto wide = n.norm.options();
+    weight = at::empty({channels}, wide);
+    bias = at::empty({channels}, wide);
+    coefficients = at::empty({4, padded_channels(channels)}, wide);
+    cpu::conv_kernels().norm_coefficients(
+        {dtype, channels, sums.defined() ? sums.size(0) : 0, count, const_data(sums),
+         n.present ? n.mean.const_data_ptr() : nullptr, const_data(n.rstd), data_or_null(n.weight), data(weight),
+         data(bias), coefficients.mutable_data_ptr()},
+        torch_parallel());
+  }
+};
+
+NineTensors separable_conv2d_train_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
+    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, const Tensor& w2, const OptionalTensor& b2,
+    const OptionalTensor& norm2_weight, const OptionalTensor& norm2_bias, const Tensor& z1_, const Tensor& z2_,
+    const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2, const Tensor& rstd2, const Pair& stride,
+    const Padding& padding, const Pair& dilation, const std::string& depthwise_activation,
+    const std::string& pointwise_activation, bool has_norm1, bool has_norm2, const std::array<bool, 9>& mask) {
+  const Depthwise conv(input, w1, b1, stride, padding, dilation);
+  const DepthwiseShape& s = conv.shape;
+  const Pointwise point(w2, b2, s, input);
+  const int64_t C = s.channels, O = point.out_channels, count = s.batch * point.area;
+  BlockNorm norm1(has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
+      norm2(has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
+  const Activation act1 = activation_named(depthwise_activation, "depthwise_activation"),
+                   act2 = activation_named(pointwise_activation, "pointwise_activation");
+  const auto type = input.scalar_type();
+  const at::DimVector sizes{s.batch, O, s.out_height, s.out_width};
+  check(grad_out, "grad_out", sizes, type);
+  check(z1_, "z1", conv.out_sizes(), type);
+  if (needs_z2(has_norm2, act2)) check(z2_, "z2", sizes, type);
+  for (const auto& [t, name, present, channels] :
+       {std::tuple(&mean1, "mean1", has_norm1, C), std::tuple(&rstd1, "rstd1", has_norm1, C),
+        std::tuple(&mean2, "mean2", has_norm2, O), std::tuple(&rstd2, "rstd2", has_norm2, O)})
+    if (present) check(*t, name, {channels}, wide_dtype(input));
+  const auto as = [&](int i, const Tensor& t, const Tensor& like) {
+    return mask[i] ? t.reshape(like.sizes()).to(type) : at::empty({0}, input.options());
+  };
+  const auto as_bias = [&](int i, const Tensor& t) { return mask[i] ? t.to(type) : at::empty({0}, input.options()); };
+  if (count * C * O == 0) {
+    const auto zeros = [&](int i, const Tensor& like) { return as(i, at::zeros_like(like), like); };
+    const auto zero_vector = [&](int i, int64_t n) { return as_bias(i, at::zeros({n}, input.options())); };
+    return {zeros(0, input), zeros(1, w1), zero_vector(2, C), zero_vector(3, C), zero_vector(4, C),
+            zeros(5, w2), zero_vector(6, O), zero_vector(7, O), zero_vector(8, O)};
+  }
+  restore(norm1, C, mean1, rstd1);
+  restore(norm2, O, mean2, rstd2);
+  const DenseImage grad(grad_out);
+  const Tensor z1 = channels_last(z1_);
+  // Without norm and activation nothing depends on z2: any values do.
+  const Tensor z2 = channels_last(needs_z2(has_norm2, act2) ? z2_ : grad_out);
+  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  const auto wide = norm1.norm.options();
+  const int64_t strips = static_cast<int64_t>(strip_counts(s.batch, point.area).size());
+
+  Tensor sums2;
+  if (has_norm2) {
+    sums2 = at::empty({strips, 2, padded_channels(O)}, wide);
+    cpu::NormSums p{conv.dtype, s.batch, point.area, O, kTrainStripPixels, act2, grad.image(), z2.const_data_ptr(),
+                    norm2.norm.const_data_ptr(), sums2.mutable_data_ptr(), nullptr};
+    const Tensor scratch = bytes(kernels.norm_sums_workspace(p, threads.threads));
+    p.workspace = scratch.mutable_data_ptr();
+    kernels.norm_sums(p, threads);
+  }
+  const NormGradients g2(norm2, conv.dtype, O, sums2, count);
+
+  const Tensor sums1 = at::empty({strips, 2, padded_channels(C)}, wide);
+  const Tensor da1 = at::empty(conv.out_sizes(), wide, at::MemoryFormat::ChannelsLast);
+  const Tensor grad_w2 = at::empty({O, C}, wide), grad_b2 = at::empty({O}, wide);
+  cpu::PointwiseBackward p{conv.dtype, s.batch, point.area, C, O, kTrainStripPixels, act1, act2, grad.image(),
+                           z1.const_data_ptr(), z2.const_data_ptr(), norm1.norm.const_data_ptr(),
+                           norm2.norm.const_data_ptr(), g2.coefficients.const_data_ptr(),
+                           point.weight.const_data_ptr(), da1.mutable_data_ptr(), sums1.mutable_data_ptr(),
+                           grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr(), nullptr};
+  {
+    const Tensor scratch = bytes(kernels.pointwise_backward_workspace(p, threads.threads));
+    p.workspace = scratch.mutable_data_ptr();
+    kernels.pointwise_backward(p, threads);
+  }
+  const NormGradients g1(norm1, conv.dtype, C, sums1, count);
+  const auto d = depthwise_gradients(conv, DenseImage(da1), has_norm1 ? z1 : Tensor(),
+                                     has_norm1 ? g1.coefficients : Tensor(), mask[0], mask[1], mask[2]);
+  return {or_empty(mask[0], d.input, input), or_empty(mask[1], d.weight, w1), or_empty(mask[2], d.bias, w1),
+          as_bias(3, g1.weight), as_bias(4, g1.bias), as(5, grad_w2, w2), as_bias(6, grad_b2), as_bias(7, g2.weight),
+          as_bias(8, g2.bias)};
+}
+
+}  // namespace
+
+void bind_conv_train_cpu(pybind11::module_& m) {
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("depthwise_conv2d_forward", &depthwise_conv2d_forward, unlocked);
+  m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward, unlocked);
+  m.def("separable_conv2d_train_forward", &separable_conv2d_train_forward, unlocked);
+  m.def("separable_conv2d_train_backward", &separable_conv2d_train_backward, unlocked);
+}
+
+}  // namespace fusednn
