@@ -327,7 +327,12 @@ def test_activation_that_is_no_module():
 
 def test_errors_are_those_of_torchs_layers():
     block, composite = pair("mobilenet")
-    for bad in (torch.randn(3, 12, 9, 8), torch.randn(13, 9, 8), torch.randn(2, 13, 9, 8).double(), torch.randn(3)):
+    for bad in (
+        torch.randn(3, 12, 9, 8),
+        torch.randn(13, 9, 8),
+        torch.randn(2, 13, 9, 8).double(),
+        torch.randn(3),
+    ):
         with pytest.raises(Exception) as theirs:  # noqa: PT011  its type is what is asked
             composite(bad)
         with pytest.raises(theirs.type) as ours:
@@ -351,7 +356,9 @@ def test_copies_files_and_functional_call(mode):
     for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         torch.testing.assert_close(step(copied, x), step(copy.deepcopy(composite), x), rtol=1e-4, atol=1e-5)
     state = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in block.state_dict().items()}
-    expected = functional_call(composite, dict(zip(composite.state_dict(), map(torch.clone, state.values()))), (x,))
+    expected = functional_call(
+        composite, dict(zip(composite.state_dict(), map(torch.clone, state.values()))), (x,)
+    )
     torch.testing.assert_close(functional_call(block, state, (x,)), expected, rtol=1e-4, atol=1e-5)
     assert list(block.state_dict()) == list(composite.state_dict())
 

@@ -96,7 +96,9 @@ def test_activations(place, activation):
     assert f"activation={activation}" in repr(ours)
 
 
-@pytest.mark.parametrize("options", [{}, {"dilation": 3}, {"stride": 2}, {"padding_mode": "replicate"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dilation": 3}, {"stride": 2}, {"padding_mode": "replicate"}], ids=str
+)
 def test_causal(place, options):
     """Padded at the front by torch; and no output knows what comes later."""
     ours = fusednn.DepthwiseConv1d(4, 8, 4, causal=True, activation="silu", **options).to(place.device)
@@ -162,7 +164,9 @@ def test_layouts(place, layout, last, shape):
     assert_same(ours, theirs, x)
 
 
-@pytest.mark.parametrize("layout", [sliced, every_other, transposed, channels_last, expanded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "layout", [sliced, every_other, transposed, channels_last, expanded], ids=lambda f: f.__name__
+)
 def test_layouts_of_the_results_gradient(place, layout):
     ours, theirs = pair(2, device=place.device, padding=1)
     x = torch.randn(3, 4, 9, 8, device=place.device)

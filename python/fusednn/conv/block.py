@@ -64,6 +64,13 @@ class DepthwiseSeparableConv2d(nn.Module):
         RuntimeError: a size, dtype or device does not fit, as torch's own layers word it.
     """
 
+    depthwise: nn.Conv2d
+    norm1: nn.Module | None
+    activation1: nn.Module | None
+    pointwise: nn.Conv2d
+    norm2: nn.Module | None
+    activation2: nn.Module | None
+
     def __init__(
         self,
         in_channels: int,
@@ -75,7 +82,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         *,
         multiplier: int = 1,
         bias: bool | None = None,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         norm: Callable[..., nn.Module] | None = nn.BatchNorm2d,
         activation: str | None = "relu6",
         pointwise_norm: Callable[..., nn.Module] | None = nn.BatchNorm2d,
@@ -149,15 +156,16 @@ class DepthwiseSeparableConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the block's result."""
         reasons = self._against_fusing(input)
-        out = self._composite(input, reasons) if reasons else self._fused(input)
-        return out
+        return self._composite(input, reasons) if reasons else self._fused(input)
 
     def _against_fusing(self, input: Tensor) -> list[str]:
-        children = [self._modules[name] for name in _CHILDREN]
-        reasons = eligibility.against_children(dict(zip(_CHILDREN, children, strict=True)))
+        children = {name: self._modules[name] for name in _CHILDREN}
+        reasons = eligibility.against_children(children)
         if not reasons and under_transform(input, *self._sources()):
-            reasons = ["a torch.func transform or forward-mode AD is active, which sees through torch's ops only"]
-        return reasons or eligibility.against_input(input, *children)
+            reasons = [
+                "a torch.func transform or forward-mode AD is active, which sees through torch's ops only"
+            ]
+        return reasons or eligibility.against_input(input, *children.values())
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""
@@ -189,48 +197,54 @@ class DepthwiseSeparableConv2d(nn.Module):
         return tuple(found)
 
     def _fused(self, input: Tensor) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        norm1, norm2 = (eligibility.norm_of(n) for n in (self.norm1, self.norm2))
-        batch1, batch2 = (batch_norm.uses_batch_statistics(n) for n in (norm1, norm2))
-        padding = depthwise.padding
+        name, depthwise = "depthwise_separable_conv2d", self.depthwise
+        kernel, padding = depthwise.weight.shape[2:], depthwise.padding
         x = input
         if depthwise.padding_mode != "zeros":
-            x, padding = F.pad(x, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode), 0
-        name = "depthwise_separable_conv2d"
-        kernel = depthwise.weight.shape[2:]
+            x = F.pad(x, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode)
+            padding = (0, 0)
         options = checks.geometry(name, kernel, depthwise.stride, padding, depthwise.dilation)
         checks.check_size(name, x, kernel, *options[1:])
         (x,) = checks.autocast(x)
+        # Under autocast the input may be wider than the result: torch's addition then decides on the dtype.
         residual = input if self.residual and input.dtype == x.dtype else None
         if residual is not None:
-            checks.check_residual(name, x, depthwise.weight, pointwise.weight, residual, options)
+            checks.check_residual(name, x, depthwise.weight, self.pointwise.weight, residual, options)
         acts = (eligibility.activation_of(self.activation1), eligibility.activation_of(self.activation2))
-
-        def weights() -> tuple[Tensor | None, ...]:
-            """Weights and biases, with those norms folded that have frozen statistics."""
-            folded = (
-                *batch_norm.fold(depthwise.weight, depthwise.bias, None if batch1 else norm1),
-                *batch_norm.fold(pointwise.weight, pointwise.bias, None if batch2 else norm2),
-            )
-            return tuple(None if t is None else t.to(x.dtype) for t in folded)
-
-        if not (batch1 or batch2 or any_requires_grad(input, *self._sources())):
-            out = functional.separable_inference(x, *self._kept(weights, x.dtype), residual, *options, *acts)
+        batch1, batch2 = self._batch_norms()
+        if batch1 or batch2 or any_requires_grad(input, *self._sources()):
+            weights = self._weights(x.dtype)
+            out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:
-            out = functional.separable_training(
-                x, weights(), norm1 if batch1 else None, norm2 if batch2 else None, residual, options, acts
-            )
+            out = functional.separable_inference(x, *self._kept_weights(x.dtype), residual, *options, *acts)
         return out if residual is not None else self._add_residual(out, input)
 
-    def _kept(self, weights: Callable[[], tuple[Tensor | None, ...]], dtype: torch.dtype) -> Any:
+    def _batch_norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]:
+        """The norms that take their statistics from the batch; None for each other one."""
+        norm1, norm2 = (eligibility.norm_of(n) for n in (self.norm1, self.norm2))
+        return (
+            norm1 if batch_norm.uses_batch_statistics(norm1) else None,
+            norm2 if batch_norm.uses_batch_statistics(norm2) else None,
+        )
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Weights and biases of both products, with those norms folded that have frozen statistics."""
+        found: list[Tensor | None] = []
+        for conv, norm in ((self.depthwise, self.norm1), (self.pointwise, self.norm2)):
+            norm = eligibility.norm_of(norm)
+            frozen = None if batch_norm.uses_batch_statistics(norm) else norm
+            found += batch_norm.fold(conv.weight, conv.bias, frozen)
+        return tuple(None if t is None else t.to(dtype) for t in found)
+
+    def _kept_weights(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
         """Weights for inference, folded at most once for the same sources."""
         if torch.compiler.is_compiling() or (self.norm1 is None and self.norm2 is None):
-            return weights()
+            return self._weights(dtype)
 
         def make() -> tuple[Tensor | None, ...]:
             # Not inference tensors: those have no version, by which kernels know their packed copies.
             with torch.inference_mode(False), torch.no_grad():
-                return weights()
+                return self._weights(dtype)
 
         options = (dtype, *(n.eps for n in (self.norm1, self.norm2) if type(n) is nn.BatchNorm2d))
         return self._folds.get(self._sources(), options, make)

@@ -25,9 +25,7 @@ def activation_name(name: str, argument: str, activation: str | None) -> str:
     if activation is None:
         return "none"
     if not isinstance(activation, str):
-        raise TypeError(
-            f"{name}: expected {argument} to be a name or None, got {type(activation).__name__}"
-        )
+        raise TypeError(f"{name}: expected {argument} to be a name or None, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: {argument}: got {activation!r}, expected None, {', '.join(ACTIVATIONS)}")
     return activation
@@ -145,9 +143,7 @@ def check_residual(name, input, depthwise, pointwise, residual, options) -> None
     size = output_size(input.shape[2:], depthwise.shape[2:], *options)
     expected = (input.shape[0], pointwise.shape[0], *size)
     if tuple(residual.shape) != expected:
-        raise RuntimeError(
-            f"{name}: residual has shape {list(residual.shape)}, expected {list(expected)}"
-        )
+        raise RuntimeError(f"{name}: residual has shape {list(residual.shape)}, expected {list(expected)}")
 
 
 def check_bias(name: str, argument: str, weight: Tensor, bias: Tensor | None) -> None:

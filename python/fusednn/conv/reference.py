@@ -57,7 +57,14 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _depthwise(input, weight, bias, stride, padding, dilation) -> Tensor:
+def _depthwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     top, bottom, left, right = padding
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
@@ -103,8 +110,8 @@ def depthwise_conv2d_forward(
     activation: str,
 ) -> Tensor:
     """Return the activated convolution [N, C m, H', W']."""
-    operands = _wide(accumulation_dtype(input.dtype), input, weight, bias)
-    out = ACTIVATIONS[activation][0](_depthwise(*operands, stride, padding, dilation))
+    x, w, b = _wide(accumulation_dtype(input.dtype), input, weight, bias)
+    out = ACTIVATIONS[activation][0](_depthwise(x, w, b, stride, padding, dilation))
     return out.to(input.dtype).contiguous(memory_format=output_format(input, weight))
 
 
@@ -128,13 +135,14 @@ def depthwise_conv2d_backward(
     formats = (output_format(input, weight), torch.preserve_format, torch.contiguous_format)
     likes = (input, weight, weight[:, 0, 0, 0])
     return tuple(
-        _laid_out(g.to(input.dtype), like, fmt) if needed else input.new_empty(0)
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
         for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
     )
 
 
-def _laid_out(t: Tensor, like: Tensor, fmt: torch.memory_format) -> Tensor:
-    """Lay `t` out in a format; preserve_format stands for the strides that ``empty_like(like)`` has."""
+def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
+    """Give `t` the dtype of `like` and a format; preserve_format: the strides of ``empty_like(like)``."""
+    t = t.to(like.dtype)
     if t.numel() == 0:  # a layout of nothing is kept by contiguous()
         return torch.empty_like(like, dtype=t.dtype, memory_format=fmt)
     if fmt is not torch.preserve_format:
@@ -340,6 +348,6 @@ def separable_conv2d_train_backward(
     )
     formats = (output_format(input, depthwise_weight), *[torch.preserve_format] * 8)
     return tuple(
-        _laid_out(g.to(like.dtype), like, fmt) if needed else input.new_empty(0)
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
         for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
     )
