@@ -101,10 +101,7 @@ def _arrange(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
 class ConvWorkload(ModuleWorkload):
     """Peers that may choose the memory format of the input."""
 
-    @property
-    def peers(self) -> tuple[str, ...]:
-        """All but the exported runtimes."""
-        return EAGER, COMPILE, REFERENCE, FUSEDNN
+    peers = (EAGER, COMPILE, REFERENCE, FUSEDNN)
 
     def build(self, peer: str) -> Peer:
         """Make one peer, in the format in which it is faster; the compiler lays its graph out itself."""

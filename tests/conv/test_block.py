@@ -1,4 +1,4 @@
-"""The block against torch's layers: results, gradients, running statistics, saved memory, children, copies."""
+"""The block against torch's layers: results, gradients, statistics, saved memory, children, copies."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""DepthwiseConv2d and DepthwiseConv1d where torch's were: constructor, state, padding modes, layouts, samples."""
+"""DepthwiseConv2d and DepthwiseConv1d where torch's were: constructor, padding modes, layouts, samples."""
 
 import copy
 import pickle

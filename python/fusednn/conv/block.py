@@ -26,7 +26,7 @@ _CHILDREN = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activat
 
 
 class DepthwiseSeparableConv2d(nn.Module):
-    r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one operation.
+    r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one.
 
     ``out = act2(norm2(pointwise(act1(norm1(depthwise(input)))))) + (input if residual else 0)``
     (Howard et al. 2017; without the last activation: Sandler et al. 2018).
@@ -134,8 +134,8 @@ class DepthwiseSeparableConv2d(nn.Module):
 
         Raises:
             TypeError: a convolution is no ``nn.Conv2d``, or another argument neither a module nor None.
-            ValueError: the convolutions are not depthwise and 1×1 or don't fit each other, or a residual can't
-                be added.
+            ValueError: the convolutions are not depthwise and 1×1 or don't fit each other, or there is no
+                place for a residual.
         """
         block = cls.__new__(cls)
         block._adopt(depthwise, norm1, activation1, pointwise, norm2, activation2, residual)

@@ -147,8 +147,9 @@ def depthwise_separable_conv2d(
 ) -> Tensor:
     """Depthwise convolution, activation, 1×1 convolution, activation, residual: in one pass for inference.
 
-    ``act2(pointwise_weight @ act1(depthwise(input)) + pointwise_bias) + residual`` (Howard et al. 2017). Norms
-    with frozen statistics belong into weights and biases; for others see ``fusednn.DepthwiseSeparableConv2d``.
+    ``act2(pointwise_weight @ act1(depthwise(input)) + pointwise_bias) + residual`` (Howard et al. 2017).
+    Norms with frozen statistics belong into weights and biases; for others see
+    ``fusednn.DepthwiseSeparableConv2d``.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``.

@@ -1,6 +1,7 @@
 """Depthwise convolution in plain PyTorch: the fallback on any machine and the oracle of every kernel.
 
-    depthwise   out[n, c m + j, y, x] = act(b + sum_{u, v} w[c m + j, 0, u, v] in[n, c, s y + d u - p, s x + d v - p])
+    depthwise   out[n, c m + j, y, x] = act(b[c m + j] + sum over u, v of
+                                            w[c m + j, 0, u, v] in[n, c, s y + d u - p, s x + d v - p])
     separable   out = act2(norm2(W2 act1(norm1(depthwise(in))))) + residual        (Howard et al. 2017)
     norm        (z - mean) rstd weight + bias, mean and rstd = 1 / sqrt(var + eps) over N, H, W
                 (Ioffe & Szegedy 2015); a norm with frozen statistics is folded into the weights before it
@@ -24,7 +25,7 @@ from .shapes import output_format
 
 _aten = torch.ops.aten
 
-# Name: the function, and its gradient to z of a gradient d. Those of torch, so that kinks and NaN are torch's.
+# Name: the function, and z's gradient for a gradient d. Both torch's, and so are kinks and NaN.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "none": (lambda z: z, lambda d, z: d),
     "relu": (F.relu, lambda d, z: _aten.threshold_backward(d, z, 0)),
