@@ -132,8 +132,8 @@ def check_pointwise(name: str, depthwise: Tensor, pointwise: Tensor, bias: Tenso
     """Check the pointwise weight [C', C m, 1, 1] and its bias [C'] against the depthwise weight."""
     if pointwise.dim() != 4 or pointwise.shape[1:] != (depthwise.shape[0], 1, 1):
         raise RuntimeError(
-            f"{name}: Given depthwise_weight of size {list(depthwise.shape)}, expected pointwise_weight "
-            f"to be of size [out_channels, {depthwise.shape[0]}, 1, 1], but got {list(pointwise.shape)} instead"
+            f"{name}: Given depthwise_weight of size {list(depthwise.shape)}, expected pointwise_weight to "
+            f"be of size [out_channels, {depthwise.shape[0]}, 1, 1], but got {list(pointwise.shape)} instead"
         )
     check_bias(name, "pointwise_bias", pointwise, bias)
 
