@@ -67,14 +67,19 @@ def with_torchs_layers(model: nn.Module) -> nn.Module:
 
 NETWORKS = {"MobileNetV2": ("relu6", 3), "EfficientNet": ("silu", 5)}
 
+# Not MobileNetV2 in float32: the kinks of ReLU6 make rounding grow: torch's own layers, begun with weights
+# 1e-7 apart, end up to 14 % apart.
+RUNS = [("MobileNetV2", torch.float64), ("EfficientNet", torch.float64), ("EfficientNet", torch.float32)]
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_loss_curves_agree(training_place, name):
+
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
+def test_loss_curves_agree(training_place, name, dtype):
     torch.manual_seed(0)
-    ours = network(*NETWORKS[name]).to(training_place.device)
+    ours = network(*NETWORKS[name]).to(training_place.device, dtype)
     theirs = with_torchs_layers(ours)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     images, labels = (t.to(training_place.device) for t in digits())
+    images = images.to(dtype)
     steps = 5 if training_place.slow else STEPS
     curves, before = {}, [b.clone() for b in ours.buffers()]
     for key, model in (("ours", ours), ("theirs", theirs)):
