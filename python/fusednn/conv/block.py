@@ -155,17 +155,13 @@ class DepthwiseSeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the block's result."""
-        reasons = self._against_fusing(input)
-        return self._composite(input, reasons) if reasons else self._fused(input)
-
-    def _against_fusing(self, input: Tensor) -> list[str]:
         children = {name: self._modules[name] for name in _CHILDREN}
         reasons = eligibility.against_children(children)
-        if not reasons and under_transform(input, *self._sources()):
-            reasons = [
-                "a torch.func transform or forward-mode AD is active, which sees through torch's ops only"
-            ]
-        return reasons or eligibility.against_input(input, *children.values())
+        sources = () if reasons else self._sources()
+        if not reasons and under_transform(input, *sources):
+            reasons = ["a torch.func transform or forward-mode AD is active, which sees torch's ops only"]
+        reasons = reasons or eligibility.against_input(input, *children.values())
+        return self._composite(input, reasons) if reasons else self._fused(input, sources)
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""
@@ -191,12 +187,12 @@ class DepthwiseSeparableConv2d(nn.Module):
         """Everything that the folded weights are made from."""
         found: list[Tensor | None] = []
         for conv, norm in ((self.depthwise, self.norm1), (self.pointwise, self.norm2)):
-            found += [conv.weight, conv.bias]
+            found += (conv.weight, conv.bias)
             if type(norm) is nn.BatchNorm2d:
-                found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                found += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return tuple(found)
 
-    def _fused(self, input: Tensor) -> Tensor:
+    def _fused(self, input: Tensor, sources: tuple[Tensor | None, ...]) -> Tensor:
         name, depthwise = "depthwise_separable_conv2d", self.depthwise
         kernel, padding = depthwise.weight.shape[2:], depthwise.padding
         x = input
@@ -212,11 +208,12 @@ class DepthwiseSeparableConv2d(nn.Module):
             checks.check_residual(name, x, depthwise.weight, self.pointwise.weight, residual, options)
         acts = (eligibility.activation_of(self.activation1), eligibility.activation_of(self.activation2))
         batch1, batch2 = self._batch_norms()
-        if batch1 or batch2 or any_requires_grad(input, *self._sources()):
+        if batch1 or batch2 or any_requires_grad(input, *sources):
             weights = self._weights(x.dtype)
             out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:
-            out = functional.separable_inference(x, *self._kept_weights(x.dtype), residual, *options, *acts)
+            weights = self._kept_weights(x.dtype, sources)
+            out = functional.separable_inference(x, *weights, residual, *options, *acts)
         return out if residual is not None else self._add_residual(out, input)
 
     def _batch_norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]:
@@ -236,7 +233,9 @@ class DepthwiseSeparableConv2d(nn.Module):
             found += batch_norm.fold(conv.weight, conv.bias, frozen)
         return tuple(None if t is None else t.to(dtype) for t in found)
 
-    def _kept_weights(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    def _kept_weights(
+        self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
         """Weights for inference, folded at most once for the same sources."""
         if torch.compiler.is_compiling() or (self.norm1 is None and self.norm2 is None):
             return self._weights(dtype)
@@ -247,7 +246,7 @@ class DepthwiseSeparableConv2d(nn.Module):
                 return self._weights(dtype)
 
         options = (dtype, *(n.eps for n in (self.norm1, self.norm2) if type(n) is nn.BatchNorm2d))
-        return self._folds.get(self._sources(), options, make)
+        return self._folds.get(sources, options, make)
 
     def train(self, mode: bool = True) -> DepthwiseSeparableConv2d:
         """Switch the mode, and let go of folded weights."""
