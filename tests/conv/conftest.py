@@ -15,7 +15,7 @@ TRAINING = ("separable_conv2d_train_forward", "separable_conv2d_train_backward")
 
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {"cpu": (*DEPTHWISE, *INFERENCE, *TRAINING), "cuda": (), "triton": ()}
 
 
 def _found(place: suite.Place, name: str) -> bool:

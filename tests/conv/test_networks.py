@@ -13,14 +13,14 @@ from .cases import Composite
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 Block = fusednn.DepthwiseSeparableConv2d
-STEPS, BATCH = 100, 32
+STEPS, BATCH = 100, 16
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The 1797 images, [N, 1, 16, 16] in [0, 1], and their digits."""
+    """The 1797 images, [N, 1, 12, 12] in [0, 1], and their digits."""
     data = datasets.load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
-    return F.interpolate(images, scale_factor=2, mode="bilinear"), torch.from_numpy(data.target)
+    return F.interpolate(images, scale_factor=1.5, mode="bilinear"), torch.from_numpy(data.target)
 
 
 class Inverted(nn.Module):
@@ -28,7 +28,7 @@ class Inverted(nn.Module):
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, activation: str) -> None:
         super().__init__()
-        hidden = 3 * channels
+        hidden = 2 * channels
         act = {"relu6": nn.ReLU6, "silu": nn.SiLU}[activation]
         self.expand = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), act())
         self.block = Block(

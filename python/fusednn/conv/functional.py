@@ -251,7 +251,7 @@ def separable_training(
         batch_norm.check_batch(norm, torch.Size((input.shape[0], w.shape[0], *size)))
     g1, s1, eps1 = (None, None, 0.0) if norm1 is None else (norm1.weight, norm1.bias, norm1.eps)
     g2, s2, eps2 = (None, None, 0.0) if norm2 is None else (norm2.weight, norm2.bias, norm2.eps)
-    out, _z1, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
+    out, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
         input, w1, b1, g1, s1, w2, b2, g2, s2, residual, *options, eps1, eps2, *activations,
         norm1 is not None, norm2 is not None,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..transforms import autocast_enabled
-from .shapes import output_format
+from .shapes import output_format, saved_format
 
 _aten = torch.ops.aten
 
@@ -237,7 +237,7 @@ def separable_conv2d_train_forward(
     has_norm1: bool,
     has_norm2: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the block's result, both products z1 and z2, and mean and rstd of each.
+    """Return the block's result, the pointwise product z2, and mean and rstd of both products.
 
     Statistics are of this batch; they are empty where there is no norm, and so is z2 where neither a norm nor
     an activation follows it, since no backward needs it.
@@ -265,12 +265,12 @@ def separable_conv2d_train_forward(
     rstd2 = (var2 + eps2).rsqrt()
     out = ACTIVATIONS[pointwise_activation][0](_normalised(z2.to(wide), mean2, rstd2, g2, s2, has_norm2))
     out = (out if r is None else out + r).to(dtype)
-    fmt1 = output_format(input, depthwise_weight)
-    fmt2 = output_format(input, depthwise_weight, pointwise_weight)
-    z2 = z2 if needs_z2(has_norm2, pointwise_activation) else z2.new_empty(0)
-    z2 = z2.contiguous(memory_format=fmt2) if z2.dim() == 4 else z2
-    out = out.contiguous(memory_format=fmt2)
-    return out, z1.contiguous(memory_format=fmt1), z2, mean1, rstd1, mean2, rstd2
+    tensors = (input, depthwise_weight, pointwise_weight)
+    if needs_z2(has_norm2, pointwise_activation):
+        z2 = z2.contiguous(memory_format=saved_format(*tensors))
+    else:
+        z2 = z2.new_empty(0)
+    return out.contiguous(memory_format=output_format(*tensors)), z2, mean1, rstd1, mean2, rstd2
 
 
 def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
@@ -290,7 +290,6 @@ def separable_conv2d_train_backward(
     pointwise_bias: Tensor | None,
     norm2_weight: Tensor | None,
     norm2_bias: Tensor | None,
-    z1: Tensor,  # [N, C m, H', W']
     z2: Tensor,  # [N, C', H', W'] or empty
     mean1: Tensor,
     rstd1: Tensor,
@@ -307,21 +306,23 @@ def separable_conv2d_train_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the nine tensors from input to norm2_bias; empty where masked.
 
-    That of the residual is ``grad_out``. y1, between the two products, is made again from z1.
+    That of the residual is ``grad_out``. The depthwise product z1, and y1 behind it, are made again.
     """
-    d, x, w1, g1, s1, w2, g2, s2, u1, u2 = _wide(
-        accumulation_dtype(input.dtype),
+    wide = accumulation_dtype(input.dtype)
+    d, x, w1, b1, g1, s1, w2, g2, s2, u2 = _wide(
+        wide,
         grad_out,
         input,
         depthwise_weight,
+        depthwise_bias,
         norm1_weight,
         norm1_bias,
         pointwise_weight,
         norm2_weight,
         norm2_bias,
-        z1,
         z2,
     )
+    u1 = _depthwise(x, w1, b1, stride, padding, dilation).to(input.dtype).to(wide)  # rounded as the forward's
     if pointwise_activation != "none":
         n2 = _normalised(u2, mean2, rstd2, g2, s2, has_norm2)
         d = ACTIVATIONS[pointwise_activation][1](d, n2)

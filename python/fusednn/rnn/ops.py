@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import dispatch, settings
+from .. import settings
+from ..transforms import under_transform
 from . import backends, reference
 
 _library = torch.library.Library("fusednn", "FRAGMENT")
@@ -66,7 +67,7 @@ def _(grad_h, input, hx, weight_ih, weight_hh, gates, output_mask):
 
 def _watched(*grads) -> bool:
     """Whether the backward must be seen through: recorded, or its cotangents mapped or with tangents."""
-    return torch.is_grad_enabled() or dispatch.under_transform(*grads)
+    return torch.is_grad_enabled() or under_transform(*grads)
 
 
 def _lstm_setup(ctx, inputs, output) -> None:
