@@ -163,10 +163,15 @@ struct BlockNorm {
 
   BlockNorm(bool has, const OptionalTensor& w, const OptionalTensor& b, int64_t channels, const Tensor& like,
             const char* name)
-      : present(has), weight(dense(w)), bias(dense(b)) {
-    check(w, name, {channels}, like.scalar_type());
-    check(b, name, {channels}, like.scalar_type());
+      : present(has) {
+    // Under autocast the norm's parameters stay float32 beside an input of 16 bits.
     const auto wide = like.options().dtype(wide_dtype(like));
+    for (const OptionalTensor* t : {&w, &b})
+      if (*t)
+        check(**t, name, {channels},
+              (*t)->scalar_type() == at::kFloat ? wide_dtype(like) : like.scalar_type());
+    if (w) weight = w->to(wide.dtype()).contiguous();
+    if (b) bias = b->to(wide.dtype()).contiguous();
     norm = at::empty({3, padded_channels(channels)}, wide);
     mean = at::empty({has ? channels : 0}, wide);
     rstd = at::empty_like(mean);
@@ -352,14 +357,23 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
   const auto as = [&](int i, const Tensor& t, const Tensor& like) {
     return mask[i] ? t.reshape(like.sizes()).to(type) : at::empty({0}, input.options());
   };
-  const auto as_bias = [&](int i, const Tensor& t) {
-    return mask[i] ? t.to(type) : at::empty({0}, input.options());
+  const auto as_bias = [&](int i, const Tensor& t, const OptionalTensor& like) {
+    return mask[i] ? t.to(like ? like->scalar_type() : type) : at::empty({0}, input.options());
   };
   if (count * C * O == 0) {
     const auto zeros = [&](int i, const Tensor& like) { return as(i, at::zeros_like(like), like); };
-    const auto zero_vector = [&](int i, int64_t n) { return as_bias(i, at::zeros({n}, input.options())); };
-    return {zeros(0, input), zeros(1, w1),      zero_vector(2, C), zero_vector(3, C), zero_vector(4, C),
-            zeros(5, w2),    zero_vector(6, O), zero_vector(7, O), zero_vector(8, O)};
+    const auto zero_vector = [&](int i, int64_t n, const OptionalTensor& like) {
+      return as_bias(i, at::zeros({n}, input.options()), like);
+    };
+    return {zeros(0, input),
+            zeros(1, w1),
+            zero_vector(2, C, b1),
+            zero_vector(3, C, norm1_weight),
+            zero_vector(4, C, norm1_bias),
+            zeros(5, w2),
+            zero_vector(6, O, b2),
+            zero_vector(7, O, norm2_weight),
+            zero_vector(8, O, norm2_bias)};
   }
   restore(norm1, C, mean1, rstd1);
   restore(norm2, O, mean2, rstd2);
@@ -426,15 +440,11 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
   const NormGradients g1(norm1, conv.dtype, C, sums1, count);
   const auto d = depthwise_gradients(conv, DenseImage(da1), has_norm1 ? z1 : Tensor(),
                                      has_norm1 ? g1.coefficients : Tensor(), mask[0], mask[1], mask[2]);
-  return {or_empty(mask[0], d.input, input),
-          or_empty(mask[1], d.weight, w1),
-          or_empty(mask[2], d.bias, w1),
-          as_bias(3, g1.weight),
-          as_bias(4, g1.bias),
-          as(5, grad_w2, w2),
-          as_bias(6, grad_b2),
-          as_bias(7, g2.weight),
-          as_bias(8, g2.bias)};
+  return {or_empty(mask[0], d.input, input), or_empty(mask[1], d.weight, w1),
+          or_empty(mask[2], d.bias, w1),     as_bias(3, g1.weight, norm1_weight),
+          as_bias(4, g1.bias, norm1_bias),   as(5, grad_w2, w2),
+          as_bias(6, grad_b2, b2),           as_bias(7, g2.weight, norm2_weight),
+          as_bias(8, g2.bias, norm2_bias)};
 }
 
 }  // namespace

@@ -52,7 +52,7 @@ void backward_depthwise(const DepthwiseBackward& p, const Parallel& parallel) {
 }
 
 void merge(const Statistics& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { merge_statistics<T, S>(p, parallel); });
+  with_types(p.dtype, [&]<class T, class S>() { merge_statistics<T>(p, parallel); });
 }
 
 size_t forward_pointwise_workspace(const PointwiseForward& p, int threads) {
@@ -88,7 +88,7 @@ void sum_norm(const NormSums& p, const Parallel& parallel) {
 }
 
 void coefficients(const NormCoefficients& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { norm_coefficients<T, S>(p, parallel); });
+  with_types(p.dtype, [&]<class T, class S>() { norm_coefficients<T>(p, parallel); });
 }
 
 size_t backward_pointwise_workspace(const PointwiseBackward& p, int threads) {

@@ -41,12 +41,12 @@ void strip_statistics(const T* block, int64_t count, T* record, int64_t strip, i
   }
 }
 
-template <class T, class S>
+template <class T>
 void merge_statistics(const Statistics& p, const Parallel& parallel) {
   const int64_t pitch = padded_channels(p.channels);
   const T* records = static_cast<const T*>(p.strip_statistics);
   T *mean = static_cast<T*>(p.mean), *rstd = static_cast<T*>(p.rstd), *norm = static_cast<T*>(p.norm);
-  const S *weight = static_cast<const S*>(p.weight), *bias = static_cast<const S*>(p.bias);
+  const T *weight = static_cast<const T*>(p.weight), *bias = static_cast<const T*>(p.bias);
   parallel(pitch / kMergeChannels, p.strips * p.channels > 16384, [&](int64_t begin, int64_t end, int) {
     for (int64_t first = begin * kMergeChannels; first < end * kMergeChannels; first += kMergeChannels) {
       double m[kMergeChannels] = {}, squares[kMergeChannels] = {};
@@ -66,8 +66,8 @@ void merge_statistics(const Statistics& p, const Parallel& parallel) {
         const bool real = channel < p.channels && records;
         const double r = real ? 1 / ::sqrt(squares[c] / p.count + p.eps) : 1;
         norm[channel] = real ? T(m[c]) : T(0);
-        norm[pitch + channel] = real && weight ? T(r * widen(weight[channel])) : T(r);
-        norm[2 * pitch + channel] = real && bias ? T(widen(bias[channel])) : T(0);
+        norm[pitch + channel] = real && weight ? T(r * weight[channel]) : T(r);
+        norm[2 * pitch + channel] = real && bias ? T(bias[channel]) : T(0);
         if (!real) continue;
         mean[channel] = T(m[c]);
         rstd[channel] = T(r);
@@ -76,12 +76,12 @@ void merge_statistics(const Statistics& p, const Parallel& parallel) {
   });
 }
 
-template <class T, class S>
+template <class T>
 void norm_coefficients(const NormCoefficients& p, const Parallel& parallel) {
   const int64_t pitch = padded_channels(p.channels);
   const T *sums = static_cast<const T*>(p.sums), *mean = static_cast<const T*>(p.mean),
           *rstd = static_cast<const T*>(p.rstd);
-  const S* weight = static_cast<const S*>(p.weight);
+  const T* weight = static_cast<const T*>(p.weight);
   T *k = static_cast<T*>(p.coefficients), *grad_weight = static_cast<T*>(p.grad_weight),
     *grad_bias = static_cast<T*>(p.grad_bias);
   parallel(pitch / kMergeChannels, p.strips * p.channels > 16384, [&](int64_t begin, int64_t end, int) {
@@ -98,7 +98,7 @@ void norm_coefficients(const NormCoefficients& p, const Parallel& parallel) {
         const int64_t channel = first + c;
         const bool real = channel < p.channels && mean;
         const double r = real ? rstd[channel] : 1;
-        const double scale = real && weight ? r * widen(weight[channel]) : r;
+        const double scale = real && weight ? r * weight[channel] : r;
         k[channel] = T(real ? scale * plain[c] / p.count : 0);
         k[pitch + channel] = T(scale);
         k[2 * pitch + channel] = T(real ? scale * r * r * centred[c] / p.count : 0);

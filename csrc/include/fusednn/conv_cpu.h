@@ -97,7 +97,7 @@ struct Statistics {
   const int64_t* strip_counts;      // [strips] values per channel in each
   const void* strip_statistics;     // [strips, 2, padded C], or null: no norm
   double eps;
-  const void *weight, *bias;  // [C] in `dtype`, or null
+  const void *weight, *bias;  // [C] float or double, or null
   void *mean, *rstd;          // [C] float or double
   void* norm;                 // [3, padded C]
 };
@@ -143,7 +143,7 @@ struct NormCoefficients {
   int64_t channels, strips, count;
   const void* sums;               // [strips, 2, padded C]
   const void *mean, *rstd;        // [C] float or double, or null: no norm
-  const void* weight;             // [C] in `dtype`, or null
+  const void* weight;             // [C] float or double, or null
   void *grad_weight, *grad_bias;  // [C] float or double
   void* coefficients;             // [4, padded C] k0, k1, k2, mean
 };
