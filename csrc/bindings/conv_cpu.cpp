@@ -1,4 +1,5 @@
-// fusednn._C.cpu: depthwise and depthwise-separable convolution on CPU tensors; schemas as in fusednn/conv/ops.py.
+// fusednn._C.cpu: depthwise and depthwise-separable convolution on CPU tensors; schemas as in
+// fusednn/conv/ops.py.
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -28,21 +29,22 @@ Activation activation_named(const std::string& name, const char* argument) {
                     "', expected 'none', 'relu', 'relu6', 'silu', 'hardswish', 'gelu' or 'gelu_tanh'");
 }
 
-DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const Pair& stride, const Padding& padding,
-                               const Pair& dilation) {
+DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const Pair& stride,
+                               const Padding& padding, const Pair& dilation) {
   dtype_of(input, "input");
   TORCH_CHECK(input.dim() == 4, "input: got ", input.dim(), "D, expected 4D [N, C, H, W]");
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, "depthwise weight: got shape ", weight.sizes(),
               ", expected [C * multiplier, 1, kernel_h, kernel_w]");
   const int64_t in_channels = input.size(1), channels = weight.size(0);
-  TORCH_CHECK(in_channels == 0 ? channels == 0 : channels % in_channels == 0, "depthwise weight: got ", channels,
-              " channels, expected a multiple of the input's ", in_channels);
+  TORCH_CHECK(in_channels == 0 ? channels == 0 : channels % in_channels == 0, "depthwise weight: got ",
+              channels, " channels, expected a multiple of the input's ", in_channels);
   check(weight, "depthwise weight", weight.sizes(), input.scalar_type());
   TORCH_CHECK(input.device().is_cpu(), "input: got a tensor on ", input.device(), ", expected cpu");
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK(stride[i] > 0, "stride: got ", stride[i], ", expected at least 1");
     TORCH_CHECK(dilation[i] > 0, "dilation: got ", dilation[i], ", expected at least 1");
-    TORCH_CHECK(weight.size(2 + i) > 0, "depthwise weight: got shape ", weight.sizes(), ", expected a kernel");
+    TORCH_CHECK(weight.size(2 + i) > 0, "depthwise weight: got shape ", weight.sizes(),
+                ", expected a kernel");
   }
   for (const int64_t p : padding) TORCH_CHECK(p >= 0, "padding: got ", p, ", expected at least 0");
   const auto out_size = [&](int dim, int64_t pad) {
@@ -51,26 +53,19 @@ DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const 
                 ", expected at least the kernel's ", reach);
     return (padded - reach) / stride[dim] + 1;
   };
-  const int64_t out_height = out_size(0, padding[0] + padding[1]), out_width = out_size(1, padding[2] + padding[3]);
-  return {input.size(0),
-          channels,
-          in_channels == 0 ? 1 : channels / in_channels,
-          input.size(2),
-          input.size(3),
-          out_height,
-          out_width,
-          weight.size(2),
-          weight.size(3),
-          stride[0],
-          stride[1],
-          padding[0],
-          padding[2],
-          dilation[0],
-          dilation[1]};
+  const int64_t out_height = out_size(0, padding[0] + padding[1]),
+                out_width = out_size(1, padding[2] + padding[3]);
+  return {input.size(0), channels,       in_channels == 0 ? 1 : channels / in_channels,
+          input.size(2), input.size(3),  out_height,
+          out_width,     weight.size(2), weight.size(3),
+          stride[0],     stride[1],      padding[0],
+          padding[2],    dilation[0],    dilation[1]};
 }
 
 at::MemoryFormat conv_format(const Tensor& input, at::ArrayRef<Tensor> weights) {
-  const auto last = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
+  const auto last = [](const Tensor& t) {
+    return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  };
   bool found = last(input);
   if (input.scalar_type() != at::kDouble)
     for (const Tensor& w : weights) found = found || last(w);
@@ -101,10 +96,12 @@ Tensor packed_separable(const cpu::ConvKernels& kernels, DType dtype, const Dept
   };
   const int variant = static_cast<int>(cpu::current_isa()) + 4 * (depthwise_bias.has_value() ? 1 : 0);
   return conv_weight_cache().find_or_pack(parts, variant, [&] {
-    Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(dtype, shape, out_channels))}, at::kByte);
-    kernels.pack_separable(dtype, shape, out_channels, parts[0].const_data_ptr(), bias_data(depthwise_bias, 2),
-                           parts[1].const_data_ptr(), bias_data(pointwise_bias, depthwise_bias ? 3 : 2),
-                           packed.mutable_data_ptr(), torch_parallel());
+    Tensor packed =
+        at::empty({static_cast<int64_t>(kernels.packed_bytes(dtype, shape, out_channels))}, at::kByte);
+    kernels.pack_separable(dtype, shape, out_channels, parts[0].const_data_ptr(),
+                           bias_data(depthwise_bias, 2), parts[1].const_data_ptr(),
+                           bias_data(pointwise_bias, depthwise_bias ? 3 : 2), packed.mutable_data_ptr(),
+                           torch_parallel());
     return packed;
   });
 }
@@ -113,7 +110,8 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
                                 const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
                                 const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
                                 const Pair& stride, const Padding& padding, const Pair& dilation,
-                                const std::string& depthwise_activation, const std::string& pointwise_activation) {
+                                const std::string& depthwise_activation,
+                                const std::string& pointwise_activation) {
   const DepthwiseShape shape = depthwise_shape(input, depthwise_weight, stride, padding, dilation);
   const auto type = input.scalar_type();
   const DType dtype = dtype_of(input, "input");
@@ -134,12 +132,18 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
   const DenseImage in(input);
   const bool last = format == at::MemoryFormat::ChannelsLast;
   const Tensor add = residual ? residual->contiguous(format) : Tensor();
-  const Tensor packed = packed_separable(kernels, dtype, shape, depthwise_weight, depthwise_bias, pointwise_weight,
-                                         pointwise_bias);
+  const Tensor packed = packed_separable(kernels, dtype, shape, depthwise_weight, depthwise_bias,
+                                         pointwise_weight, pointwise_bias);
   const cpu::ConvPlan plan =
       kernels.separable_plan(dtype, shape, out_channels, residual.has_value(), threads.threads);
   const Tensor scratch = at::empty({plan.thread_bytes * threads.threads + plan.shared_bytes}, at::kByte);
-  kernels.separable_forward({dtype, shape, out_channels, act1, act2, packed.const_data_ptr(), in.image(),
+  kernels.separable_forward({dtype,
+                             shape,
+                             out_channels,
+                             act1,
+                             act2,
+                             packed.const_data_ptr(),
+                             in.image(),
                              {add.defined() ? const_cast<void*>(add.const_data_ptr()) : nullptr, last},
                              {out.mutable_data_ptr(), last},
                              plan,

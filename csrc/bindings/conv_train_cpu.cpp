@@ -17,12 +17,16 @@ using cpu::padded_channels;
 
 constexpr int64_t kTrainStripPixels = 128;
 
-at::ScalarType wide_dtype(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType wide_dtype(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::kByte); }
 
 void* data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
-const void* const_data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr; }
+const void* const_data(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr;
+}
 
 Tensor channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
 
@@ -35,8 +39,8 @@ struct Depthwise {
   Tensor weight;
   OptionalTensor bias;
 
-  Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, const Pair& stride, const Padding& padding,
-            const Pair& dilation)
+  Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, const Pair& stride,
+            const Padding& padding, const Pair& dilation)
       : shape(depthwise_shape(x, w, stride, padding, dilation)),
         dtype(dtype_of(x, "input")),
         input(x),
@@ -83,7 +87,8 @@ struct DepthwiseGradients {
 
 // From dz, or from da behind a norm (z and coefficients given); what is not wanted stays undefined.
 DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DenseImage& grad, const Tensor& z,
-                                       const Tensor& coefficients, bool want_input, bool want_weight, bool want_bias) {
+                                       const Tensor& coefficients, bool want_input, bool want_weight,
+                                       bool want_bias) {
   const DepthwiseShape& s = conv.shape;
   const Tensor& x = conv.input.tensor;
   DepthwiseGradients r;
@@ -133,18 +138,21 @@ Tensor or_empty(bool wanted, const Tensor& t, const Tensor& like) {
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& input,
                                                              const Tensor& weight, const OptionalTensor& bias,
                                                              const Pair& stride, const Padding& padding,
-                                                             const Pair& dilation, const std::string& activation,
+                                                             const Pair& dilation,
+                                                             const std::string& activation,
                                                              const std::array<bool, 3>& mask) {
   const Depthwise conv(input, weight, bias, stride, padding, dilation);
   check(grad_output, "grad_output", conv.out_sizes(), input.scalar_type());
   const Activation act = activation_named(activation, "activation");
   Tensor dz = grad_output;
   if (act != Activation::none && grad_output.numel() > 0) {
-    dz = at::empty(conv.out_sizes(), input.options().dtype(wide_dtype(input)), at::MemoryFormat::ChannelsLast);
+    dz =
+        at::empty(conv.out_sizes(), input.options().dtype(wide_dtype(input)), at::MemoryFormat::ChannelsLast);
     conv.run(act, {dz.mutable_data_ptr(), true}, channels_last(grad_output), nullptr);
   }
   const auto r = depthwise_gradients(conv, DenseImage(dz), {}, {}, mask[0], mask[1], mask[2]);
-  return {or_empty(mask[0], r.input, input), or_empty(mask[1], r.weight, weight), or_empty(mask[2], r.bias, weight)};
+  return {or_empty(mask[0], r.input, input), or_empty(mask[1], r.weight, weight),
+          or_empty(mask[2], r.bias, weight)};
 }
 
 // A norm of the block: its parameters, its statistics, and what the kernels make of them.
@@ -166,19 +174,18 @@ struct BlockNorm {
 };
 
 // Statistics by strips, merged.
-void merge(BlockNorm& n, DType dtype, int64_t channels, const Tensor& records, const std::vector<int64_t>& counts,
-           double eps) {
+void merge(BlockNorm& n, DType dtype, int64_t channels, const Tensor& records,
+           const std::vector<int64_t>& counts, double eps) {
   int64_t count = 0;
   for (const int64_t c : counts) count += c;
   cpu::conv_kernels().merge_statistics(
       {dtype, channels, static_cast<int64_t>(counts.size()), count, counts.data(),
-       n.present ? const_data(records) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias), data(n.mean),
-       data(n.rstd), n.norm.mutable_data_ptr()},
+       n.present ? const_data(records) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias),
+       data(n.mean), data(n.rstd), n.norm.mutable_data_ptr()},
       torch_parallel());
 }
 
-// Statistics that the forward found: the same norm again. One strip with M2 such that rstd comes out as it went in
-// would round; so the two lines of merge_statistics that matter are done here.
+// The norm as the forward applied it, from the statistics that it found.
 void restore(BlockNorm& n, int64_t channels, const Tensor& mean, const Tensor& rstd) {
   n.norm.zero_();
   n.norm.select(0, 1).fill_(1);
@@ -216,12 +223,15 @@ struct Pointwise {
 
 using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SevenTensors separable_conv2d_train_forward(
-    const Tensor& input, const Tensor& w1, const OptionalTensor& b1, const OptionalTensor& norm1_weight,
-    const OptionalTensor& norm1_bias, const Tensor& w2, const OptionalTensor& b2, const OptionalTensor& norm2_weight,
-    const OptionalTensor& norm2_bias, const OptionalTensor& residual, const Pair& stride, const Padding& padding,
-    const Pair& dilation, double eps1, double eps2, const std::string& depthwise_activation,
-    const std::string& pointwise_activation, bool has_norm1, bool has_norm2) {
+SevenTensors separable_conv2d_train_forward(const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
+                                            const OptionalTensor& norm1_weight,
+                                            const OptionalTensor& norm1_bias, const Tensor& w2,
+                                            const OptionalTensor& b2, const OptionalTensor& norm2_weight,
+                                            const OptionalTensor& norm2_bias, const OptionalTensor& residual,
+                                            const Pair& stride, const Padding& padding, const Pair& dilation,
+                                            double eps1, double eps2, const std::string& depthwise_activation,
+                                            const std::string& pointwise_activation, bool has_norm1,
+                                            bool has_norm2) {
   const Depthwise conv(input, w1, b1, stride, padding, dilation);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
@@ -237,10 +247,12 @@ SevenTensors separable_conv2d_train_forward(
   const bool last = format == at::MemoryFormat::ChannelsLast;
   const auto nhwc = at::MemoryFormat::ChannelsLast;
   Tensor out = at::empty(sizes, input.options(), format);
-  Tensor z1 = at::empty(conv.out_sizes(), input.options(), nhwc), z2 = at::empty(sizes, input.options(), nhwc);
+  Tensor z1 = at::empty(conv.out_sizes(), input.options(), nhwc),
+         z2 = at::empty(sizes, input.options(), nhwc);
   if (out.numel() == 0 || z1.numel() == 0) {
     TORCH_CHECK(O == 0 || z1.numel() == 0, "input: got no channels, expected at least one");
-    return {out, z1, needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean, norm2.rstd};
+    return {out,        z1,        needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd,
+            norm2.mean, norm2.rstd};
   }
   const cpu::ConvKernels& kernels = cpu::conv_kernels();
   const cpu::Parallel threads = torch_parallel();
@@ -248,27 +260,49 @@ SevenTensors separable_conv2d_train_forward(
 
   std::vector<int64_t> counts1(kernels.depthwise_strips(s, nullptr));
   kernels.depthwise_strips(s, counts1.data());
-  Tensor records1 = has_norm1 ? at::empty({static_cast<int64_t>(counts1.size()), 2, padded_channels(C)}, wide) : Tensor();
+  Tensor records1 =
+      has_norm1 ? at::empty({static_cast<int64_t>(counts1.size()), 2, padded_channels(C)}, wide) : Tensor();
   conv.run(Activation::none, {z1.mutable_data_ptr(), true}, {}, data(records1));
   merge(norm1, conv.dtype, C, records1, counts1, eps1);
 
   const std::vector<int64_t> counts2 = strip_counts(s.batch, point.area);
-  Tensor records2 = has_norm2 ? at::empty({static_cast<int64_t>(counts2.size()), 2, padded_channels(O)}, wide) : Tensor();
-  cpu::PointwiseForward p{conv.dtype, s.batch, point.area, C, O, kTrainStripPixels, act1, z1.const_data_ptr(),
-                          norm1.norm.const_data_ptr(), point.weight.const_data_ptr(), data_or_null(point.bias),
-                          z2.mutable_data_ptr(), data(records2), nullptr};
+  Tensor records2 =
+      has_norm2 ? at::empty({static_cast<int64_t>(counts2.size()), 2, padded_channels(O)}, wide) : Tensor();
+  cpu::PointwiseForward p{conv.dtype,
+                          s.batch,
+                          point.area,
+                          C,
+                          O,
+                          kTrainStripPixels,
+                          act1,
+                          z1.const_data_ptr(),
+                          norm1.norm.const_data_ptr(),
+                          point.weight.const_data_ptr(),
+                          data_or_null(point.bias),
+                          z2.mutable_data_ptr(),
+                          data(records2),
+                          nullptr};
   const Tensor scratch = bytes(kernels.pointwise_forward_workspace(p, threads.threads));
   p.workspace = scratch.mutable_data_ptr();
   kernels.pointwise_forward(p, threads);
   merge(norm2, conv.dtype, O, records2, counts2, eps2);
 
   const Tensor add = residual ? residual->contiguous(format) : Tensor();
-  cpu::NormActivation a{conv.dtype, s.batch, point.area, O, act2, z2.const_data_ptr(), norm2.norm.const_data_ptr(),
-                        {const_cast<void*>(const_data(add)), last}, {out.mutable_data_ptr(), last}, nullptr};
+  cpu::NormActivation a{conv.dtype,
+                        s.batch,
+                        point.area,
+                        O,
+                        act2,
+                        z2.const_data_ptr(),
+                        norm2.norm.const_data_ptr(),
+                        {const_cast<void*>(const_data(add)), last},
+                        {out.mutable_data_ptr(), last},
+                        nullptr};
   const Tensor scratch2 = bytes(kernels.norm_activation_workspace(a, threads.threads));
   a.workspace = scratch2.mutable_data_ptr();
   kernels.norm_activation(a, threads);
-  return {out, z1, needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean, norm2.rstd};
+  return {out,        z1,        needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd,
+          norm2.mean, norm2.rstd};
 }
 
 using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -282,19 +316,20 @@ struct NormGradients {
     coefficients = at::empty({4, padded_channels(channels)}, wide);
     cpu::conv_kernels().norm_coefficients(
         {dtype, channels, sums.defined() ? sums.size(0) : 0, count, const_data(sums),
-         n.present ? n.mean.const_data_ptr() : nullptr, const_data(n.rstd), data_or_null(n.weight), data(weight),
-         data(bias), coefficients.mutable_data_ptr()},
+         n.present ? n.mean.const_data_ptr() : nullptr, const_data(n.rstd), data_or_null(n.weight),
+         data(weight), data(bias), coefficients.mutable_data_ptr()},
         torch_parallel());
   }
 };
 
 NineTensors separable_conv2d_train_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
-    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, const Tensor& w2, const OptionalTensor& b2,
-    const OptionalTensor& norm2_weight, const OptionalTensor& norm2_bias, const Tensor& z1_, const Tensor& z2_,
-    const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2, const Tensor& rstd2, const Pair& stride,
-    const Padding& padding, const Pair& dilation, const std::string& depthwise_activation,
-    const std::string& pointwise_activation, bool has_norm1, bool has_norm2, const std::array<bool, 9>& mask) {
+    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, const Tensor& w2,
+    const OptionalTensor& b2, const OptionalTensor& norm2_weight, const OptionalTensor& norm2_bias,
+    const Tensor& z1_, const Tensor& z2_, const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2,
+    const Tensor& rstd2, const Pair& stride, const Padding& padding, const Pair& dilation,
+    const std::string& depthwise_activation, const std::string& pointwise_activation, bool has_norm1,
+    bool has_norm2, const std::array<bool, 9>& mask) {
   const Depthwise conv(input, w1, b1, stride, padding, dilation);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
@@ -315,12 +350,14 @@ NineTensors separable_conv2d_train_backward(
   const auto as = [&](int i, const Tensor& t, const Tensor& like) {
     return mask[i] ? t.reshape(like.sizes()).to(type) : at::empty({0}, input.options());
   };
-  const auto as_bias = [&](int i, const Tensor& t) { return mask[i] ? t.to(type) : at::empty({0}, input.options()); };
+  const auto as_bias = [&](int i, const Tensor& t) {
+    return mask[i] ? t.to(type) : at::empty({0}, input.options());
+  };
   if (count * C * O == 0) {
     const auto zeros = [&](int i, const Tensor& like) { return as(i, at::zeros_like(like), like); };
     const auto zero_vector = [&](int i, int64_t n) { return as_bias(i, at::zeros({n}, input.options())); };
-    return {zeros(0, input), zeros(1, w1), zero_vector(2, C), zero_vector(3, C), zero_vector(4, C),
-            zeros(5, w2), zero_vector(6, O), zero_vector(7, O), zero_vector(8, O)};
+    return {zeros(0, input), zeros(1, w1),      zero_vector(2, C), zero_vector(3, C), zero_vector(4, C),
+            zeros(5, w2),    zero_vector(6, O), zero_vector(7, O), zero_vector(8, O)};
   }
   restore(norm1, C, mean1, rstd1);
   restore(norm2, O, mean2, rstd2);
@@ -336,8 +373,17 @@ NineTensors separable_conv2d_train_backward(
   Tensor sums2;
   if (has_norm2) {
     sums2 = at::empty({strips, 2, padded_channels(O)}, wide);
-    cpu::NormSums p{conv.dtype, s.batch, point.area, O, kTrainStripPixels, act2, grad.image(), z2.const_data_ptr(),
-                    norm2.norm.const_data_ptr(), sums2.mutable_data_ptr(), nullptr};
+    cpu::NormSums p{conv.dtype,
+                    s.batch,
+                    point.area,
+                    O,
+                    kTrainStripPixels,
+                    act2,
+                    grad.image(),
+                    z2.const_data_ptr(),
+                    norm2.norm.const_data_ptr(),
+                    sums2.mutable_data_ptr(),
+                    nullptr};
     const Tensor scratch = bytes(kernels.norm_sums_workspace(p, threads.threads));
     p.workspace = scratch.mutable_data_ptr();
     kernels.norm_sums(p, threads);
@@ -347,11 +393,26 @@ NineTensors separable_conv2d_train_backward(
   const Tensor sums1 = at::empty({strips, 2, padded_channels(C)}, wide);
   const Tensor da1 = at::empty(conv.out_sizes(), wide, at::MemoryFormat::ChannelsLast);
   const Tensor grad_w2 = at::empty({O, C}, wide), grad_b2 = at::empty({O}, wide);
-  cpu::PointwiseBackward p{conv.dtype, s.batch, point.area, C, O, kTrainStripPixels, act1, act2, grad.image(),
-                           z1.const_data_ptr(), z2.const_data_ptr(), norm1.norm.const_data_ptr(),
-                           norm2.norm.const_data_ptr(), g2.coefficients.const_data_ptr(),
-                           point.weight.const_data_ptr(), da1.mutable_data_ptr(), sums1.mutable_data_ptr(),
-                           grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr(), nullptr};
+  cpu::PointwiseBackward p{conv.dtype,
+                           s.batch,
+                           point.area,
+                           C,
+                           O,
+                           kTrainStripPixels,
+                           act1,
+                           act2,
+                           grad.image(),
+                           z1.const_data_ptr(),
+                           z2.const_data_ptr(),
+                           norm1.norm.const_data_ptr(),
+                           norm2.norm.const_data_ptr(),
+                           g2.coefficients.const_data_ptr(),
+                           point.weight.const_data_ptr(),
+                           da1.mutable_data_ptr(),
+                           sums1.mutable_data_ptr(),
+                           grad_w2.mutable_data_ptr(),
+                           grad_b2.mutable_data_ptr(),
+                           nullptr};
   {
     const Tensor scratch = bytes(kernels.pointwise_backward_workspace(p, threads.threads));
     p.workspace = scratch.mutable_data_ptr();
@@ -360,8 +421,14 @@ NineTensors separable_conv2d_train_backward(
   const NormGradients g1(norm1, conv.dtype, C, sums1, count);
   const auto d = depthwise_gradients(conv, DenseImage(da1), has_norm1 ? z1 : Tensor(),
                                      has_norm1 ? g1.coefficients : Tensor(), mask[0], mask[1], mask[2]);
-  return {or_empty(mask[0], d.input, input), or_empty(mask[1], d.weight, w1), or_empty(mask[2], d.bias, w1),
-          as_bias(3, g1.weight), as_bias(4, g1.bias), as(5, grad_w2, w2), as_bias(6, grad_b2), as_bias(7, g2.weight),
+  return {or_empty(mask[0], d.input, input),
+          or_empty(mask[1], d.weight, w1),
+          or_empty(mask[2], d.bias, w1),
+          as_bias(3, g1.weight),
+          as_bias(4, g1.bias),
+          as(5, grad_w2, w2),
+          as_bias(6, grad_b2),
+          as_bias(7, g2.weight),
           as_bias(8, g2.bias)};
 }
 

@@ -56,7 +56,8 @@ void merge(const Statistics& p, const Parallel& parallel) {
 }
 
 size_t forward_pointwise_workspace(const PointwiseForward& p, int threads) {
-  return with_types(p.dtype, [&]<class T, class S>() -> size_t { return PointwiseForwardBytes<T>(p).all(threads); });
+  return with_types(p.dtype,
+                    [&]<class T, class S>() -> size_t { return PointwiseForwardBytes<T>(p).all(threads); });
 }
 
 void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
@@ -91,7 +92,8 @@ void coefficients(const NormCoefficients& p, const Parallel& parallel) {
 }
 
 size_t backward_pointwise_workspace(const PointwiseBackward& p, int threads) {
-  return with_types(p.dtype, [&]<class T, class S>() { return pointwise_backward_workspace<T, S>(p, threads); });
+  return with_types(p.dtype,
+                    [&]<class T, class S>() { return pointwise_backward_workspace<T, S>(p, threads); });
 }
 
 void backward_pointwise(const PointwiseBackward& p, const Parallel& parallel) {

@@ -1,6 +1,6 @@
-// Images by blocks of channels: [C / w][pixels][w], w = the vector's width, lanes beyond C zero. Everything that the
-// conv kernels compute on lies so, in per-thread buffers; this file brings pixels in from [N, H, W, C] or
-// [N, C, H, W] and takes them out again, through transposes of w x w elements in registers.
+// Images by blocks of channels: [C / w][pixels][w], w = the vector's width, lanes beyond C zero. Everything
+// that the conv kernels compute on lies so, in per-thread buffers; this file brings pixels in from [N, H, W,
+// C] or [N, C, H, W] and takes them out again, through transposes of w x w elements in registers.
 #pragma once
 
 #include "cpu/integer.h"
@@ -77,7 +77,8 @@ FUSEDNN_INLINE void transpose(Vec<T> (&x)[Vec<T>::size]) {
   }
 }
 
-// Cuts `count` pixels into runs of w, the last of which goes back over its neighbour's rather than being short.
+// Cuts `count` pixels into runs of w, the last of which goes back over its neighbour's rather than being
+// short.
 template <class T, class F>
 FUSEDNN_INLINE void for_runs(int64_t count, const F& f) {
   constexpr int w = Vec<T>::size;
@@ -85,9 +86,11 @@ FUSEDNN_INLINE void for_runs(int64_t count, const F& f) {
     f(count >= w ? minimum(i, count - w) : int64_t{0}, minimum(count, int64_t{w}));
 }
 
-// Pixels of `channels` <= w planes, each plane `stride` from the last: f(first, vectors of w channels, pixels).
+// Pixels of `channels` <= w planes, each plane `stride` from the last: f(first, vectors of w channels,
+// pixels).
 template <class T, class S, class F>
-FUSEDNN_INLINE void read_planes(const S* planes, int64_t stride, int64_t channels, int64_t count, const F& f) {
+FUSEDNN_INLINE void read_planes(const S* planes, int64_t stride, int64_t channels, int64_t count,
+                                const F& f) {
   constexpr int w = Vec<T>::size;
   for_runs<T>(count, [&](int64_t at, int64_t n) __attribute__((always_inline)) {
     Vec<T> x[w];
@@ -114,21 +117,13 @@ struct Pixels {
   Pixels(Image image, int64_t c, int64_t hw)
       : data(static_cast<S*>(image.data)), channels_last(image.channels_last), channels(c), area(hw) {}
   FUSEDNN_INLINE S* at(int64_t n, int64_t pixel, int64_t channel) const {
-    return data + n * channels * area +
-           (channels_last ? pixel * channels + channel : channel * area + pixel);
+    return data + n * channels * area + (channels_last ? pixel * channels + channel : channel * area + pixel);
   }
 };
 
-// What a vector of channels goes through on its way out, by the number of its pixel in the strip.
-struct Unchanged {
-  template <class V>
-  FUSEDNN_INLINE V operator()(V x, int64_t) const {
-    return x;
-  }
-};
-
-// Writes pixels [first, first + count) of image n, channels [channel, channel + V w), from block [count][V w];
-// `epilogue(x, v, i)` sees each vector of channels first. `residual` is added after it, where there is one.
+// Writes pixels [first, first + count) of image n, channels [channel, channel + V w), from block [count][V
+// w]; `epilogue(x, v, i)` sees each vector of channels first. `residual` is added after it, where there is
+// one.
 template <int V, class T, class S, class F>
 void write_block(const T* block, const Pixels<S>& out, const Pixels<S>& residual, int64_t n, int64_t first,
                  int64_t count, int64_t channel, const F& epilogue) {

@@ -2,10 +2,11 @@
 //
 //   out[r, x, c] = bias[c] + sum over i, j of in[r s - p + i d, x s - p + j d, c] weight[i, j, c]
 //
-// A ring of input rows, zero-padded at both ends, holds what a strip of output rows needs: [row][C / w][x][w].
-// Successive strips of an image share its rows, so each input row is brought in once per thread; layouts, dtypes
-// and borders are settled there, and the inner loop has no branch. Up to kPixels outputs of a row stand in
-// registers: per tap, one weight vector and kPixels products whose other operand comes from the first-level cache.
+// A ring of input rows, zero-padded at both ends, holds what a strip of output rows needs: [row][C /
+// w][x][w]. Successive strips of an image share its rows, so each input row is brought in once per thread;
+// layouts, dtypes and borders are settled there, and the inner loop has no branch. Up to kPixels outputs of a
+// row stand in registers: per tap, one weight vector and kPixels products whose other operand comes from the
+// first-level cache.
 #pragma once
 
 #include "cpu/conv_blocks.h"
@@ -36,7 +37,8 @@ struct Arena {
   }
 };
 
-// Rows are numbered as in the source, pixels of a row from `first_x` on, zeros between them where it is spread.
+// Rows are numbered as in the source, pixels of a row from `first_x` on, zeros between them where it is
+// spread.
 template <class T>
 struct RowRing {
   static constexpr int w = Vec<T>::size;
@@ -167,7 +169,7 @@ template <class T>
 struct Taps {
   const T** rows;
   const T** weights;
-  int64_t count;  // rows of the kernel that meet the image
+  int64_t count;                     // rows of the kernel that meet the image
   int64_t kernel_w, step, dilation;  // elements between outputs, and between taps
 
   Taps(const DepthwiseShape& s, Arena& arena)
@@ -235,8 +237,8 @@ void depthwise_row(const Taps<T>& taps, int64_t out_width, Vec<T> bias, T* out) 
     const int64_t pixels = ceil_div(out_width - x, tiles);
     const int64_t offset = x * (step ? step * w : taps.step);
     switch (pixels) {
-#define FUSEDNN_CASE(X)                                               \
-  case X:                                                             \
+#define FUSEDNN_CASE(X)                                          \
+  case X:                                                        \
     depthwise_tile<X, K, step>(taps, offset, bias, out + x * w); \
     break;
       FUSEDNN_CASE(1)

@@ -1,18 +1,19 @@
 // Gradients of a depthwise convolution from dz, that of its result.
 //
 //   input   the convolution of dz, spread by the stride, with the kernels turned by half
-//   weight  dW[i, j, c] = sum over n, r, x of dz[r, x, c] in[r s - p + i d, x s - p + j d, c];  bias: sum of dz
+//   weight  dW[i, j, c] = sum over n, r, x of dz[r, x, c] in[r s - p + i d, x s - p + j d, c];  bias: sum of
+//   dz
 //
-// Weight gradients are summed by strip, strips by runs of them, and runs in order: what a run is depends on the
-// shape alone, so the result doesn't depend on the number of threads. Behind a norm, dz is made of da and z as it
-// is brought in.
+// Weight gradients are summed by strip, strips by runs of them, and runs in order: what a run is depends on
+// the shape alone, so the result doesn't depend on the number of threads. Behind a norm, dz is made of da and
+// z as it is brought in.
 #pragma once
 
 #include "cpu/conv_depthwise_forward.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int64_t kRuns = 16;      // of strips, per channel group
+constexpr int64_t kRuns = 16;  // of strips, per channel group
 constexpr int kTapsAtOnce = 8;
 
 inline DepthwiseShape transposed(const DepthwiseShape& s) {
@@ -56,7 +57,8 @@ struct GradientSource {
         T* row = ring.row(y, b);
         for (int64_t x = x0; x < x1; ++x) {
           const int64_t pixel = y * ring.source_width + x;
-          gradient(Vec<T>::load(grad.at(n, pixel, c), channels - c), Vec<T>::load(z.at(n, pixel, c), channels - c))
+          gradient(Vec<T>::load(grad.at(n, pixel, c), channels - c),
+                   Vec<T>::load(z.at(n, pixel, c), channels - c))
               .store(row + ring.offset(x));
         }
       }
@@ -67,7 +69,8 @@ struct GradientSource {
     if (!norm) return;
     const NormGradient<T> gradient(norm, channels, c);
     for (int64_t i = 0; i < count; ++i)
-      gradient(Vec<T>::load(block + i * w), Vec<T>::load(z.at(n, first + i, c), channels - c)).store(block + i * w);
+      gradient(Vec<T>::load(block + i * w), Vec<T>::load(z.at(n, first + i, c), channels - c))
+          .store(block + i * w);
   }
 };
 
@@ -89,7 +92,8 @@ void weight_gradient_row(int64_t width, const T* dz, const T* in, int64_t step, 
 
 // The same for a whole 3 x 3 kernel, and the bias.
 template <class T>
-void weight_gradient_3x3(int64_t width, const T* dz, const T* const* rows, int64_t step, int64_t dilation, T* sums) {
+void weight_gradient_3x3(int64_t width, const T* dz, const T* const* rows, int64_t step, int64_t dilation,
+                         T* sums) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[9];
 #pragma GCC unroll 9
@@ -116,8 +120,8 @@ void add_bias_gradient(int64_t pixels, const T* dz, T* sums) {
 
 // sums [taps + 1][w] += those of a strip: dz [rows W'][w], the ring's rows of one block.
 template <class T>
-void weight_gradient_strip(const DepthwiseShape& s, const RowRing<T>& ring, Taps<T>& taps, int64_t block, int64_t r,
-                           int64_t rows, const T* dz, T* sums) {
+void weight_gradient_strip(const DepthwiseShape& s, const RowRing<T>& ring, Taps<T>& taps, int64_t block,
+                           int64_t r, int64_t rows, const T* dz, T* sums) {
   constexpr int w = Vec<T>::size;
   add_bias_gradient(rows * s.out_width, dz, sums + s.kernel_h * s.kernel_w * w);
   const bool small = s.kernel_h == 3 && s.kernel_w == 3;
@@ -132,8 +136,8 @@ void weight_gradient_strip(const DepthwiseShape& s, const RowRing<T>& ring, Taps
       const T* in = taps.rows[i];
       for (int64_t j = 0; j < s.kernel_w; j += kTapsAtOnce) {
         switch (minimum(kTapsAtOnce, s.kernel_w - j)) {
-#define FUSEDNN_CASE(N)                                                                                  \
-  case N:                                                                                                \
+#define FUSEDNN_CASE(N)                                                                                    \
+  case N:                                                                                                  \
     weight_gradient_row<N>(s.out_width, dz, in + j * taps.dilation, taps.step, taps.dilation, to + j * w); \
     break;
           FUSEDNN_CASE(1)
@@ -235,8 +239,8 @@ void depthwise_input_gradient(const DepthwiseBackward& p, Arena arena, const Par
   const int64_t taps_per_block = s.kernel_h * s.kernel_w * w;
   T* weights = arena.take<T>(tasks.blocks * taps_per_block);
   pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), weights);
-  const int64_t thread_bytes =
-      RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) + Arena::bytes<T>(tasks.rows * s.out_width * w);
+  const int64_t thread_bytes = RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) +
+                               Arena::bytes<T>(tasks.rows * s.out_width * w);
   const bool worth_it = s.batch * out.area * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
   parallel(tasks.total, worth_it, [&](int64_t begin, int64_t end, int thread) {
     Arena mine{arena.next + thread * thread_bytes};
@@ -254,7 +258,8 @@ void depthwise_input_gradient(const DepthwiseBackward& p, Arena arena, const Par
       });
       for (int64_t b = 0; b < t.blocks; ++b) {
         const int64_t block_index = t.first_block + b;
-        depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + block_index * taps_per_block, Vec<T>(T(0)), block);
+        depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + block_index * taps_per_block, Vec<T>(T(0)),
+                       block);
         write_block<1>(block, out, none, t.n, t.row * s.out_width, t.rows * s.out_width, block_index * w,
                        [](Vec<T> x, int, int64_t) __attribute__((always_inline)) { return x; });
       }
@@ -265,7 +270,8 @@ void depthwise_input_gradient(const DepthwiseBackward& p, Arena arena, const Par
 template <class T>
 size_t depthwise_backward_workspace(const DepthwiseBackward& p, int threads) {
   const WeightGradientRuns<T> q(p.shape);
-  const int64_t weight = Arena::bytes<T>(q.runs * q.tasks.blocks * q.sums) + threads * q.thread_bytes(p.shape);
+  const int64_t weight =
+      Arena::bytes<T>(q.runs * q.tasks.blocks * q.sums) + threads * q.thread_bytes(p.shape);
   const DepthwiseShape s = transposed(p.shape);
   const int64_t rows = depthwise_rows_per_strip(s);
   const int64_t input = Arena::bytes<T>(blocks_of<T>(s.channels) * s.kernel_h * s.kernel_w * Vec<T>::size) +

@@ -1,4 +1,5 @@
-// The depthwise convolution alone: strips of rows of a few channel blocks, bias and activation on the way out.
+// The depthwise convolution alone: strips of rows of a few channel blocks, bias and activation on the way
+// out.
 #pragma once
 
 #include "cpu/conv_statistics.h"
@@ -39,7 +40,12 @@ struct DepthwiseTasks {
   };
   Task at(const DepthwiseShape& s, int64_t i) const {
     const int64_t strip = i % strips, group = i / strips % groups, row = strip * rows;
-    return {i / strips / groups, group, strip, group * kGroup, minimum(kGroup, blocks - group * kGroup), row,
+    return {i / strips / groups,
+            group,
+            strip,
+            group * kGroup,
+            minimum(kGroup, blocks - group * kGroup),
+            row,
             minimum(rows, s.out_height - row)};
   }
 };
@@ -64,8 +70,8 @@ void depthwise_strips_forward(const DepthwiseForward& p, const T* weights, const
   const Pixels<O> out(p.output, s.channels, s.out_height * s.out_width), none({nullptr, false}, 0, 0);
   const Pixels<S> grad({const_cast<void*>(p.grad_output), true}, s.channels, out.area);
   const int64_t taps_per_block = s.kernel_h * s.kernel_w * w;
-  const int64_t thread_bytes =
-      RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) + Arena::bytes<T>(tasks.rows * s.out_width * w);
+  const int64_t thread_bytes = RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) +
+                               Arena::bytes<T>(tasks.rows * s.out_width * w);
   const bool worth_it = s.batch * out.area * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
   parallel(tasks.total, worth_it, [&](int64_t begin, int64_t end, int thread) {
     Arena arena{shared.next + thread * thread_bytes};
@@ -84,8 +90,8 @@ void depthwise_strips_forward(const DepthwiseForward& p, const T* weights, const
       const int64_t pixel = t.row * s.out_width, pixels = t.rows * s.out_width;
       for (int64_t b = 0; b < t.blocks; ++b) {
         const int64_t c = (t.first_block + b) * w;
-        depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + c / w * taps_per_block, Vec<T>::load(bias + c),
-                       block);
+        depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + c / w * taps_per_block,
+                       Vec<T>::load(bias + c), block);
         if (p.statistics)
           strip_statistics<1>(block, pixels, static_cast<T*>(p.statistics) + c, t.n * tasks.strips + t.strip,
                               padded_channels(s.channels), static_cast<const T*>(nullptr));

@@ -2,11 +2,11 @@
 //
 //   out = act2(act1(depthwise(in)) W^T + b2) + residual
 //
-// Fused: a strip of output rows x all C channels of the depthwise result goes to a per-thread buffer that stays in
-// the second-level cache, and all O columns of the product are taken from it before the next strip; the depthwise
-// result is computed once and never leaves the core. Bytes: the input, the output, the residual.
-// Unfused, for images too small to give every thread strips: depthwise by channel blocks into a shared buffer,
-// then the product by (strip, panel of columns).
+// Fused: a strip of output rows x all C channels of the depthwise result goes to a per-thread buffer that
+// stays in the second-level cache, and all O columns of the product are taken from it before the next strip;
+// the depthwise result is computed once and never leaves the core. Bytes: the input, the output, the
+// residual. Unfused, for images too small to give every thread strips: depthwise by channel blocks into a
+// shared buffer, then the product by (strip, panel of columns).
 #pragma once
 
 #include "cpu/conv_product.h"
@@ -36,8 +36,9 @@ struct PackedSeparable {
 };
 
 template <class T, class S>
-void pack_separable(const DepthwiseShape& s, int64_t out_channels, const S* depthwise, const S* depthwise_bias,
-                    const S* pointwise, const S* pointwise_bias, void* base, const Parallel& parallel) {
+void pack_separable(const DepthwiseShape& s, int64_t out_channels, const S* depthwise,
+                    const S* depthwise_bias, const S* pointwise, const S* pointwise_bias, void* base,
+                    const Parallel& parallel) {
   const PackedSeparable<T> packed(s, out_channels, base);
   pack_depthwise(s.channels, s.kernel_h * s.kernel_w, false, depthwise, packed.depthwise);
   pack_vector(s.channels, depthwise_bias, packed.depthwise_bias);
@@ -60,7 +61,8 @@ inline double imbalance(int64_t tasks, int threads) {
 }
 
 inline int64_t rows_per_strip(const DepthwiseShape& s, int64_t bytes_per_pixel, int threads) {
-  const int64_t pixels = maximum(kStripPixelsAtLeast, minimum(kStripPixelsAtMost, kStripBytes / bytes_per_pixel));
+  const int64_t pixels =
+      maximum(kStripPixelsAtLeast, minimum(kStripPixelsAtMost, kStripBytes / bytes_per_pixel));
   const int64_t most = maximum(1, minimum(s.out_height, pixels / s.out_width));
   const int64_t least = minimum(most, ceil_div(kStripPixelsAtLeast, s.out_width));
   int64_t best = most;
@@ -77,14 +79,16 @@ inline int64_t rows_per_strip(const DepthwiseShape& s, int64_t bytes_per_pixel, 
 }
 
 template <class T>
-ConvPlan separable_plan(const DepthwiseShape& s, int64_t out_channels, bool residual, int64_t item, int threads) {
+ConvPlan separable_plan(const DepthwiseShape& s, int64_t out_channels, bool residual, int64_t item,
+                        int threads) {
   constexpr int w = Vec<T>::size;
   ConvPlan plan{};
   const int64_t blocks = blocks_of<T>(s.channels), out_area = s.out_height * s.out_width;
   plan.rows = rows_per_strip(s, blocks * sizeof(Vec<T>), threads);
   const int64_t strips = ceil_div(s.out_height, plan.rows);
-  plan.bytes = item * s.batch * (s.channels / s.multiplier * s.height * s.width +
-                                 (residual ? 2 : 1) * out_channels * out_area);
+  plan.bytes =
+      item * s.batch *
+      (s.channels / s.multiplier * s.height * s.width + (residual ? 2 : 1) * out_channels * out_area);
   plan.bytes_unfused = plan.bytes + 2 * static_cast<int64_t>(sizeof(T)) * s.batch * s.channels * out_area;
   const double fused_cost = imbalance(s.batch * strips, threads) * (strips * plan.rows) / s.out_height;
   plan.fused = threads == 1 || fused_cost < 1.12;
@@ -126,9 +130,10 @@ struct Separable {
         blocks(blocks_of<T>(s.channels)),
         strips(ceil_div(s.out_height, p.plan.rows)) {}
 
-  // `count` blocks of the depthwise result from `first` on, rows [r, r + rows), each at `pitch` from the last.
-  void depthwise(RowRing<T>& ring, Taps<T>& taps, int64_t n, int64_t first, int64_t count, int64_t r, int64_t rows,
-                 T* strip, int64_t pitch) const {
+  // `count` blocks of the depthwise result from `first` on, rows [r, r + rows), each at `pitch` from the
+  // last.
+  void depthwise(RowRing<T>& ring, Taps<T>& taps, int64_t n, int64_t first, int64_t count, int64_t r,
+                 int64_t rows, T* strip, int64_t pitch) const {
     ring.need(s, n, r, rows, [&](int64_t y0, int64_t y1) {
       load_rows(ring, in, s.multiplier, s.channels, n, first, count, y0, y1);
     });
@@ -149,9 +154,8 @@ struct Separable {
       for (int v = 0; v < V; ++v) bias[v] = Vec<T>::load(packed.pointwise_bias + column + v * w);
       with_activation(p.pointwise_activation, [&]<Activation A>() {
         write_block<V>(block, out, residual, n, first_pixel, pixels, column,
-                       [&](Vec<T> x, int v, int64_t) __attribute__((always_inline)) {
-                         return activate<A>(x + bias[v]);
-                       });
+                       [&](Vec<T> x, int v, int64_t)
+                           __attribute__((always_inline)) { return activate<A>(x + bias[v]); });
       });
     });
   }
@@ -205,8 +209,8 @@ struct Separable {
       const int64_t i = task / (s.batch * strips), strip = task % (s.batch * strips);
       const int64_t n = strip / strips, r = strip % strips * p.plan.rows;
       const int64_t rows = minimum(p.plan.rows, s.out_height - r);
-      product(n, r * s.out_width, rows * s.out_width, shared + n * blocks * pitch + r * s.out_width * w, pitch, i,
-              block, ahead);
+      product(n, r * s.out_width, rows * s.out_width, shared + n * blocks * pitch + r * s.out_width * w,
+              pitch, i, block, ahead);
     }
   }
 };

@@ -5,7 +5,8 @@
 //   da1 = (dz2 W) act1'(norm1(z1))                                         [P, O] [O, C]
 //
 // Both products take dz2 from the same buffer. dW is summed per thread and then in the threads' order: each
-// thread's strips are fixed by the number of threads, so results repeat bitwise for a given number of threads.
+// thread's strips are fixed by the number of threads, so results repeat bitwise for a given number of
+// threads.
 #pragma once
 
 #include "cpu/conv_train.h"
@@ -43,7 +44,8 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
 
 // c [O padded][C padded] += a^T b, both by blocks.
 template <class T>
-void outer_product(int64_t count, const T* a, int64_t a_blocks, const T* b, int64_t b_blocks, int64_t pitch, T* c) {
+void outer_product(int64_t count, const T* a, int64_t a_blocks, const T* b, int64_t b_blocks, int64_t pitch,
+                   T* c) {
   constexpr int w = Vec<T>::size;
   constexpr int M = kAccumulators == 24 && w >= 8 ? 8 : w >= 4 ? 4 : 2;
   constexpr int V = 3;

@@ -1,10 +1,12 @@
 // The pointwise product on blocks of channels.
 //
-//   out[P, O] = a[P, K] b[K, O]      a by blocks [K / w][P][w], b packed in panels of 2 w columns [O / 2w][K][2w]
+//   out[P, O] = a[P, K] b[K, O]      a by blocks [K / w][P][w], b packed in panels of 2 w columns [O /
+//   2w][K][2w]
 //
-// A tile holds M pixels by 2 w columns in registers. The elements of a that it broadcasts lie at fixed distances
-// from one pointer, thanks to the blocks. kBlockK rows of a panel stay in the first-level cache while all pixels
-// of the strip go past them; sums of such blocks are added up, so rounding errors grow with kBlockK, not with K.
+// A tile holds M pixels by 2 w columns in registers. The elements of a that it broadcasts lie at fixed
+// distances from one pointer, thanks to the blocks. kBlockK rows of a panel stay in the first-level cache
+// while all pixels of the strip go past them; sums of such blocks are added up, so rounding errors grow with
+// kBlockK, not with K.
 #pragma once
 
 #include "cpu/conv_blocks.h"
@@ -12,7 +14,7 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int kPanel = 2;                              // vectors in a panel
+constexpr int kPanel = 2;  // vectors in a panel
 constexpr int kTilePixels = kAccumulators / kPanel;
 
 // Lines of memory that will be wanted soon, asked for a few at a time between tiles: [rows][row_bytes], rows
@@ -97,9 +99,9 @@ void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, 
       ahead.out.some(out_lines);
       ahead.in.some(ahead.in_lines);
       switch (rows) {
-#define FUSEDNN_CASE(M)                                                                                  \
-  case M:                                                                                                \
-    if constexpr (M <= kTilePixels)                                                                      \
+#define FUSEDNN_CASE(M)                                                                                     \
+  case M:                                                                                                   \
+    if constexpr (M <= kTilePixels)                                                                         \
       product_tile<M, V>(depth, a + k * a_block + p * w, a_block, b + k * V * w * w, c + p * V * w, k > 0); \
     break;
         FUSEDNN_CASE(1)
@@ -132,9 +134,7 @@ struct Panels {
 
   FUSEDNN_INLINE int64_t count() const { return ceil_div(columns, kPanel * w); }
   FUSEDNN_INLINE const T* panel(int64_t i) const { return data + i * blocks * w * kPanel * w; }
-  static int64_t size(int64_t columns, int64_t K) {
-    return ceil_div(K, w) * w * ceil_div(columns, w) * w;
-  }
+  static int64_t size(int64_t columns, int64_t K) { return ceil_div(K, w) * w * ceil_div(columns, w) * w; }
   // f<V>(first column, data) for panel i.
   template <class F>
   FUSEDNN_INLINE void with_panel(int64_t i, const F& f) const {
@@ -145,19 +145,41 @@ struct Panels {
   }
 };
 
-// b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column.
+// At most w columns of b to rows of `width`: vectors as they lie, or transposed.
 template <class T, class S>
-void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride, T* packed,
-                 const Parallel& parallel) {
+void pack_columns(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride,
+                  int64_t width, T* panel) {
+  constexpr int w = Vec<T>::size;
+  if (column_stride == 1) {
+    for (int64_t k = 0; k < K; ++k) Vec<T>::load(weight + k * k_stride, columns).store(panel + k * width);
+    return;
+  }
+  read_planes<T>(weight, column_stride, columns, K,
+                 [&](int64_t at, const Vec<T>(&v)[w], int64_t rows) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                   for (int i = 0; i < w; ++i) {
+                     if (i >= rows) break;
+                     v[i].store(panel + (at + i) * width);
+                   }
+                 });
+}
+
+// b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column; one of
+// the strides is 1.
+template <class T, class S>
+void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride,
+                 T* packed, const Parallel& parallel) {
   constexpr int w = Vec<T>::size;
   const int64_t depth = ceil_div(K, w) * w;
   parallel(ceil_div(columns, kPanel * w), columns * K > 16384, [&](int64_t begin, int64_t end, int) {
-    for (int64_t first = begin * kPanel * w; first < minimum(columns, end * kPanel * w); first += kPanel * w) {
+    for (int64_t first = begin * kPanel * w; first < minimum(columns, end * kPanel * w);
+         first += kPanel * w) {
       const int64_t width = columns - first > w ? kPanel * w : w;
       T* panel = packed + first * depth;
-      for (int64_t j = first; j < first + width; ++j, ++panel)
-        for (int64_t k = 0; k < depth; ++k)
-          panel[k * width] = k < K && j < columns ? T(widen(weight[j * column_stride + k * k_stride])) : T(0);
+      std::memset(panel, 0, depth * width * sizeof(T));
+      for (int64_t j = 0; j < width; j += w)
+        pack_columns(minimum(w, columns - first - j), K, weight + (first + j) * column_stride, column_stride,
+                     k_stride, width, panel + j);
     }
   });
 }

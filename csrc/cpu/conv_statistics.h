@@ -32,8 +32,10 @@ void strip_statistics(const T* block, int64_t count, T* record, int64_t strip, i
       return (sum[0] + sum[1]) + (sum[2] + sum[3]);
     };
     const Vec<T> shift = Vec<T>::load(block), each(T(1) / T(count));
-    const Vec<T> mean = shift + each * total([&](Vec<T> x) __attribute__((always_inline)) { return x - shift; });
-    const Vec<T> squares = total([&](Vec<T> x) __attribute__((always_inline)) { return (x - mean) * (x - mean); });
+    const Vec<T> mean =
+        shift + each * total([&](Vec<T> x) __attribute__((always_inline)) { return x - shift; });
+    const Vec<T> squares =
+        total([&](Vec<T> x) __attribute__((always_inline)) { return (x - mean) * (x - mean); });
     (bias ? mean + Vec<T>::load(bias + v * w) : mean).store(record);
     squares.store(record + pitch);
   }

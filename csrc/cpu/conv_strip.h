@@ -1,5 +1,5 @@
-// Runs of pixels, whatever their rows: in from an image to [C / w][pixels][w] in a buffer, and what a norm or its
-// gradient makes of them on the way.
+// Runs of pixels, whatever their rows: in from an image to [C / w][pixels][w] in a buffer, and what a norm or
+// its gradient makes of them on the way.
 #pragma once
 
 #include "cpu/conv_activation.h"

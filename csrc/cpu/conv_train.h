@@ -1,5 +1,5 @@
-// Training of the depthwise-separable block: the passes that batch statistics force, each with as much fused into
-// it as they allow. z1, z2 lie [N, H, W, C]; everything else is made again from them.
+// Training of the depthwise-separable block: the passes that batch statistics force, each with as much fused
+// into it as they allow. z1, z2 lie [N, H, W, C]; everything else is made again from them.
 //
 //   forward   z1 = depthwise(x)                  statistics of z1 on the way out (conv_depthwise_forward.h)
 //             z2 = act1(norm1(z1)) W^T + b       norm and activation on the way in, statistics on the way out
@@ -19,8 +19,8 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 // y = act(norm(z)) of a strip, to [C / w][pitch][w].
 template <class T, class S>
-void load_activated(Activation activation, const Pixels<const S>& z, const void* norm, int64_t n, int64_t first,
-                    int64_t count, T* strip, int64_t pitch) {
+void load_activated(Activation activation, const Pixels<const S>& z, const void* norm, int64_t n,
+                    int64_t first, int64_t count, T* strip, int64_t pitch) {
   constexpr int w = Vec<T>::size;
   with_activation(activation, [&]<Activation A>() {
     for (int64_t c = 0; c < z.channels; c += w, strip += pitch * w) {
@@ -104,21 +104,23 @@ void norm_activation(const NormActivation& p, const Parallel& parallel) {
   const Pixels<S> z({const_cast<void*>(p.z), true}, p.channels, p.area), out(p.output, p.channels, p.area),
       residual(p.residual, p.channels, p.area);
   const int64_t bytes = Arena::bytes<T>(strips.pixels * w);
-  parallel(strips.total(), p.batch * p.area * p.channels > 32768, [&](int64_t begin, int64_t end, int thread) {
-    Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
-    T* block = mine.take<T>(strips.pixels * w);
-    with_activation(p.activation, [&]<Activation A>() {
-      for (int64_t task = begin; task < end; ++task) {
-        const auto [n, first, count] = strips.at(task);
-        for (int64_t c = 0; c < p.channels; c += w) {
-          const Norm<T> normed(p.norm, p.channels, c);
-          load_block(z, n, first, count, c, block);
-          write_block<1>(block, out, residual, n, first, count, c,
-                         [&](Vec<T> x, int, int64_t) __attribute__((always_inline)) { return activate<A>(normed(x)); });
-        }
-      }
-    });
-  });
+  parallel(strips.total(), p.batch * p.area * p.channels > 32768,
+           [&](int64_t begin, int64_t end, int thread) {
+             Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
+             T* block = mine.take<T>(strips.pixels * w);
+             with_activation(p.activation, [&]<Activation A>() {
+               for (int64_t task = begin; task < end; ++task) {
+                 const auto [n, first, count] = strips.at(task);
+                 for (int64_t c = 0; c < p.channels; c += w) {
+                   const Norm<T> normed(p.norm, p.channels, c);
+                   load_block(z, n, first, count, c, block);
+                   write_block<1>(block, out, residual, n, first, count, c,
+                                  [&](Vec<T> x, int, int64_t)
+                                      __attribute__((always_inline)) { return activate<A>(normed(x)); });
+                 }
+               }
+             });
+           });
 }
 
 // da = grad act'(norm(z)) of one block, in place over the gradient [count][w]; sums of da and da (z - mean).
@@ -145,24 +147,25 @@ void norm_sums(const NormSums& p, const Parallel& parallel) {
   const Pixels<S> grad(p.grad, p.channels, p.area);
   const Pixels<const S> z = channels_last<S>(p.z, p.channels, p.area);
   const int64_t bytes = Arena::bytes<T>(strips.pixels * w), pitch = padded_channels(p.channels);
-  parallel(strips.total(), p.batch * p.area * p.channels > 32768, [&](int64_t begin, int64_t end, int thread) {
-    Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
-    T* block = mine.take<T>(strips.pixels * w);
-    with_activation(p.activation, [&]<Activation A>() {
-      for (int64_t task = begin; task < end; ++task) {
-        const auto [n, first, count] = strips.at(task);
-        T* record = static_cast<T*>(p.sums) + task * 2 * pitch;
-        for (int64_t c = 0; c < p.channels; c += w) {
-          load_block(grad, n, first, count, c, block);
-          Vec<T> plain, centred;
-          activation_backward<A>(Norm<T>(p.norm, p.channels, c), z.at(n, first, c), p.channels, p.channels - c, count,
-                                 block, plain, centred);
-          plain.store(record + c);
-          centred.store(record + pitch + c);
-        }
-      }
-    });
-  });
+  parallel(strips.total(), p.batch * p.area * p.channels > 32768,
+           [&](int64_t begin, int64_t end, int thread) {
+             Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
+             T* block = mine.take<T>(strips.pixels * w);
+             with_activation(p.activation, [&]<Activation A>() {
+               for (int64_t task = begin; task < end; ++task) {
+                 const auto [n, first, count] = strips.at(task);
+                 T* record = static_cast<T*>(p.sums) + task * 2 * pitch;
+                 for (int64_t c = 0; c < p.channels; c += w) {
+                   load_block(grad, n, first, count, c, block);
+                   Vec<T> plain, centred;
+                   activation_backward<A>(Norm<T>(p.norm, p.channels, c), z.at(n, first, c), p.channels,
+                                          p.channels - c, count, block, plain, centred);
+                   plain.store(record + c);
+                   centred.store(record + pitch + c);
+                 }
+               }
+             });
+           });
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,8 +1,9 @@
-// CPU kernels of the conv family: depthwise convolution, and the depthwise-separable block in one pass. No torch
-// here.
+// CPU kernels of the conv family: depthwise convolution, and the depthwise-separable block in one pass. No
+// torch here.
 //
-// N = batch, C = channels of the depthwise result, O = channels of the pointwise result. Images are dense, either
-// [N, C, H, W] or [N, H, W, C]. `dtype` is that of images and weights; arithmetic is float, or double for f64.
+// N = batch, C = channels of the depthwise result, O = channels of the pointwise result. Images are dense,
+// either [N, C, H, W] or [N, H, W, C]. `dtype` is that of images and weights; arithmetic is float, or double
+// for f64.
 #pragma once
 
 #include <cstddef>
@@ -26,18 +27,18 @@ struct DepthwiseShape {
   int64_t out_height, out_width;
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t pad_top, pad_left, dilation_h, dilation_w;
-  // The input has zeros between its pixels: pixel y stands at y * spread. A strided convolution's input gradient
-  // is the convolution of such a spread gradient.
+  // The input has zeros between its pixels: pixel y stands at y * spread. A strided convolution's input
+  // gradient is the convolution of such a spread gradient.
   int64_t spread_h = 1, spread_w = 1;
 };
 
 // How a call is cut into work, and the memory that takes; what `explain` shows.
 struct ConvPlan {
-  bool fused;         // strips of depthwise rows go straight into the product; else depthwise first, then product
-  int64_t rows;       // of the depthwise result in a strip
-  int64_t strips;     // tasks of the (first) parallel region
-  int64_t tiles;      // tasks of the product, where it is a region of its own
-  int64_t bytes;      // moved to and from memory: input, output and, unfused, the depthwise result twice
+  bool fused;    // strips of depthwise rows go straight into the product; else depthwise first, then product
+  int64_t rows;  // of the depthwise result in a strip
+  int64_t strips;  // tasks of the (first) parallel region
+  int64_t tiles;   // tasks of the product, where it is a region of its own
+  int64_t bytes;   // moved to and from memory: input, output and, unfused, the depthwise result twice
   int64_t bytes_unfused;
   int64_t thread_bytes, shared_bytes;  // workspace
 };
@@ -65,14 +66,15 @@ struct DepthwiseForward {
   const void* weight;  // [C, kernel_h, kernel_w]
   const void* bias;    // [C] or null
   Image input, output;
-  // With it, the output is grad_output times the activation's derivative, in float or double; both channels-last.
+  // With it, the output is grad_output times the activation's derivative, in float or double; both
+  // channels-last.
   const void* grad_output;
   void* statistics;  // [strips, 2, padded C] mean and squared deviations of each strip's output, or null
   void* workspace;   // depthwise_workspace() bytes
 };
 
-// The gradients of a depthwise convolution from dz, the gradient of its result. With `norm`, `grad` holds da, the
-// gradient behind a norm, and dz = k1 da - k0 - (z - mean) k2.
+// The gradients of a depthwise convolution from dz, the gradient of its result. With `norm`, `grad` holds da,
+// the gradient behind a norm, and dz = k1 da - k0 - (z - mean) k2.
 struct DepthwiseBackward {
   DType dtype;
   DepthwiseShape shape;  // the forward's
@@ -104,8 +106,8 @@ struct PointwiseForward {  // z2 = act1(norm1(z1)) W^T + bias, with statistics
   DType dtype;
   int64_t batch, area, channels, out_channels, strip_pixels;
   Activation activation;
-  const void* z1;    // [N, H' W', C]
-  const void* norm;  // [3, padded C]
+  const void* z1;      // [N, H' W', C]
+  const void* norm;    // [3, padded C]
   const void* weight;  // [O, C]
   const void* bias;    // [O] or null
   void* z2;            // [N, H' W', O]
@@ -139,9 +141,9 @@ struct NormSums {
 struct NormCoefficients {
   DType dtype;
   int64_t channels, strips, count;
-  const void* sums;          // [strips, 2, padded C]
-  const void *mean, *rstd;   // [C] float or double, or null: no norm
-  const void* weight;        // [C] in `dtype`, or null
+  const void* sums;               // [strips, 2, padded C]
+  const void *mean, *rstd;        // [C] float or double, or null: no norm
+  const void* weight;             // [C] in `dtype`, or null
   void *grad_weight, *grad_bias;  // [C] float or double
   void* coefficients;             // [4, padded C] k0, k1, k2, mean
 };
@@ -152,11 +154,11 @@ struct PointwiseBackward {
   Activation activation1, activation2;
   Image grad;  // [N, O, H', W'] of the block's output
   const void *z1, *z2;
-  const void *norm1, *norm2;   // [3, padded]
-  const void* coefficients2;   // [4, padded O]
-  const void* weight;          // [O, C]
-  void* da1;                   // [N, H' W', C] float or double
-  void* sums1;                 // [strips, 2, padded C] of da1 and da1 (z1 - mean)
+  const void *norm1, *norm2;      // [3, padded]
+  const void* coefficients2;      // [4, padded O]
+  const void* weight;             // [O, C]
+  void* da1;                      // [N, H' W', C] float or double
+  void* sums1;                    // [strips, 2, padded C] of da1 and da1 (z1 - mean)
   void *grad_weight, *grad_bias;  // [O, C], [O] float or double
   void* workspace;
 };
