@@ -190,8 +190,7 @@ void merge(BlockNorm& n, DType dtype, int64_t channels, const Tensor& records,
       torch_parallel());
 }
 
-// Statistics that the forward found: the same norm again. One strip with M2 such that rstd comes out as it
-// went in would round; so the two lines of merge_statistics that matter are done here.
+// The norm as the forward applied it, from the statistics that it found.
 void restore(BlockNorm& n, int64_t channels, const Tensor& mean, const Tensor& rstd) {
   n.norm.zero_();
   n.norm.select(0, 1).fill_(1);

@@ -121,14 +121,6 @@ struct Pixels {
   }
 };
 
-// What a vector of channels goes through on its way out, by the number of its pixel in the strip.
-struct Unchanged {
-  template <class V>
-  FUSEDNN_INLINE V operator()(V x, int64_t) const {
-    return x;
-  }
-};
-
 // Writes pixels [first, first + count) of image n, channels [channel, channel + V w), from block [count][V
 // w]; `epilogue(x, v, i)` sees each vector of channels first. `residual` is added after it, where there is
 // one.

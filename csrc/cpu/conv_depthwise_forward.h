@@ -92,9 +92,11 @@ void depthwise_strips_forward(const DepthwiseForward& p, const T* weights, const
         const int64_t c = (t.first_block + b) * w;
         depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + c / w * taps_per_block,
                        Vec<T>::load(bias + c), block);
-        if (p.statistics)
+        if (p.statistics) {
+          if constexpr (sizeof(S) < sizeof(T)) settle<1, S>(block, pixels, static_cast<const T*>(nullptr));
           strip_statistics<1>(block, pixels, static_cast<T*>(p.statistics) + c, t.n * tasks.strips + t.strip,
                               padded_channels(s.channels), static_cast<const T*>(nullptr));
+        }
         with_activation(p.activation, [&]<Activation A>() {
           write_block<1>(block, out, none, t.n, pixel, pixels, c,
                          [&](Vec<T> x, int, int64_t j) __attribute__((always_inline)) {

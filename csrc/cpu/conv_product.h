@@ -145,7 +145,27 @@ struct Panels {
   }
 };
 
-// b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column.
+// At most w columns of b to rows of `width`: vectors as they lie, or transposed.
+template <class T, class S>
+void pack_columns(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride,
+                  int64_t width, T* panel) {
+  constexpr int w = Vec<T>::size;
+  if (column_stride == 1) {
+    for (int64_t k = 0; k < K; ++k) Vec<T>::load(weight + k * k_stride, columns).store(panel + k * width);
+    return;
+  }
+  read_planes<T>(weight, column_stride, columns, K,
+                 [&](int64_t at, const Vec<T>(&v)[w], int64_t rows) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+                   for (int i = 0; i < w; ++i) {
+                     if (i >= rows) break;
+                     v[i].store(panel + (at + i) * width);
+                   }
+                 });
+}
+
+// b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column; one of
+// the strides is 1.
 template <class T, class S>
 void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride,
                  T* packed, const Parallel& parallel) {
@@ -156,9 +176,10 @@ void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_str
          first += kPanel * w) {
       const int64_t width = columns - first > w ? kPanel * w : w;
       T* panel = packed + first * depth;
-      for (int64_t j = first; j < first + width; ++j, ++panel)
-        for (int64_t k = 0; k < depth; ++k)
-          panel[k * width] = k < K && j < columns ? T(widen(weight[j * column_stride + k * k_stride])) : T(0);
+      std::memset(panel, 0, depth * width * sizeof(T));
+      for (int64_t j = 0; j < width; j += w)
+        pack_columns(minimum(w, columns - first - j), K, weight + (first + j) * column_stride, column_stride,
+                     k_stride, width, panel + j);
     }
   });
 }

@@ -82,12 +82,14 @@ void pointwise_forward(const PointwiseForward& p, const Parallel& parallel) {
           const int64_t left = minimum(V * w, p.out_channels - column);
           ahead.out = lines_of(z2, n, first, count, column, left);
           product_panel<V>(count, blocks, y1, pitch * w, b, block, ahead);
+          constexpr bool narrow_storage = sizeof(S) < sizeof(T);
+          if constexpr (narrow_storage) settle<V, S>(block, count, bias + column);
           if (p.statistics)
             strip_statistics<V>(block, count, static_cast<T*>(p.statistics) + column, task,
-                                padded_channels(p.out_channels), bias + column);
+                                padded_channels(p.out_channels), narrow_storage ? nullptr : bias + column);
           write_block<V>(block, z2, none, n, first, count, column,
                          [&](Vec<T> x, int v, int64_t) __attribute__((always_inline)) {
-                           return x + Vec<T>::load(bias + column + v * w);
+                           return narrow_storage ? x : x + Vec<T>::load(bias + column + v * w);
                          });
         });
       }

@@ -10,16 +10,16 @@ namespace fusednn::cpu {
 namespace baseline {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
-}
+}  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
-}
+}  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
-}
+}  // namespace avx512
 #endif
 
 const char* name(Isa isa) {
