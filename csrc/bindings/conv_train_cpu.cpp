@@ -364,7 +364,8 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
     const auto zero_vector = [&](int i, int64_t n, const OptionalTensor& like) {
       return as_bias(i, at::zeros({n}, input.options()), like);
     };
-    return {zeros(0, input),
+    const auto format = conv_format(input, {w1});
+    return {mask[0] ? at::empty(input.sizes(), input.options(), format).zero_() : at::empty({0}, input.options()),
             zeros(1, w1),
             zero_vector(2, C, b1),
             zero_vector(3, C, norm1_weight),

@@ -267,10 +267,10 @@ def separable_conv2d_train_forward(
     out = (out if r is None else out + r).to(dtype)
     tensors = (input, depthwise_weight, pointwise_weight)
     if needs_z2(has_norm2, pointwise_activation):
-        z2 = z2.contiguous(memory_format=saved_format(*tensors))
+        z2 = _laid_out(z2, z2, saved_format(*tensors))
     else:
         z2 = z2.new_empty(0)
-    return out.contiguous(memory_format=output_format(*tensors)), z2, mean1, rstd1, mean2, rstd2
+    return _laid_out(out, out, output_format(*tensors)), z2, mean1, rstd1, mean2, rstd2
 
 
 def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
