@@ -13,9 +13,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import settings
 
 logger = logging.getLogger("fusednn")

@@ -1,7 +1,7 @@
 """torch.ops.fusednn.{depthwise,separable}_conv2d_*: schemas, fake kernels, autograd.
 
-The training forward of a block returns what its backward needs beside the result, except the depthwise product,
-which is cheap to make again: so what is kept stays below half of eager's. A gradient that the mask
+The training forward of a block returns what its backward needs beside the result, except the depthwise
+product, which is cheap to make again: so what is kept stays below half of eager's. A gradient that the mask
 leaves out is an empty tensor, since a schema can't return an optional one. Where the backward itself must be
 differentiated, it is autograd's own, through the reference's torch ops.
 """
