@@ -365,15 +365,16 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
       return as_bias(i, at::zeros({n}, input.options()), like);
     };
     const auto format = conv_format(input, {w1});
-    return {mask[0] ? at::empty(input.sizes(), input.options(), format).zero_() : at::empty({0}, input.options()),
-            zeros(1, w1),
-            zero_vector(2, C, b1),
-            zero_vector(3, C, norm1_weight),
-            zero_vector(4, C, norm1_bias),
-            zeros(5, w2),
-            zero_vector(6, O, b2),
-            zero_vector(7, O, norm2_weight),
-            zero_vector(8, O, norm2_bias)};
+    return {
+        mask[0] ? at::empty(input.sizes(), input.options(), format).zero_() : at::empty({0}, input.options()),
+        zeros(1, w1),
+        zero_vector(2, C, b1),
+        zero_vector(3, C, norm1_weight),
+        zero_vector(4, C, norm1_bias),
+        zeros(5, w2),
+        zero_vector(6, O, b2),
+        zero_vector(7, O, norm2_weight),
+        zero_vector(8, O, norm2_bias)};
   }
   restore(norm1, C, mean1, rstd1);
   restore(norm2, O, mean2, rstd2);
