@@ -1,11 +1,7 @@
-// fusednn._C.cpu: depthwise convolution with its gradients, and training of the depthwise-separable block.
-#include <ATen/ATen.h>
+// fusednn._C.cpu: training of the depthwise-separable block.
 #include <torch/csrc/utils/pybind.h>
 
-#include "bindings/bindings.h"
-#include "bindings/conv_cpu.h"
-#include "bindings/tensor_checks.h"
-#include "bindings/torch_parallel.h"
+#include "bindings/conv_depthwise_cpu.h"
 
 namespace fusednn {
 namespace {
@@ -15,145 +11,7 @@ using cpu::Activation;
 using cpu::DepthwiseShape;
 using cpu::padded_channels;
 
-constexpr int64_t kTrainStripPixels = 128;
-
-at::ScalarType wide_dtype(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-Tensor bytes(size_t count) { return at::empty({static_cast<int64_t>(count)}, at::kByte); }
-
-void* data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; }
-const void* const_data(const Tensor& t) {
-  return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr;
-}
-
 Tensor channels_last(const Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast); }
-
-OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
-
-struct Depthwise {
-  DepthwiseShape shape;
-  DType dtype;
-  DenseImage input;
-  Tensor weight;
-  OptionalTensor bias;
-
-  Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, const Pair& stride,
-            const Padding& padding, const Pair& dilation)
-      : shape(depthwise_shape(x, w, stride, padding, dilation)),
-        dtype(dtype_of(x, "input")),
-        input(x),
-        weight(w.contiguous()),
-        bias(dense(b)) {
-    check(b, "depthwise bias", {shape.channels}, x.scalar_type());
-  }
-  at::DimVector out_sizes() const { return {shape.batch, shape.channels, shape.out_height, shape.out_width}; }
-
-  void run(Activation activation, cpu::Image output, const Tensor& grad_output, void* statistics) const {
-    const cpu::ConvKernels& kernels = cpu::conv_kernels();
-    const cpu::Parallel threads = torch_parallel();
-    cpu::DepthwiseForward p{dtype,
-                            shape,
-                            activation,
-                            weight.const_data_ptr(),
-                            data_or_null(bias),
-                            input.image(),
-                            output,
-                            const_data(grad_output),
-                            statistics,
-                            nullptr};
-    const Tensor scratch = bytes(kernels.depthwise_workspace(p, threads.threads));
-    p.workspace = scratch.mutable_data_ptr();
-    kernels.depthwise_forward(p, threads);
-  }
-};
-
-Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                const Pair& stride, const Padding& padding, const Pair& dilation,
-                                const std::string& activation) {
-  const Depthwise conv(input, weight, bias, stride, padding, dilation);
-  const Activation act = activation_named(activation, "activation");
-  const auto format = conv_format(input, {weight});
-  Tensor out = at::empty(conv.out_sizes(), input.options(), format);
-  if (out.numel() > 0)
-    conv.run(act, {out.mutable_data_ptr(), format == at::MemoryFormat::ChannelsLast}, {}, nullptr);
-  return out;
-}
-
-struct DepthwiseGradients {
-  Tensor input, weight, bias;
-};
-
-// From dz, or from da behind a norm (z and coefficients given); what is not wanted stays undefined.
-DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DenseImage& grad, const Tensor& z,
-                                       const Tensor& coefficients, bool want_input, bool want_weight,
-                                       bool want_bias) {
-  const DepthwiseShape& s = conv.shape;
-  const Tensor& x = conv.input.tensor;
-  DepthwiseGradients r;
-  const auto format = conv_format(x, {conv.weight});
-  const auto wide = x.options().dtype(wide_dtype(x));
-  if (want_input) r.input = at::empty({s.batch, s.channels, s.height, s.width}, x.options(), format);
-  if (want_weight || want_bias) {
-    r.weight = at::empty({s.channels, s.kernel_h, s.kernel_w}, wide);
-    r.bias = at::empty({s.channels}, wide);
-  }
-  if (grad.tensor.numel() == 0) {
-    for (Tensor* t : {&r.input, &r.weight, &r.bias})
-      if (t->defined()) t->zero_();
-  } else {
-    const cpu::ConvKernels& kernels = cpu::conv_kernels();
-    const cpu::Parallel threads = torch_parallel();
-    cpu::DepthwiseBackward p{conv.dtype,
-                             s,
-                             grad.tensor.scalar_type() != x.scalar_type(),
-                             grad.image(),
-                             const_data(z),
-                             const_data(coefficients),
-                             conv.input.image(),
-                             conv.weight.const_data_ptr(),
-                             {data(r.input), format == at::MemoryFormat::ChannelsLast},
-                             data(r.weight),
-                             data(r.bias),
-                             nullptr};
-    const Tensor scratch = bytes(kernels.depthwise_backward_workspace(p, threads.threads));
-    p.workspace = scratch.mutable_data_ptr();
-    kernels.depthwise_backward(p, threads);
-  }
-  if (want_input && s.multiplier > 1)
-    r.input = r.input.contiguous()
-                  .view({s.batch, s.channels / s.multiplier, s.multiplier, s.height, s.width})
-                  .sum(2)
-                  .contiguous(format);
-  if (r.weight.defined()) r.weight = r.weight.view(conv.weight.sizes()).to(x.scalar_type());
-  if (r.bias.defined()) r.bias = r.bias.to(x.scalar_type());
-  return r;
-}
-
-Tensor or_empty(bool wanted, const Tensor& t, const Tensor& like) {
-  return wanted ? t : at::empty({0}, like.options());
-}
-
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& input,
-                                                             const Tensor& weight, const OptionalTensor& bias,
-                                                             const Pair& stride, const Padding& padding,
-                                                             const Pair& dilation,
-                                                             const std::string& activation,
-                                                             const std::array<bool, 3>& mask) {
-  const Depthwise conv(input, weight, bias, stride, padding, dilation);
-  check(grad_output, "grad_output", conv.out_sizes(), input.scalar_type());
-  const Activation act = activation_named(activation, "activation");
-  Tensor dz = grad_output;
-  if (act != Activation::none && grad_output.numel() > 0) {
-    dz =
-        at::empty(conv.out_sizes(), input.options().dtype(wide_dtype(input)), at::MemoryFormat::ChannelsLast);
-    conv.run(act, {dz.mutable_data_ptr(), true}, channels_last(grad_output), nullptr);
-  }
-  const auto r = depthwise_gradients(conv, DenseImage(dz), {}, {}, mask[0], mask[1], mask[2]);
-  return {or_empty(mask[0], r.input, input), or_empty(mask[1], r.weight, weight),
-          or_empty(mask[2], r.bias, weight)};
-}
 
 // A norm of the block: its parameters, its statistics, and what the kernels make of them.
 struct BlockNorm {
@@ -178,14 +36,28 @@ struct BlockNorm {
   }
 };
 
-// Statistics by strips, merged.
-void merge(BlockNorm& n, DType dtype, int64_t channels, const Tensor& records,
-           const std::vector<int64_t>& counts, double eps) {
+// Statistics by strips; without channels, none.
+struct Records {
+  std::vector<int64_t> counts;
+  Tensor values;
+
+  Records(int64_t (*strips)(const DepthwiseShape&, int64_t*), const DepthwiseShape& s, int64_t channels,
+          const BlockNorm& n)
+      : counts(strips(s, nullptr)) {
+    strips(s, counts.data());
+    if (channels > 0)
+      values =
+          at::empty({static_cast<int64_t>(counts.size()), 2, padded_channels(channels)}, n.norm.options());
+  }
+};
+
+void merge(BlockNorm& n, DType dtype, int64_t channels, const Records& records, double eps) {
+  const std::vector<int64_t>& counts = records.counts;
   int64_t count = 0;
   for (const int64_t c : counts) count += c;
   cpu::conv_kernels().merge_statistics(
       {dtype, channels, static_cast<int64_t>(counts.size()), count, counts.data(),
-       n.present ? const_data(records) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias),
+       n.present ? const_data(records.values) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias),
        data(n.mean), data(n.rstd), n.norm.mutable_data_ptr()},
       torch_parallel());
 }
@@ -201,15 +73,6 @@ void restore(BlockNorm& n, int64_t channels, const Tensor& mean, const Tensor& r
   part(0).copy_(n.mean);
   part(1).copy_(n.weight ? n.rstd * *n.weight : n.rstd);
   if (n.bias) part(2).copy_(*n.bias);
-}
-
-std::vector<int64_t> strip_counts(int64_t batch, int64_t area) {
-  const int64_t per_image = (area + kTrainStripPixels - 1) / kTrainStripPixels;
-  const int64_t pixels = (area + per_image - 1) / per_image;
-  std::vector<int64_t> counts;
-  for (int64_t n = 0; n < batch; ++n)
-    for (int64_t first = 0; first < area; first += pixels) counts.push_back(std::min(pixels, area - first));
-  return counts;
 }
 
 bool needs_z2(bool has_norm2, Activation act2) { return has_norm2 || act2 != Activation::none; }
@@ -250,47 +113,40 @@ SixTensors separable_conv2d_train_forward(const Tensor& input, const Tensor& w1,
 
   const auto format = conv_format(input, {w1, w2});
   const bool last = format == at::MemoryFormat::ChannelsLast;
-  const auto nhwc = at::MemoryFormat::ChannelsLast;
   Tensor out = at::empty(sizes, input.options(), format);
-  Tensor z1 = at::empty(conv.out_sizes(), input.options(), nhwc),
-         z2 = at::empty(sizes, input.options(), nhwc);
-  if (out.numel() == 0 || z1.numel() == 0) {
-    TORCH_CHECK(O == 0 || z1.numel() == 0, "input: got no channels, expected at least one");
+  Tensor z2 = at::empty(sizes, input.options(), at::MemoryFormat::ChannelsLast);
+  if (out.numel() == 0 || C == 0) {
+    TORCH_CHECK(O == 0 || out.numel() == 0, "input: got no channels, expected at least one");
     return {out,       needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
             norm2.rstd};
   }
   const cpu::ConvKernels& kernels = cpu::conv_kernels();
   const cpu::Parallel threads = torch_parallel();
-  const auto wide = norm1.mean.options();
 
-  std::vector<int64_t> counts1(kernels.depthwise_strips(s, nullptr));
-  kernels.depthwise_strips(s, counts1.data());
-  Tensor records1 =
-      has_norm1 ? at::empty({static_cast<int64_t>(counts1.size()), 2, padded_channels(C)}, wide) : Tensor();
-  conv.run(Activation::none, {z1.mutable_data_ptr(), true}, {}, data(records1));
-  merge(norm1, conv.dtype, C, records1, counts1, eps1);
+  const Records records1(kernels.depthwise_strips, s, has_norm1 ? C : 0, norm1);
+  if (has_norm1) conv.run(Activation::none, {nullptr, true}, data(records1.values));
+  merge(norm1, conv.dtype, C, records1, eps1);
 
-  const std::vector<int64_t> counts2 = strip_counts(s.batch, point.area);
-  Tensor records2 =
-      has_norm2 ? at::empty({static_cast<int64_t>(counts2.size()), 2, padded_channels(O)}, wide) : Tensor();
+  const Records records2(kernels.train_strips, s, has_norm2 ? O : 0, norm2);
   cpu::PointwiseForward p{conv.dtype,
-                          s.batch,
-                          point.area,
-                          C,
+                          s,
                           O,
-                          kTrainStripPixels,
                           act1,
-                          z1.const_data_ptr(),
+                          conv.input.image(),
+                          conv.weight.const_data_ptr(),
+                          data_or_null(conv.bias),
                           norm1.norm.const_data_ptr(),
                           point.weight.const_data_ptr(),
                           data_or_null(point.bias),
                           z2.mutable_data_ptr(),
-                          data(records2),
+                          data(records2.values),
                           nullptr};
-  const Tensor scratch = bytes(kernels.pointwise_forward_workspace(p, threads.threads));
-  p.workspace = scratch.mutable_data_ptr();
-  kernels.pointwise_forward(p, threads);
-  merge(norm2, conv.dtype, O, records2, counts2, eps2);
+  {
+    const Scratch scratch(kernels.pointwise_forward_workspace(p, threads.threads));
+    p.workspace = scratch.data();
+    kernels.pointwise_forward(p, threads);
+  }
+  merge(norm2, conv.dtype, O, records2, eps2);
 
   const Tensor add = residual ? residual->contiguous(format) : Tensor();
   cpu::NormActivation a{conv.dtype,
@@ -303,8 +159,8 @@ SixTensors separable_conv2d_train_forward(const Tensor& input, const Tensor& w1,
                         {const_cast<void*>(const_data(add)), last},
                         {out.mutable_data_ptr(), last},
                         nullptr};
-  const Tensor scratch2 = bytes(kernels.norm_activation_workspace(a, threads.threads));
-  a.workspace = scratch2.mutable_data_ptr();
+  const Scratch scratch(kernels.norm_activation_workspace(a, threads.threads));
+  a.workspace = scratch.data();
   kernels.norm_activation(a, threads);
   return {out,       needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
           norm2.rstd};
@@ -379,68 +235,63 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
   restore(norm1, C, mean1, rstd1);
   restore(norm2, O, mean2, rstd2);
   const DenseImage grad(grad_out);
-  // Not kept since the forward: less than a product's time, for the largest tensor that a backward would
-  // hold.
-  const Tensor z1 = at::empty(conv.out_sizes(), input.options(), at::MemoryFormat::ChannelsLast);
-  conv.run(Activation::none, {z1.mutable_data_ptr(), true}, {}, nullptr);
   // Without norm and activation nothing depends on z2: any values do.
   const Tensor z2 = channels_last(needs_z2(has_norm2, act2) ? z2_ : grad_out);
   const cpu::ConvKernels& kernels = cpu::conv_kernels();
   const cpu::Parallel threads = torch_parallel();
   const auto wide = norm1.norm.options();
-  const int64_t strips = static_cast<int64_t>(strip_counts(s.batch, point.area).size());
+  const int64_t strips = kernels.train_strips(s, nullptr);
 
   Tensor sums2;
   if (has_norm2) {
     sums2 = at::empty({strips, 2, padded_channels(O)}, wide);
     cpu::NormSums p{conv.dtype,
-                    s.batch,
-                    point.area,
+                    s,
                     O,
-                    kTrainStripPixels,
                     act2,
                     grad.image(),
                     z2.const_data_ptr(),
                     norm2.norm.const_data_ptr(),
                     sums2.mutable_data_ptr(),
                     nullptr};
-    const Tensor scratch = bytes(kernels.norm_sums_workspace(p, threads.threads));
-    p.workspace = scratch.mutable_data_ptr();
+    const Scratch scratch(kernels.norm_sums_workspace(p, threads.threads));
+    p.workspace = scratch.data();
     kernels.norm_sums(p, threads);
   }
   const NormGradients g2(norm2, conv.dtype, O, sums2, count);
 
   const Tensor sums1 = at::empty({strips, 2, padded_channels(C)}, wide);
-  const Tensor da1 = at::empty(conv.out_sizes(), wide, at::MemoryFormat::ChannelsLast);
   const Tensor grad_w2 = at::empty({O, C}, wide), grad_b2 = at::empty({O}, wide);
+  const Scratch da1(count * padded_channels(C) * wide.dtype().itemsize());
   cpu::PointwiseBackward p{conv.dtype,
-                           s.batch,
-                           point.area,
-                           C,
+                           s,
                            O,
-                           kTrainStripPixels,
                            act1,
                            act2,
                            grad.image(),
-                           z1.const_data_ptr(),
+                           conv.input.image(),
+                           conv.weight.const_data_ptr(),
+                           data_or_null(conv.bias),
                            z2.const_data_ptr(),
                            norm1.norm.const_data_ptr(),
                            norm2.norm.const_data_ptr(),
-                           g2.coefficients.const_data_ptr(),
+                           has_norm2 ? g2.coefficients.const_data_ptr() : nullptr,
                            point.weight.const_data_ptr(),
-                           da1.mutable_data_ptr(),
+                           da1.data(),
                            sums1.mutable_data_ptr(),
                            grad_w2.mutable_data_ptr(),
                            grad_b2.mutable_data_ptr(),
                            nullptr};
   {
-    const Tensor scratch = bytes(kernels.pointwise_backward_workspace(p, threads.threads));
-    p.workspace = scratch.mutable_data_ptr();
+    const Scratch scratch(kernels.pointwise_backward_workspace(p, threads.threads));
+    p.workspace = scratch.data();
     kernels.pointwise_backward(p, threads);
   }
   const NormGradients g1(norm1, conv.dtype, C, sums1, count);
-  const auto d = depthwise_gradients(conv, DenseImage(da1), has_norm1 ? z1 : Tensor(),
-                                     has_norm1 ? g1.coefficients : Tensor(), mask[0], mask[1], mask[2]);
+  DepthwiseGradientOf behind;
+  behind.blocked_grad = da1.data();
+  behind.norm = has_norm1 ? g1.coefficients.const_data_ptr() : nullptr;
+  const auto d = depthwise_gradients(conv, behind, mask[0], mask[1], mask[2]);
   return {or_empty(mask[0], d.input, input), or_empty(mask[1], d.weight, w1),
           or_empty(mask[2], d.bias, w1),     as_bias(3, g1.weight, norm1_weight),
           as_bias(4, g1.bias, norm1_bias),   as(5, grad_w2, w2),
@@ -452,8 +303,6 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
 
 void bind_conv_train_cpu(pybind11::module_& m) {
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("depthwise_conv2d_forward", &depthwise_conv2d_forward, unlocked);
-  m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward, unlocked);
   m.def("separable_conv2d_train_forward", &separable_conv2d_train_forward, unlocked);
   m.def("separable_conv2d_train_backward", &separable_conv2d_train_backward, unlocked);
 }

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("set_isa", &set_isa, "Cap the instruction set.");
   fusednn::bind_rnn_cpu(cpu);
   fusednn::bind_conv_cpu(cpu);
+  fusednn::bind_conv_depthwise_cpu(cpu);
   fusednn::bind_conv_train_cpu(cpu);
 #if defined(FUSEDNN_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");

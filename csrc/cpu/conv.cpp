@@ -36,7 +36,7 @@ void forward(const SeparableForward& p, const Parallel& parallel) {
 }
 
 size_t depthwise_forward_workspace(const DepthwiseForward& p, int threads) {
-  return with_types(p.dtype, [&]<class T, class S>() { return depthwise_workspace<T>(p, threads); });
+  return with_types(p.dtype, [&]<class T, class S>() { return depthwise_workspace<T, S>(p, threads); });
 }
 
 void forward_depthwise(const DepthwiseForward& p, const Parallel& parallel) {
@@ -44,7 +44,8 @@ void forward_depthwise(const DepthwiseForward& p, const Parallel& parallel) {
 }
 
 size_t backward_depthwise_workspace(const DepthwiseBackward& p, int threads) {
-  return with_types(p.dtype, [&]<class T, class S>() { return depthwise_backward_workspace<T>(p, threads); });
+  return with_types(p.dtype,
+                    [&]<class T, class S>() { return depthwise_backward_workspace<T, S>(p, threads); });
 }
 
 void backward_depthwise(const DepthwiseBackward& p, const Parallel& parallel) {
@@ -57,7 +58,7 @@ void merge(const Statistics& p, const Parallel& parallel) {
 
 size_t forward_pointwise_workspace(const PointwiseForward& p, int threads) {
   return with_types(p.dtype,
-                    [&]<class T, class S>() -> size_t { return PointwiseForwardBytes<T>(p).all(threads); });
+                    [&]<class T, class S>() { return pointwise_forward_workspace<T, S>(p, threads); });
 }
 
 void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
@@ -65,14 +66,13 @@ void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
 }
 
 // One block of pixels per thread.
-size_t block_workspace(DType dtype, int64_t batch, int64_t area, int64_t pixels, int threads) {
-  return with_types(dtype, [&]<class T, class S>() -> size_t {
-    return threads * Arena::bytes<T>(Strips(batch, area, pixels).pixels * Vec<T>::size);
-  });
+size_t block_workspace(DType dtype, int64_t pixels, int threads) {
+  return with_types(
+      dtype, [&]<class T, class S>() -> size_t { return threads * Arena::bytes<T>(pixels * Vec<T>::size); });
 }
 
 size_t norm_activation_bytes(const NormActivation& p, int threads) {
-  return block_workspace(p.dtype, p.batch, p.area, kElementwisePixels, threads);
+  return block_workspace(p.dtype, Strips(p.batch, p.area, kElementwisePixels).pixels, threads);
 }
 
 void activate_norm(const NormActivation& p, const Parallel& parallel) {
@@ -80,7 +80,7 @@ void activate_norm(const NormActivation& p, const Parallel& parallel) {
 }
 
 size_t norm_sums_bytes(const NormSums& p, int threads) {
-  return block_workspace(p.dtype, p.batch, p.area, p.strip_pixels, threads);
+  return block_workspace(p.dtype, RowStrips(p.shape).pixels(), threads);
 }
 
 void sum_norm(const NormSums& p, const Parallel& parallel) {
@@ -112,6 +112,7 @@ extern const ConvKernels conv_table = {
     forward_depthwise,
     backward_depthwise_workspace,
     backward_depthwise,
+    train_strips,
     merge,
     forward_pointwise_workspace,
     forward_pointwise,

@@ -75,13 +75,11 @@ FUSEDNN_INLINE Vec<T> activate(Vec<T> x) {
   return x;
 }
 
-// The derivative at x; at kinks, torch's.
+// The derivative of a smooth activation, and of hardswish, at x; at kinks, torch's.
 template <Activation A, class T>
 FUSEDNN_INLINE Vec<T> derivative(Vec<T> x) {
   using V = Vec<T>;
   const V zero(T(0)), half(T(0.5)), one(T(1));
-  if constexpr (A == Activation::relu) return select(x.v <= zero.v, zero, one);
-  if constexpr (A == Activation::relu6) return select((x.v <= zero.v) | (x.v >= V(T(6)).v), zero, one);
   if constexpr (A == Activation::silu) {
     const V s = sigmoid(x);
     return s * (one + x * (one - s));
@@ -100,6 +98,17 @@ FUSEDNN_INLINE Vec<T> derivative(Vec<T> x) {
     return half * (one + t) + half * x * (one - t * t) * inner;
   }
   return one;
+}
+
+// grad times the derivative at x; where that is zero, whatever the gradient is.
+template <Activation A, class T>
+FUSEDNN_INLINE Vec<T> chain(Vec<T> x, Vec<T> grad) {
+  using V = Vec<T>;
+  const V zero(T(0));
+  if constexpr (A == Activation::none) return grad;
+  if constexpr (A == Activation::relu) return select(x.v <= zero.v, zero, grad);
+  if constexpr (A == Activation::relu6) return select((x.v <= zero.v) | (x.v >= V(T(6)).v), zero, grad);
+  return grad * derivative<A>(x);
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,20 +1,23 @@
-// Gradients of a depthwise convolution from dz, that of its result.
+// Gradients of a depthwise convolution from that of what it feeds.
 //
 //   input   the convolution of dz, spread by the stride, with the kernels turned by half
 //   weight  dW[i, j, c] = sum over n, r, x of dz[r, x, c] in[r s - p + i d, x s - p + j d, c];  bias: sum of
 //   dz
 //
-// Weight gradients are summed by strip, strips by runs of them, and runs in order: what a run is depends on
-// the shape alone, so the result doesn't depend on the number of threads. Behind a norm, dz is made of da and
-// z as it is brought in.
+// One pass does both: as rows of dz come into the ring that the input gradient is made of, the input's rows
+// are in another, from which z is made again (for the norm or the activation behind it) and with which dz is
+// multiplied for the weights. Bytes: the input, the gradient and the input's gradient, once each.
+//
+// Weight gradients are summed by strip, strips by bands of an image's rows, and bands in order: what a band
+// is depends on the shape alone, so the result doesn't depend on the number of threads.
 #pragma once
 
 #include "cpu/conv_depthwise_forward.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int64_t kRuns = 16;  // of strips, per channel group
 constexpr int kTapsAtOnce = 8;
+constexpr int64_t kBandTasks = 32;  // bands of images are cut until there are so many
 
 inline DepthwiseShape transposed(const DepthwiseShape& s) {
   DepthwiseShape t = s;
@@ -30,49 +33,6 @@ inline DepthwiseShape transposed(const DepthwiseShape& s) {
   t.pad_left = extent(s.kernel_w, s.dilation_w) - 1 - s.pad_left;
   return t;
 }
-
-// dz on its way in: as it lies, or from da and z.
-template <class T, class S, class G>
-struct GradientSource {
-  static constexpr int w = Vec<T>::size;
-  Pixels<G> grad;
-  Pixels<const S> z;
-  const void* norm;
-  int64_t channels;
-
-  explicit GradientSource(const DepthwiseBackward& p)
-      : grad(p.grad, p.shape.channels, p.shape.out_height * p.shape.out_width),
-        z({const_cast<void*>(p.z), true}, p.shape.channels, grad.area),
-        norm(p.norm),
-        channels(p.shape.channels) {}
-
-  void load_rows_into(const RowRing<T>& ring, int64_t n, int64_t first_block, int64_t blocks, int64_t y0,
-                      int64_t y1) const {
-    if (!norm) return load_rows(ring, grad, 1, channels, n, first_block, blocks, y0, y1);
-    const int64_t x0 = ring.begin_x(), x1 = ring.end_x();
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t c = (first_block + b) * w;
-      const NormGradient<T> gradient(norm, channels, c);
-      for (int64_t y = y0; y < y1; ++y) {
-        T* row = ring.row(y, b);
-        for (int64_t x = x0; x < x1; ++x) {
-          const int64_t pixel = y * ring.source_width + x;
-          gradient(Vec<T>::load(grad.at(n, pixel, c), channels - c),
-                   Vec<T>::load(z.at(n, pixel, c), channels - c))
-              .store(row + ring.offset(x));
-        }
-      }
-    }
-  }
-  void load(int64_t n, int64_t first, int64_t count, int64_t c, T* block) const {
-    load_block(grad, n, first, count, c, block);
-    if (!norm) return;
-    const NormGradient<T> gradient(norm, channels, c);
-    for (int64_t i = 0; i < count; ++i)
-      gradient(Vec<T>::load(block + i * w), Vec<T>::load(z.at(n, first + i, c), channels - c))
-          .store(block + i * w);
-  }
-};
 
 // sums[j] += dz * in for `taps` neighbours in a kernel row, over one output row.
 template <int taps, class T>
@@ -158,137 +118,217 @@ void weight_gradient_strip(const DepthwiseShape& s, const RowRing<T>& ring, Taps
 }
 
 template <class T>
-struct WeightGradientRuns {
-  DepthwiseTasks<T> tasks;
-  int64_t image_strips, runs, run_length, sums;  // elements of a run's sums for one block
+struct DepthwiseBands {
+  DepthwiseShape t;
+  int64_t blocks, bands, group, groups, rows, dx_rows, sums;  // sums: elements of a band's for one block
 
-  explicit WeightGradientRuns(const DepthwiseShape& s)
-      : tasks(s), image_strips(s.batch * tasks.strips), sums((s.kernel_h * s.kernel_w + 1) * Vec<T>::size) {
-    run_length = ceil_div(image_strips, minimum(image_strips, kRuns));
-    runs = ceil_div(image_strips, run_length);
+  DepthwiseBands(const DepthwiseShape& s, int threads) : t(transposed(s)), blocks(blocks_of<T>(s.channels)) {
+    const int64_t most = maximum(1, s.out_height / (4 * extent(s.kernel_h, s.dilation_h)));
+    bands = minimum(most, ceil_div(kBandTasks, s.batch * blocks));
+    group = minimum(kGroup, blocks);
+    while (group > 1 && imbalance(s.batch * bands * ceil_div(blocks, group), threads) > 1.1) --group;
+    groups = ceil_div(blocks, group);
+    rows = depthwise_rows_per_strip(s);
+    dx_rows = depthwise_rows_per_strip(t);
+    sums = (s.kernel_h * s.kernel_w + 1) * Vec<T>::size;
   }
-  int64_t thread_bytes(const DepthwiseShape& s) const {
-    return RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) +
-           Arena::bytes<T>(tasks.rows * s.out_width * Vec<T>::size);
+  int64_t tasks() const { return t.batch * groups * bands; }
+};
+
+template <class T, class S>
+struct DepthwiseBackwardPass {
+  static constexpr int w = Vec<T>::size;
+  const DepthwiseBackward& p;
+  const DepthwiseShape& s;
+  DepthwiseBands<T> bands;
+  Arena shared;
+  DepthwiseSource<T, S> source;
+  T *flipped, *partial;
+  Pixels<S> grad, dx;
+
+  DepthwiseBackwardPass(const DepthwiseBackward& q, int threads)
+      : p(q),
+        s(q.shape),
+        bands(s, threads),
+        shared{static_cast<char*>(q.workspace)},
+        source(s, q.input, shared),
+        flipped(shared.take<T>(bands.blocks * s.kernel_h * s.kernel_w * w)),
+        partial(shared.take<T>(s.batch * bands.bands * bands.blocks * bands.sums)),
+        grad(q.grad, s.channels, s.out_height * s.out_width),
+        dx(q.grad_input, s.channels, s.height * s.width) {}
+
+  struct Buffers {
+    RowRing<T> in, dz;
+    Taps<T> in_taps, dz_taps;
+    T *gradient, *z, *sums, *out;
+    Buffers(const DepthwiseBackwardPass& pass, Arena arena)
+        : in(pass.s, pass.bands.rows, pass.bands.group, arena),
+          dz(pass.bands.t, pass.bands.dx_rows, pass.bands.group, arena),
+          in_taps(pass.s, arena),
+          dz_taps(pass.bands.t, arena),
+          gradient(arena.take<T>(pass.bands.rows * pass.s.out_width * w)),
+          z(arena.take<T>(pass.bands.rows * pass.s.out_width * w)),
+          sums(arena.take<T>(pass.bands.sums)),
+          out(arena.take<T>(pass.bands.group * pass.bands.dx_rows * pass.s.width * w)) {}
+  };
+  int64_t thread_bytes() const {
+    const DepthwiseShape& t = bands.t;
+    return RowRing<T>::bytes(s, bands.rows, bands.group) + RowRing<T>::bytes(t, bands.dx_rows, bands.group) +
+           Taps<T>::bytes(s) + Taps<T>::bytes(t) + 2 * Arena::bytes<T>(bands.rows * s.out_width * w) +
+           Arena::bytes<T>(bands.sums) + Arena::bytes<T>(bands.group * bands.dx_rows * s.width * w);
+  }
+  bool needs_z() const { return p.norm || p.activation != Activation::none; }
+
+  // dz of `count` pixels of a block from `first` on; z is there already, where it is needed.
+  void load_dz(int64_t n, int64_t first, int64_t count, int64_t block, const T* z, T* out) const {
+    const int64_t c = block * w;
+    const T* from = out;
+    if (p.blocked_grad)
+      from = static_cast<const T*>(p.blocked_grad) + ((n * bands.blocks + block) * grad.area + first) * w;
+    else
+      load_block(grad, n, first, count, c, out);
+    if (p.norm) {
+      const NormGradient<T> gradient(p.norm, s.channels, c);
+      for (int64_t i = 0; i < count * w; i += w)
+        gradient(Vec<T>::load(from + i), Vec<T>::load(z + i)).store(out + i);
+    } else if (p.activation != Activation::none) {
+      with_activation(p.activation, [&]<Activation A>() {
+        for (int64_t i = 0; i < count * w; i += w)
+          chain<A>(Vec<T>::load(z + i), Vec<T>::load(from + i)).store(out + i);
+      });
+    } else if (from != out) {
+      std::memcpy(out, from, count * w * sizeof(T));
+    }
+  }
+
+  // Rows [first, last) of dz: into the ring if `keep`, those in [own_first, own_last) to the weights' sums.
+  void visit(Buffers& b, int64_t n, int64_t first_block, int64_t blocks, int64_t first, int64_t last,
+             bool keep, int64_t own_first, int64_t own_last, T* sums) const {
+    for (int64_t r = first; r < last; r += bands.rows) {
+      const int64_t rows = minimum(bands.rows, last - r), count = rows * s.out_width;
+      const int64_t own = maximum(r, own_first), own_rows = minimum(r + rows, own_last) - own;
+      const bool sum_up = p.grad_weight && own_rows > 0;
+      if (needs_z() || sum_up) source.bring_in(b.in, n, first_block, blocks, r, rows);
+      for (int64_t i = 0; i < blocks; ++i) {
+        if (needs_z()) {
+          if (p.norm)
+            source.make_kept(b.in, b.in_taps, i, first_block + i, r, rows, b.z);
+          else
+            source.make(b.in, b.in_taps, i, first_block + i, r, rows, b.z);
+        }
+        load_dz(n, r * s.out_width, count, first_block + i, b.z, b.gradient);
+        if (sum_up) {
+          std::memset(b.sums, 0, bands.sums * sizeof(T));
+          weight_gradient_strip(s, b.in, b.in_taps, i, own, own_rows,
+                                b.gradient + (own - r) * s.out_width * w, b.sums);
+          T* to = sums + i * bands.sums;
+          for (int64_t t = 0; t < bands.sums; t += w)
+            (Vec<T>::load(to + t) + Vec<T>::load(b.sums + t)).store(to + t);
+        }
+        if (keep) to_ring(b.dz, i, r, rows, b.gradient);
+      }
+    }
+  }
+
+  void to_ring(const RowRing<T>& ring, int64_t block, int64_t first, int64_t rows, const T* dz) const {
+    const int64_t x0 = ring.begin_x(), x1 = ring.end_x();
+    for (int64_t r = first; r < first + rows; ++r, dz += s.out_width * w) {
+      T* row = ring.row(r, block);
+      for (int64_t x = x0; x < x1; ++x) Vec<T>::load(dz + x * w).store(row + ring.offset(x));
+    }
+  }
+
+  void write_dx(const T* block, int64_t n, int64_t first_block, int64_t blocks, int64_t row,
+                int64_t rows) const {
+    const int64_t first = row * s.width, count = rows * s.width, c = first_block * w;
+    if (dx.channels_last && c + blocks * w <= s.channels) {
+      for (int64_t i = 0; i < count; ++i) {
+        S* to = dx.at(n, first + i, c);
+        for (int64_t b = 0; b < blocks; ++b) Vec<T>::load(block + (b * count + i) * w).store(to + b * w);
+      }
+      return;
+    }
+    const Pixels<S> none({nullptr, false}, 0, 0);
+    for (int64_t b = 0; b < blocks; ++b)
+      write_block<1>(block + b * count * w, dx, none, n, first, count, c + b * w,
+                     [](Vec<T> x, int, int64_t) __attribute__((always_inline)) { return x; });
+  }
+
+  void run_task(Buffers& b, int64_t task) const {
+    const int64_t band = task % bands.bands, group = task / bands.bands % bands.groups,
+                  n = task / bands.bands / bands.groups;
+    const int64_t first_block = group * bands.group,
+                  blocks = minimum(bands.group, bands.blocks - first_block);
+    const int64_t own_first = s.out_height * band / bands.bands,
+                  own_last = s.out_height * (band + 1) / bands.bands;
+    const int64_t last_row = s.height * (band + 1) / bands.bands;
+    T* sums = partial + ((n * bands.bands + band) * bands.blocks + first_block) * bands.sums;
+    std::memset(sums, 0, blocks * bands.sums * sizeof(T));
+    b.in.image = b.dz.image = -1;
+    int64_t next = own_first;  // rows of the band below it were visited
+    const auto go = [&](int64_t first, int64_t last, bool keep) {
+      visit(b, n, first_block, blocks, first, last, keep, own_first, own_last, sums);
+    };
+    for (int64_t y = s.height * band / bands.bands; dx.data && y < last_row; y += bands.dx_rows) {
+      const int64_t rows = minimum(bands.dx_rows, last_row - y), size = rows * s.width * w;
+      b.dz.need(bands.t, n, y, rows, [&](int64_t first, int64_t last) {
+        if (next < first) go(next, minimum(first, own_last), false);
+        go(first, last, true);
+        next = maximum(next, last);
+      });
+      for (int64_t i = 0; i < blocks; ++i)
+        depthwise_rows(bands.t, b.dz, b.dz_taps, i, y, rows,
+                       flipped + (first_block + i) * s.kernel_h * s.kernel_w * w, Vec<T>(T(0)),
+                       b.out + i * size);
+      write_dx(b.out, n, first_block, blocks, y, rows);
+    }
+    if (p.grad_weight && next < own_last) go(next, own_last, false);
+  }
+
+  void add_up(const Parallel& parallel) const {
+    const int64_t taps = s.kernel_h * s.kernel_w, runs = s.batch * bands.bands;
+    T *weight = static_cast<T*>(p.grad_weight), *bias = static_cast<T*>(p.grad_bias);
+    parallel(bands.blocks, runs * bands.blocks * bands.sums > 65536, [&](int64_t begin, int64_t end, int) {
+      for (int64_t b = begin; b < end; ++b) {
+        for (int64_t t = 0; t <= taps; ++t) {
+          Vec<T> total(T(0));
+          for (int64_t run = 0; run < runs; ++run)
+            total = total + Vec<T>::load(partial + (run * bands.blocks + b) * bands.sums + t * w);
+          T lanes[w];
+          total.store(lanes);
+          for (int64_t c = b * w; c < minimum(s.channels, (b + 1) * w); ++c) {
+            if (t < taps)
+              weight[c * taps + t] = lanes[c - b * w];
+            else if (bias)
+              bias[c] = lanes[c - b * w];
+          }
+        }
+      }
+    });
   }
 };
 
-template <class T, class S, class G>
-void depthwise_weight_gradient(const DepthwiseBackward& p, Arena arena, const Parallel& parallel) {
-  constexpr int w = Vec<T>::size;
-  const DepthwiseShape& s = p.shape;
-  const WeightGradientRuns<T> q(s);
-  const Pixels<S> in(p.input, s.channels / s.multiplier, s.height * s.width);
-  const GradientSource<T, S, G> source(p);
-  const int64_t blocks = q.tasks.blocks, taps_in_all = s.kernel_h * s.kernel_w;
-  T* partial = arena.take<T>(q.runs * blocks * q.sums);
-  const bool worth_it = s.batch * s.out_height * s.out_width * s.channels * taps_in_all > kSerialFlops;
-  parallel(q.tasks.groups * q.runs, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Arena mine{arena.next + thread * q.thread_bytes(s)};
-    RowRing<T> ring(s, q.tasks.rows, kGroup, mine);
-    Taps<T> taps(s, mine);
-    T* dz = mine.take<T>(q.tasks.rows * s.out_width * w);
-    ring.clear();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / q.runs, run = task % q.runs;
-      const int64_t first_block = group * kGroup, count = minimum(kGroup, blocks - first_block);
-      T* sums = partial + (run * blocks + first_block) * q.sums;
-      std::memset(sums, 0, count * q.sums * sizeof(T));
-      ring.image = -1;
-      const int64_t last = minimum(q.image_strips, (run + 1) * q.run_length);
-      for (int64_t strip = run * q.run_length; strip < last; ++strip) {
-        const int64_t n = strip / q.tasks.strips, r = strip % q.tasks.strips * q.tasks.rows;
-        const int64_t rows = minimum(q.tasks.rows, s.out_height - r);
-        ring.need(s, n, r, rows, [&](int64_t y0, int64_t y1) {
-          load_rows(ring, in, s.multiplier, s.channels, n, first_block, count, y0, y1);
-        });
-        for (int64_t b = 0; b < count; ++b) {
-          source.load(n, r * s.out_width, rows * s.out_width, (first_block + b) * w, dz);
-          weight_gradient_strip(s, ring, taps, b, r, rows, dz, sums + b * q.sums);
-        }
-      }
-    }
-  });
-  T *weight = static_cast<T*>(p.grad_weight), *bias = static_cast<T*>(p.grad_bias);
-  parallel(blocks, q.runs * blocks * q.sums > 65536, [&](int64_t begin, int64_t end, int) {
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t t = 0; t <= taps_in_all; ++t) {
-        Vec<T> total(T(0));
-        for (int64_t run = 0; run < q.runs; ++run)
-          total = total + Vec<T>::load(partial + (run * blocks + b) * q.sums + t * w);
-        T lanes[w];
-        total.store(lanes);
-        for (int64_t c = b * w; c < minimum(s.channels, (b + 1) * w); ++c) {
-          if (t < taps_in_all)
-            weight[c * taps_in_all + t] = lanes[c - b * w];
-          else if (bias)
-            bias[c] = lanes[c - b * w];
-        }
-      }
-    }
-  });
-}
-
-template <class T, class S, class G>
-void depthwise_input_gradient(const DepthwiseBackward& p, Arena arena, const Parallel& parallel) {
-  constexpr int w = Vec<T>::size;
-  const DepthwiseShape s = transposed(p.shape);
-  const DepthwiseTasks<T> tasks(s);
-  const GradientSource<T, S, G> source(p);
-  const Pixels<S> out(p.grad_input, s.channels, s.out_height * s.out_width), none({nullptr, false}, 0, 0);
-  const int64_t taps_per_block = s.kernel_h * s.kernel_w * w;
-  T* weights = arena.take<T>(tasks.blocks * taps_per_block);
-  pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), weights);
-  const int64_t thread_bytes = RowRing<T>::bytes(s, tasks.rows, kGroup) + Taps<T>::bytes(s) +
-                               Arena::bytes<T>(tasks.rows * s.out_width * w);
-  const bool worth_it = s.batch * out.area * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
-  parallel(tasks.total, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Arena mine{arena.next + thread * thread_bytes};
-    RowRing<T> ring(s, tasks.rows, kGroup, mine);
-    Taps<T> taps(s, mine);
-    T* block = mine.take<T>(tasks.rows * s.out_width * w);
-    ring.clear();
-    int64_t last_group = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto t = tasks.at(s, i);
-      if (t.group != last_group) ring.image = -1;
-      last_group = t.group;
-      ring.need(s, t.n, t.row, t.rows, [&](int64_t y0, int64_t y1) {
-        source.load_rows_into(ring, t.n, t.first_block, t.blocks, y0, y1);
-      });
-      for (int64_t b = 0; b < t.blocks; ++b) {
-        const int64_t block_index = t.first_block + b;
-        depthwise_rows(s, ring, taps, b, t.row, t.rows, weights + block_index * taps_per_block, Vec<T>(T(0)),
-                       block);
-        write_block<1>(block, out, none, t.n, t.row * s.out_width, t.rows * s.out_width, block_index * w,
-                       [](Vec<T> x, int, int64_t) __attribute__((always_inline)) { return x; });
-      }
-    }
-  });
-}
-
-template <class T>
+template <class T, class S>
 size_t depthwise_backward_workspace(const DepthwiseBackward& p, int threads) {
-  const WeightGradientRuns<T> q(p.shape);
-  const int64_t weight =
-      Arena::bytes<T>(q.runs * q.tasks.blocks * q.sums) + threads * q.thread_bytes(p.shape);
-  const DepthwiseShape s = transposed(p.shape);
-  const int64_t rows = depthwise_rows_per_strip(s);
-  const int64_t input = Arena::bytes<T>(blocks_of<T>(s.channels) * s.kernel_h * s.kernel_w * Vec<T>::size) +
-                        threads * (RowRing<T>::bytes(s, rows, kGroup) + Taps<T>::bytes(s) +
-                                   Arena::bytes<T>(rows * s.out_width * Vec<T>::size));
-  return maximum(weight, input);
+  const DepthwiseBackwardPass<T, S> pass(p, threads);
+  return pass.shared.next - static_cast<char*>(p.workspace) + threads * pass.thread_bytes();
 }
 
 template <class T, class S>
 void depthwise_backward(const DepthwiseBackward& p, const Parallel& parallel) {
-  const Arena arena{static_cast<char*>(p.workspace)};
-  if (p.grad_input.data)
-    p.wide_grad ? depthwise_input_gradient<T, S, T>(p, arena, parallel)
-                : depthwise_input_gradient<T, S, S>(p, arena, parallel);
-  if (p.grad_weight)
-    p.wide_grad ? depthwise_weight_gradient<T, S, T>(p, arena, parallel)
-                : depthwise_weight_gradient<T, S, S>(p, arena, parallel);
+  const DepthwiseBackwardPass<T, S> pass(p, parallel.threads);
+  const DepthwiseShape& s = p.shape;
+  pass.source.pack(p.weight, p.bias);
+  pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), pass.flipped);
+  const bool worth_it = s.batch * s.height * s.width * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
+  parallel(pass.bands.tasks(), worth_it, [&](int64_t begin, int64_t end, int thread) {
+    typename DepthwiseBackwardPass<T, S>::Buffers buffers(
+        pass, Arena{pass.shared.next + thread * pass.thread_bytes()});
+    buffers.in.clear();
+    buffers.dz.clear();
+    for (int64_t task = begin; task < end; ++task) pass.run_task(buffers, task);
+  });
+  if (p.grad_weight) pass.add_up(parallel);
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

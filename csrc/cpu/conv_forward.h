@@ -55,11 +55,6 @@ int64_t separable_thread_bytes(const DepthwiseShape& s, int64_t rows, bool fused
          Arena::bytes<T>(pixels * kPanel * w);
 }
 
-// The most work that a thread gets when `tasks` equal ones are dealt out, over an equal share.
-inline double imbalance(int64_t tasks, int threads) {
-  return static_cast<double>(ceil_div(tasks, threads) * threads) / tasks;
-}
-
 inline int64_t rows_per_strip(const DepthwiseShape& s, int64_t bytes_per_pixel, int threads) {
   const int64_t pixels =
       maximum(kStripPixelsAtLeast, minimum(kStripPixelsAtMost, kStripBytes / bytes_per_pixel));
@@ -172,22 +167,12 @@ struct Separable {
       const int64_t rows = minimum(p.plan.rows, s.out_height - r);
       depthwise(ring, taps, n, 0, blocks, r, rows, strip, pitch);
       PrefetchPair ahead;
-      if (task + 1 < end) look_ahead(ring, task + 1, ceil_div(rows * s.out_width, kTilePixels), ahead);
+      if (task + 1 < end)
+        look_ahead(s, in, ring, (task + 1) / strips, (task + 1) % strips * p.plan.rows, p.plan.rows,
+                   ceil_div(rows * s.out_width, kTilePixels) * panels.count(), ahead);
       for (int64_t i = 0; i < panels.count(); ++i)
         product(n, r * s.out_width, rows * s.out_width, strip, pitch, i, block, ahead);
     }
-  }
-
-  // The input rows that strip `task` will bring in, spread over the `tiles` of each panel of this one.
-  void look_ahead(const RowRing<T>& ring, int64_t task, int64_t tiles, PrefetchPair& ahead) const {
-    const int64_t n = task / strips, r = task % strips * p.plan.rows;
-    const int64_t low = r * s.stride_h - s.pad_top;
-    const int64_t high = low + (p.plan.rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
-    const int64_t begin = maximum(maximum(0, low), n == ring.image ? ring.next : 0);
-    const int64_t end = minimum(s.height, high);
-    if (begin >= end) return;
-    ahead.in = lines_of(in, n, begin * s.width, (end - begin) * s.width, 0, in.channels);
-    ahead.in_lines = ceil_div(ahead.in.lines(), tiles * panels.count());
   }
 
   void depthwise_blocks(int64_t begin, int64_t end, Arena arena, T* shared) const {

@@ -68,68 +68,91 @@ template <class T, class S>
 struct PointwiseBackwardPass {
   static constexpr int w = Vec<T>::size;
   const PointwiseBackward& p;
-  Strips strips;
-  int64_t blocks1, blocks2, pitch, partial_size, bias_size;
+  const DepthwiseShape& s;
+  RowStrips strips;
+  int64_t channels, area, blocks1, blocks2, pitch, partial_size, bias_size;
   Pixels<S> grad;
-  Pixels<const S> z1, z2;
+  Pixels<const S> z2;
+  Arena shared;
+  DepthwiseSource<T, S> source;
+  T* packed;
 
   explicit PointwiseBackwardPass(const PointwiseBackward& q)
       : p(q),
-        strips(q.batch, q.area, q.strip_pixels),
-        blocks1(blocks_of<T>(q.channels)),
+        s(q.shape),
+        strips(s),
+        channels(s.channels),
+        area(strips.height * strips.width),
+        blocks1(blocks_of<T>(channels)),
         blocks2(blocks_of<T>(q.out_channels)),
-        pitch(strip_pitch(strips.pixels) * w),
+        pitch(strip_pitch(strips.pixels()) * w),
         partial_size(blocks2 * w * blocks1 * w),
         bias_size(blocks2 * w),
-        grad(q.grad, q.out_channels, q.area),
-        z1(channels_last<S>(q.z1, q.channels, q.area)),
-        z2(channels_last<S>(q.z2, q.out_channels, q.area)) {}
+        grad(q.grad, q.out_channels, area),
+        z2(channels_last<S>(q.z2, q.out_channels, area)),
+        shared{static_cast<char*>(q.workspace)},
+        source(s, q.input, shared),
+        packed(shared.take<T>(Panels<T>::size(channels, q.out_channels))) {}
 
-  int64_t panel_bytes() const { return Arena::bytes<T>(Panels<T>::size(p.channels, p.out_channels)); }
   int64_t thread_bytes() const {
-    return Arena::bytes<T>(partial_size) + Arena::bytes<T>(bias_size) + Arena::bytes<T>(blocks1 * pitch) +
-           Arena::bytes<T>(blocks2 * pitch) + Arena::bytes<T>(strips.pixels * kPanel * w);
+    return Arena::bytes<T>(partial_size) + Arena::bytes<T>(bias_size) +
+           RowRing<T>::bytes(s, strips.rows, blocks1) + Taps<T>::bytes(s) +
+           2 * Arena::bytes<T>(blocks1 * pitch) + Arena::bytes<T>(blocks2 * pitch) +
+           Arena::bytes<T>(strips.pixels() * kPanel * w);
   }
 
-  // dz2 of a strip; bias [O] += its sums.
-  void load_dz2(int64_t n, int64_t first, int64_t count, T* dz2, T* bias) const {
+  // dz2 of V blocks of channels from c on, to [V][pitch][w]; their sums to bias [O].
+  template <Activation A, int V, class G>
+  void dz2_columns(const S* z, const G* from, int64_t stride, int64_t c, int64_t count, T* dz2,
+                   T* bias) const {
+    const int64_t O = p.out_channels, left = O - c;
+    Vec<T> total[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) total[v] = Vec<T>(T(0));
+    for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> x = Vec<T>::load(z + i * O + v * w, left - v * w);
+        Vec<T> dz = chain<A>(Norm<T>(p.norm2, O, c + v * w)(x),
+                             Vec<T>::load(from + i * stride + v * w, left - v * w));
+        if (p.coefficients2) dz = NormGradient<T>(p.coefficients2, O, c + v * w)(dz, x);
+        dz.store(dz2 + v * pitch + i * w);
+        total[v] = total[v] + dz;
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) (Vec<T>::load(bias + c + v * w) + total[v]).store(bias + c + v * w);
+  }
+
+  void load_dz2(const RowStrips::Strip& t, T* dz2, T* bias) const {
     with_activation(p.activation2, [&]<Activation A>() {
-      for (int64_t b = 0; b < blocks2; ++b, dz2 += pitch) {
-        const int64_t c = b * w, left = p.out_channels - c;
-        load_block(grad, n, first, count, c, dz2);
-        const Norm<T> norm(p.norm2, p.out_channels, c);
-        const NormGradient<T> gradient(p.coefficients2, p.out_channels, c);
-        const S* z = z2.at(n, first, c);
-        Vec<T> total(T(0));
-        for (int64_t i = 0; i < count; ++i) {
-          const Vec<T> x = Vec<T>::load(z + i * p.out_channels, left);
-          const Vec<T> da = Vec<T>::load(dz2 + i * w) * derivative<A>(norm(x));
-          const Vec<T> dz = gradient(da, x);
-          dz.store(dz2 + i * w);
-          total = total + dz;
-        }
-        (Vec<T>::load(bias + c) + total).store(bias + c);
+      int64_t c = 0;
+      constexpr int V = 2;
+      for (; grad.channels_last && c + V * w <= p.out_channels; c += V * w, dz2 += V * pitch)
+        dz2_columns<A, V>(z2.at(t.n, t.first, c), grad.at(t.n, t.first, c), p.out_channels, c, t.count, dz2,
+                          bias);
+      for (; c < p.out_channels; c += w, dz2 += pitch) {
+        load_block(grad, t.n, t.first, t.count, c, dz2);
+        dz2_columns<A, 1>(z2.at(t.n, t.first, c), dz2, w, c, t.count, dz2, bias);
       }
     });
   }
 
   // dy1 [count][V w] of columns [c, c + V w) becomes da1, with its sums.
   template <int V>
-  void finish(int64_t task, int64_t n, int64_t first, int64_t count, int64_t c, T* block) const {
-    const Pixels<T> da1({p.da1, true}, p.channels, p.area);
-    const int64_t sums_pitch = padded_channels(p.channels);
+  void finish(const RowStrips::Strip& t, int64_t task, int64_t c, const T* block, const T* z1) const {
+    const int64_t sums_pitch = padded_channels(channels);
     T* record = static_cast<T*>(p.sums1) + task * 2 * sums_pitch;
+    z1 += c / w * pitch;
     with_activation(p.activation1, [&]<Activation A>() {
-      for (int v = 0; v < V && c < p.channels; ++v, c += w, block += w) {
-        const Norm<T> norm(p.norm1, p.channels, c);
-        const int64_t left = p.channels - c;
-        const S* z = z1.at(n, first, c);
-        T* to = da1.at(n, first, c);
+      for (int v = 0; v < V && c < channels; ++v, c += w, block += w, z1 += pitch) {
+        const Norm<T> norm(p.norm1, channels, c);
+        T* to = da1(t, c);
         Vec<T> s0[2] = {Vec<T>(T(0)), Vec<T>(T(0))}, s1[2] = {Vec<T>(T(0)), Vec<T>(T(0))};
-        for (int64_t i = 0; i < count; ++i) {
-          const Vec<T> x = Vec<T>::load(z + i * p.channels, left);
-          const Vec<T> da = Vec<T>::load(block + i * V * w) * derivative<A>(norm(x));
-          da.store(to + i * p.channels, left);
+        for (int64_t i = 0; i < t.count; ++i) {
+          const Vec<T> x = Vec<T>::load(z1 + i * w);
+          const Vec<T> da = chain<A>(norm(x), Vec<T>::load(block + i * V * w));
+          da.store(to + i * w);
           s0[i & 1] = s0[i & 1] + da;
           s1[i & 1] = s1[i & 1] + da * (x - norm.mean);
         }
@@ -139,26 +162,39 @@ struct PointwiseBackwardPass {
     });
   }
 
-  void run(int64_t begin, int64_t end, Arena arena, const Panels<T>& panels) const {
+  T* da1(const RowStrips::Strip& t, int64_t c) const {
+    return static_cast<T*>(p.da1) + ((t.n * blocks1 + c / w) * area + t.first) * w;
+  }
+
+  void run(int64_t begin, int64_t end, Arena arena) const {
     T* partial = arena.take<T>(partial_size);
     T* bias = arena.take<T>(bias_size);
+    RowRing<T> ring(s, strips.rows, blocks1, arena);
+    Taps<T> taps(s, arena);
+    T* z1 = arena.take<T>(blocks1 * pitch);
     T* y1 = arena.take<T>(blocks1 * pitch);
     T* dz2 = arena.take<T>(blocks2 * pitch);
-    T* block = arena.take<T>(strips.pixels * kPanel * w);
+    T* block = arena.take<T>(strips.pixels() * kPanel * w);
+    const Panels<T> panels{channels, blocks2, packed};
     std::memset(partial, 0, partial_size * sizeof(T));
     std::memset(bias, 0, bias_size * sizeof(T));
+    ring.clear();
     for (int64_t task = begin; task < end; ++task) {
-      const auto [n, first, count] = strips.at(task);
-      load_dz2(n, first, count, dz2, bias);
-      load_activated(p.activation1, z1, p.norm1, n, first, count, y1, pitch / w);
-      outer_product(count, dz2, blocks2, y1, blocks1, pitch, partial);
+      const auto t = strips.at(task);
+      load_dz2(t, dz2, bias);
+      source.make_strip(ring, taps, t.n, t.row, t.rows, z1, pitch);
+      activate_strip(p.activation1, p.norm1, channels, t.count, pitch, z1, y1);
+      outer_product(t.count, dz2, blocks2, y1, blocks1, pitch, partial);
       PrefetchPair ahead;
+      if (task + 1 < end)
+        look_ahead(s, source.in, ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
+                   ceil_div(t.count, kTilePixels) * panels.count(), ahead);
       for (int64_t i = 0; i < panels.count(); ++i) {
         panels.with_panel(i, [&]<int V>(int64_t column, const T* b) {
-          const Pixels<T> da1({p.da1, true}, p.channels, p.area);
-          ahead.out = lines_of(da1, n, first, count, column, minimum(V * w, p.channels - column));
-          product_panel<V>(count, blocks2, dz2, pitch, b, block, ahead);
-          finish<V>(task, n, first, count, column, block);
+          ahead.out = {reinterpret_cast<const char*>(da1(t, column)), area * int64_t{sizeof(Vec<T>)},
+                       t.count * int64_t{sizeof(Vec<T>)}, minimum(V, blocks1 - column / w)};
+          product_panel<V>(t.count, blocks2, dz2, pitch, b, block, ahead);
+          finish<V>(t, task, column, block, z1);
         });
       }
     }
@@ -171,10 +207,10 @@ struct PointwiseBackwardPass {
     const int64_t bias_at = Arena::bytes<T>(partial_size) / sizeof(T);
     parallel(p.out_channels, partial_size > 65536, [&](int64_t begin, int64_t end, int) {
       for (int64_t o = begin; o < end; ++o) {
-        for (int64_t c = 0; c < p.channels; c += w) {
+        for (int64_t c = 0; c < channels; c += w) {
           Vec<T> total(T(0));
           for (int64_t t = 0; t < used; ++t) total = total + Vec<T>::load(of(t) + o * blocks1 * w + c);
-          total.store(weight + o * p.channels + c, p.channels - c);
+          total.store(weight + o * channels + c, channels - c);
         }
         T total(0);
         for (int64_t t = 0; t < used; ++t) total += of(t)[bias_at + o];
@@ -187,22 +223,21 @@ struct PointwiseBackwardPass {
 template <class T, class S>
 size_t pointwise_backward_workspace(const PointwiseBackward& p, int threads) {
   const PointwiseBackwardPass<T, S> pass(p);
-  return pass.panel_bytes() + threads * (pass.thread_bytes() + 64);
+  return pass.shared.next - static_cast<char*>(p.workspace) + threads * (pass.thread_bytes() + 64);
 }
 
 template <class T, class S>
 void pointwise_backward(const PointwiseBackward& p, const Parallel& parallel) {
   const PointwiseBackwardPass<T, S> pass(p);
-  Arena arena{static_cast<char*>(p.workspace)};
-  T* packed = arena.take<T>(Panels<T>::size(p.channels, p.out_channels));
-  pack_panels(p.channels, p.out_channels, static_cast<const S*>(p.weight), 1, p.channels, packed, parallel);
-  const Panels<T> panels{p.channels, pass.blocks2, packed};
-  char* const threads = arena.next;
+  const int64_t C = p.shape.channels;
+  pass.source.pack(p.depthwise_weight, p.depthwise_bias);
+  pack_panels(C, p.out_channels, static_cast<const S*>(p.weight), 1, C, pass.packed, parallel);
+  char* const threads = pass.shared.next;
   char* const worked = threads + parallel.threads * pass.thread_bytes();
   std::memset(worked, 0, parallel.threads);
   parallel(pass.strips.total(), true, [&](int64_t begin, int64_t end, int thread) {
     worked[thread] = 1;
-    pass.run(begin, end, Arena{threads + thread * pass.thread_bytes()}, panels);
+    pass.run(begin, end, Arena{threads + thread * pass.thread_bytes()});
   });
   int64_t used = 0;
   while (used < parallel.threads && worked[used]) ++used;

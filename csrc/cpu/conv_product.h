@@ -9,7 +9,7 @@
 // kBlockK, not with K.
 #pragma once
 
-#include "cpu/conv_blocks.h"
+#include "cpu/conv_depthwise.h"
 #include "cpu/gemm.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
@@ -52,6 +52,20 @@ struct PrefetchPair {
   Prefetch out, in;
   int64_t in_lines = 0;  // per tile
 };
+
+// The input rows that output rows [r, r + rows) of image n will bring into the ring, spread over `tiles`
+// tiles.
+template <class T, class S>
+void look_ahead(const DepthwiseShape& s, const Pixels<S>& in, const RowRing<T>& ring, int64_t n, int64_t r,
+                int64_t rows, int64_t tiles, PrefetchPair& ahead) {
+  const int64_t low = r * s.stride_h - s.pad_top;
+  const int64_t high = low + (rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
+  const int64_t begin = maximum(maximum(0, low), n == ring.image ? ring.next : 0);
+  const int64_t end = minimum(s.height, high);
+  if (begin >= end) return;
+  ahead.in = lines_of(in, n, begin * s.width, (end - begin) * s.width, 0, in.channels);
+  ahead.in_lines = ceil_div(ahead.in.lines(), tiles);
+}
 
 template <int M, int V, class T>
 void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c, bool accumulate) {

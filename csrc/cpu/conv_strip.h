@@ -1,4 +1,4 @@
-// Runs of pixels, whatever their rows: in from an image to [C / w][pixels][w] in a buffer, and what a norm or
+// Runs of pixels: in from an image to [C / w][pixels][w] in a buffer, and what a norm or
 // its gradient makes of them on the way.
 #pragma once
 
@@ -8,6 +8,11 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kSerialFlops = 128 << 10;  // below this, threads cost more than they save
+
+// The most work that a thread gets when `tasks` equal ones are dealt out, over an equal share.
+inline double imbalance(int64_t tasks, int threads) {
+  return static_cast<double>(ceil_div(tasks, threads) * threads) / tasks;
+}
 
 // Pixels from one channel block of a strip to the next: odd, so that blocks don't meet in one cache set.
 constexpr int64_t strip_pitch(int64_t pixels) { return pixels | 1; }
@@ -78,5 +83,32 @@ struct Strips {
     return {i / per_image, first, minimum(pixels, area - first)};
   }
 };
+
+// Training's strips: whole rows of an image, a matter of the shape alone, as sums are kept by strip.
+constexpr int64_t kTrainPixels = 128;
+
+struct RowStrips {
+  int64_t batch, height, width, rows, per_image;
+  explicit RowStrips(const DepthwiseShape& s) : batch(s.batch), height(s.out_height), width(s.out_width) {
+    rows = maximum(1, minimum(height, kTrainPixels / width));
+    rows = ceil_div(height, ceil_div(height, rows));
+    per_image = ceil_div(height, rows);
+  }
+  int64_t total() const { return batch * per_image; }
+  int64_t pixels() const { return rows * width; }
+  struct Strip {
+    int64_t n, row, rows, first, count;  // first, count: of pixels
+  };
+  Strip at(int64_t i) const {
+    const int64_t row = i % per_image * rows, n_rows = minimum(rows, height - row);
+    return {i / per_image, row, n_rows, row * width, n_rows * width};
+  }
+};
+
+inline int64_t train_strips(const DepthwiseShape& s, int64_t* counts) {
+  const RowStrips strips(s);
+  for (int64_t i = 0; counts && i < strips.total(); ++i) counts[i] = strips.at(i).count;
+  return strips.total();
+}
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -65,25 +65,24 @@ struct DepthwiseForward {
   Activation activation;
   const void* weight;  // [C, kernel_h, kernel_w]
   const void* bias;    // [C] or null
-  Image input, output;
-  // With it, the output is grad_output times the activation's derivative, in float or double; both
-  // channels-last.
-  const void* grad_output;
+  Image input;
+  Image output;      // null: for the statistics alone
   void* statistics;  // [strips, 2, padded C] mean and squared deviations of each strip's output, or null
   void* workspace;   // depthwise_workspace() bytes
 };
 
-// The gradients of a depthwise convolution from dz, the gradient of its result. With `norm`, `grad` holds da,
-// the gradient behind a norm, and dz = k1 da - k0 - (z - mean) k2.
+// The gradients of act(depthwise convolution) or, with `norm`, of the convolution from da, the gradient
+// behind a norm: dz = k1 da - k0 - (z - mean) k2. z is made again from the input.
 struct DepthwiseBackward {
   DType dtype;
   DepthwiseShape shape;  // the forward's
-  bool wide_grad;        // grad is float or double, not `dtype`
-  Image grad;            // [N, C, H', W']; with norm, channels-last
-  const void* z;         // [N, H', W', C], with norm only
-  const void* norm;      // [4, padded C] k0, k1, k2, mean, or null
+  Activation activation;
+  Image grad;                // [N, C, H', W'], or null
+  const void* blocked_grad;  // instead of it, [N, C / w, H' W', w] float or double, without activation
+  const void* norm;          // [4, padded C] k0, k1, k2, mean, or null
   Image input;
   const void* weight;  // [C, kernel_h, kernel_w]
+  const void* bias;    // [C] or null
   Image grad_input;    // [N, C, H, W] (of each output channel, where the multiplier is not 1), or null
   void* grad_weight;   // [C, kernel_h, kernel_w] float or double, or null
   void* grad_bias;     // [C] float or double, or null, beside grad_weight
@@ -102,16 +101,19 @@ struct Statistics {
   void* norm;                 // [3, padded C]
 };
 
-struct PointwiseForward {  // z2 = act1(norm1(z1)) W^T + bias, with statistics
+// z2 = act1(norm1(z1)) W^T + bias, with statistics; z1 is made of the input, strip by strip.
+struct PointwiseForward {
   DType dtype;
-  int64_t batch, area, channels, out_channels, strip_pixels;
+  DepthwiseShape shape;
+  int64_t out_channels;
   Activation activation;
-  const void* z1;      // [N, H' W', C]
+  Image input;
+  const void *depthwise_weight, *depthwise_bias;
   const void* norm;    // [3, padded C]
   const void* weight;  // [O, C]
   const void* bias;    // [O] or null
   void* z2;            // [N, H' W', O]
-  void* statistics;    // [strips, 2, padded O] or null
+  void* statistics;    // [train_strips, 2, padded O] or null
   void* workspace;
 };
 
@@ -128,12 +130,13 @@ struct NormActivation {  // out = act(norm(z)) + residual
 // Sums over pixels of da = grad act'(norm(z)) and of da (z - mean), per strip.
 struct NormSums {
   DType dtype;
-  int64_t batch, area, channels, strip_pixels;
+  DepthwiseShape shape;
+  int64_t channels;
   Activation activation;
   Image grad;
   const void* z;
   const void* norm;
-  void* sums;  // [strips, 2, padded C]
+  void* sums;  // [train_strips, 2, padded channels]
   void* workspace;
 };
 
@@ -150,15 +153,18 @@ struct NormCoefficients {
 
 struct PointwiseBackward {
   DType dtype;
-  int64_t batch, area, channels, out_channels, strip_pixels;
+  DepthwiseShape shape;
+  int64_t out_channels;
   Activation activation1, activation2;
   Image grad;  // [N, O, H', W'] of the block's output
-  const void *z1, *z2;
+  Image input;
+  const void *depthwise_weight, *depthwise_bias;
+  const void* z2;
   const void *norm1, *norm2;      // [3, padded]
-  const void* coefficients2;      // [4, padded O]
+  const void* coefficients2;      // [4, padded O], or null: no norm
   const void* weight;             // [O, C]
-  void* da1;                      // [N, H' W', C] float or double
-  void* sums1;                    // [strips, 2, padded C] of da1 and da1 (z1 - mean)
+  void* da1;                      // [N, C / w, H' W', w] float or double: padded_channels(C) at most
+  void* sums1;                    // [train_strips, 2, padded C] of da1 and da1 (z1 - mean)
   void *grad_weight, *grad_bias;  // [O, C], [O] float or double
   void* workspace;
 };
@@ -178,6 +184,7 @@ struct ConvKernels {
   size_t (*depthwise_backward_workspace)(const DepthwiseBackward&, int threads);
   void (*depthwise_backward)(const DepthwiseBackward&, const Parallel&);
 
+  int64_t (*train_strips)(const DepthwiseShape&, int64_t* counts);  // likewise
   void (*merge_statistics)(const Statistics&, const Parallel&);
   size_t (*pointwise_forward_workspace)(const PointwiseForward&, int threads);
   void (*pointwise_forward)(const PointwiseForward&, const Parallel&);
