@@ -1,6 +1,6 @@
 """Faster layers for PyTorch: import them instead of ``torch.nn``'s and change nothing else."""
 
-from . import functional
+from . import functional, models
 from ._version import __version__
 from .conv.block import DepthwiseSeparableConv2d
 from .conv.modules import DepthwiseConv1d, DepthwiseConv2d
@@ -8,16 +8,21 @@ from .dispatch import explain
 from .replace import replace_layers, restore_layers
 from .rnn.modules import GRUCell, LSTMCell
 from .settings import use_backend
+from .spatial.modules import SpatialAttention
+from .spatial.recurrent_modules import AttentionLSTM
 
 __all__ = [
+    "AttentionLSTM",
     "DepthwiseConv1d",
     "DepthwiseConv2d",
     "DepthwiseSeparableConv2d",
     "GRUCell",
     "LSTMCell",
+    "SpatialAttention",
     "__version__",
     "explain",
     "functional",
+    "models",
     "replace_layers",
     "restore_layers",
     "use_backend",

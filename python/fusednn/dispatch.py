@@ -83,6 +83,13 @@ def record_composite(operation: str, reasons: Reasons) -> None:
         recorder.append(Explanation(operation, settings.backend(), "composite", passed_over))
 
 
+def record_choice(operation: str, chosen: str, passed_over: dict[str, tuple[str, ...]]) -> None:
+    """Let :func:`explain` know which way a layer took that its operations can't tell, and why not another."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.append(Explanation(operation, settings.backend(), chosen, passed_over))
+
+
 class Operation:
     """A named operation and its implementations, best first."""
 

@@ -2,5 +2,16 @@
 
 from .conv.functional import depthwise_conv1d, depthwise_conv2d, depthwise_separable_conv2d
 from .rnn.functional import gru_cell, lstm_cell
+from .spatial.functional import spatial_attention, spatial_softmax
+from .spatial.sequence import attention_lstm
 
-__all__ = ["depthwise_conv1d", "depthwise_conv2d", "depthwise_separable_conv2d", "gru_cell", "lstm_cell"]
+__all__ = [
+    "attention_lstm",
+    "depthwise_conv1d",
+    "depthwise_conv2d",
+    "depthwise_separable_conv2d",
+    "gru_cell",
+    "lstm_cell",
+    "spatial_attention",
+    "spatial_softmax",
+]

@@ -1,6 +1,9 @@
-"""Whether something other than autograd and the compiler looks on at a call."""
+"""Whether something other than autograd and the compiler looks on at a call; second derivatives."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +35,25 @@ def may_need_backward(*tensors: Tensor | None) -> bool:
     """Whether a backward may follow; torch.jit.trace assumes it, since its check traces without gradients."""
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return recorded or torch.jit.is_tracing()
+
+
+def gradients_by_autograd(
+    forward: Callable[..., Any],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of ``forward(*tensors)``, a tuple of results, None where not needed.
+
+    `grads` holds a gradient or None for each result. Aliases stand for the tensors, so that one that was
+    computed from another is not followed back to it.
+    """
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+    wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
+    results = forward(*aliases)
+    pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
+    if not pairs:
+        return (None,) * len(needs)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs)

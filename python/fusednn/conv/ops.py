@@ -8,13 +8,14 @@ differentiated, it is autograd's own, through the reference's torch ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import settings
+from ..transforms import gradients_by_autograd
 from . import backends, reference
 from .shapes import output_format, output_size, saved_format
 
@@ -102,19 +103,6 @@ def _(
     return _fake_grads(input, w1, output_mask, (w1, b1, g1, s1, w2, b2, g2, s2))
 
 
-def _gradients_by_autograd(
-    forward: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of ``forward(*tensors)``, None where not needed.
-
-    Aliases stand for the tensors, so that one that was computed from another is not followed back to it.
-    """
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(forward(*aliases), wanted, grad, create_graph=True, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in needs)
-
-
 def _keep(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
 
@@ -129,7 +117,7 @@ def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         forward = reference.depthwise_conv2d_forward
-        grads = _gradients_by_autograd(lambda *t: forward(*t, *ctx.options), tensors, grad, needs)
+        grads = gradients_by_autograd(lambda *t: (forward(*t, *ctx.options),), tensors, (grad,), needs)
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.depthwise_conv2d_backward
@@ -149,7 +137,8 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
     if torch.is_grad_enabled():
         forward = reference.separable_conv2d_forward
-        grads = _gradients_by_autograd(lambda *t: forward(*t, None, *ctx.options), tensors, grad, needs)
+        run = lambda *t: (forward(*t, None, *ctx.options),)  # noqa: E731
+        grads = gradients_by_autograd(run, tensors, (grad,), needs)
     else:
         input, w1, b1, w2, b2 = tensors
         block = (input, w1, b1, None, None, w2, b2, None, None)
@@ -183,7 +172,8 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     stride, padding, dilation, _eps1, _eps2, *rest = ctx.options
     if torch.is_grad_enabled():
         forward = reference.separable_conv2d_train_forward
-        grads = _gradients_by_autograd(lambda *t: forward(*t, None, *ctx.options)[0], tensors, grad, needs)
+        run = lambda *t: forward(*t, None, *ctx.options)[:1]  # noqa: E731
+        grads = gradients_by_autograd(run, tensors, (grad,), needs)
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward

@@ -1,0 +1,1 @@
+"""Softmax attention over the positions of an image, alone and inside a recurrence."""

@@ -1,0 +1,88 @@
+"""The family's ops on each backend, and when one can't serve: its rows of the dispatch table."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ..dispatch import Implementation, Operation, Reasons
+from . import reference
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _against_dtype(input: Tensor) -> Reasons:
+    if input.dtype not in _FLOATS:
+        return [f"got tensors of {input.dtype}, expected float32, float64, bfloat16 or float16"]
+    return []
+
+
+def _triton_kernels() -> ModuleType:
+    return importlib.import_module("fusednn.triton_kernels.spatial")
+
+
+def _against_cpu(name: str, input: Tensor) -> Reasons:
+    if _native.extension is None:
+        return [_native.unavailable_reason or "no extension"]
+    if not hasattr(_native.extension.cpu, name):
+        return [f"this build's CPU kernels lack {name}"]
+    if input.device.type != "cpu":
+        return [f"got tensors on {input.device}, expected cpu"]
+    return _against_dtype(input)
+
+
+def _against_cuda(name: str, input: Tensor) -> Reasons:
+    if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
+        return [f"this build has no CUDA kernel for {name}"]
+    if not hasattr(_native.cuda_modules.get(input.device.type), name):
+        return [f"got tensors on {input.device}, expected cuda"]
+    return _against_dtype(input)
+
+
+def _against_triton(name: str, input: Tensor) -> Reasons:
+    try:
+        support, kernels = importlib.import_module("fusednn.triton_kernels"), _triton_kernels()
+    except ImportError as error:
+        return [f"there is no Triton kernel for {name}: {error}"]
+    if not hasattr(kernels, name):
+        return [f"there is no Triton kernel for {name}"]
+    return support.not_supported_reasons(input.device, input.dtype) or _against_dtype(input)
+
+
+def _operation(name: str, features_of: Callable[..., Tensor]) -> Operation:
+    """Make the operation `name`; `features_of` picks the tensor that decides on device and dtype."""
+
+    def cuda(*args: Any) -> Any:
+        return getattr(_native.cuda_modules[features_of(*args).device.type], name)(*args)
+
+    return Operation(
+        name,
+        (
+            Implementation(
+                "cpu",
+                lambda *args: getattr(_native.extension.cpu, name)(*args),
+                lambda *args: _against_cpu(name, features_of(*args)),
+            ),
+            Implementation("cuda", cuda, lambda *args: _against_cuda(name, features_of(*args))),
+            Implementation(
+                "triton",
+                lambda *args: getattr(_triton_kernels(), name)(*args),
+                lambda *args: _against_triton(name, features_of(*args)),
+            ),
+            Implementation("reference", getattr(reference, name)),
+        ),
+    )
+
+
+spatial_softmax_forward = _operation("spatial_softmax_forward", lambda logits, *_: logits)
+spatial_softmax_backward = _operation("spatial_softmax_backward", lambda *args: args[5])
+spatial_attention_forward = _operation("spatial_attention_forward", lambda features, *_: features)
+spatial_attention_backward = _operation("spatial_attention_backward", lambda *args: args[2])
+attention_lstm_forward = _operation("attention_lstm_forward", lambda features, *_: features)
+attention_lstm_backward = _operation("attention_lstm_backward", lambda *args: args[4])

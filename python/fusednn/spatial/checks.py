@@ -1,0 +1,139 @@
+"""Arguments of spatial attention, checked with torch's kind of error, in the form that the ops take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..transforms import autocast_enabled
+
+Named = tuple[str, Tensor | None]
+
+
+def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -> None:
+    """Raise TypeError unless `value` is a tensor, or None where it may be."""
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        expected = "a Tensor or None" if optional else "a Tensor"
+        raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
+
+
+def check_images(name: str, argument: str, value: Any, layout: str) -> None:
+    """Check rank, dtype and that there are positions; `layout` is e.g. ``"[N, C, H, W]"``."""
+    check_tensor(name, argument, value)
+    dims = layout.count(",") + 1
+    if value.dim() != dims:
+        raise RuntimeError(
+            f"{name}: Expected {argument} to be {dims}D {layout}, but got size {list(value.shape)}"
+        )
+    if not value.dtype.is_floating_point:
+        raise RuntimeError(f"{name}: expected {argument} to be floating point, got {value.dtype}")
+    if 0 in value.shape[-2:]:
+        raise RuntimeError(f"{name}: expected {argument} to have positions, got size {list(value.shape)}")
+
+
+def check_same_kind(name: str, first: str, tensor: Tensor, others: Sequence[Named]) -> None:
+    """Every tensor on one device and of one dtype; autocast makes floating dtypes equal."""
+    autocast = autocast_enabled(tensor.device)
+    for argument, other in others:
+        if other is None:
+            continue
+        if other.device != tensor.device:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device: "
+                f"{first} is on {tensor.device}, {argument} on {other.device}"
+            )
+        if other.dtype != tensor.dtype and not (autocast and other.dtype.is_floating_point):
+            raise RuntimeError(
+                f"{name}: {first} and {argument} must have the same dtype, "
+                f"but got {tensor.dtype} and {other.dtype}"
+            )
+
+
+def check_shape(name: str, argument: str, tensor: Tensor | None, expected: Sequence[int], why: str) -> None:
+    """Raise RuntimeError unless an argument that is given has the expected shape."""
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        raise RuntimeError(
+            f"{name}: {argument} has shape {list(tensor.shape)}, expected {list(expected)} for {why}"
+        )
+
+
+def choice(name: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the names allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {argument}: got {value!r}, expected one of {', '.join(allowed)}")
+
+
+def temperature(name: str, value: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
+    """Return the op's two arguments: a learned temperature, or a fixed one.
+
+    Raises:
+        ValueError: a number that is not positive.
+        RuntimeError: a tensor that isn't one floating-point number on the device.
+        TypeError: neither.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.dtype.is_floating_point:
+            raise RuntimeError(
+                f"{name}: expected temperature to hold one floating-point number, "
+                f"got {value.dtype} of size {list(value.shape)}"
+            )
+        if value.device != device:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device: "
+                f"temperature is on {value.device}, expected {device}"
+            )
+        return value, 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}: expected temperature to be a number or a Tensor, got {type(value).__name__}"
+        )
+    if not value > 0:
+        raise ValueError(f"{name}: temperature: got {value}, expected a positive number")
+    return None, float(value)
+
+
+def mask_of(name: str, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """Return a mask that broadcasts to ``[N, G, H, W]`` as ``[N, G, P]``, without copying rows.
+
+    Raises:
+        RuntimeError: its shape, dtype or device does not fit.
+    """
+    if mask is None:
+        return None
+    check_tensor(name, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise RuntimeError(f"{name}: expected mask to be of dtype bool, True: takes part, got {mask.dtype}")
+    if mask.device != device:
+        raise RuntimeError(
+            f"{name}: expected all tensors on one device: mask is on {mask.device}, expected {device}"
+        )
+    fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape)))
+    if not fits:
+        raise RuntimeError(
+            f"{name}: mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
+        )
+    return mask.expand(*shape).flatten(2)
+
+
+def lengths_of(name: str, lengths: Any, features: Tensor) -> Tensor | None:
+    """Return the lengths of the sequences [B] as int64 on the features' device.
+
+    Raises:
+        RuntimeError: there is not one for each sequence, or one is not in 1 .. T.
+        TypeError: they are no integers.
+    """
+    if lengths is None:
+        return None
+    batch, steps = features.shape[:2]
+    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    if given.dtype.is_floating_point or given.dtype in (torch.bool, torch.complex64):
+        raise TypeError(f"{name}: expected lengths to be integers, got {given.dtype}")
+    check_shape(name, "lengths", given, (batch,), f"features of size {list(features.shape)}")
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = [int(n) for n in given if not 1 <= n <= steps]
+        if outside:
+            raise RuntimeError(f"{name}: lengths: got {outside[0]}, expected 1 to {steps}, the number of steps")
+    return given.to(features.device, torch.int64)

@@ -1,0 +1,129 @@
+"""The pieces that the reference's ops are made of: softmax over positions, scores, coordinates, cells.
+
+P = H W positions, G maps of a sample. All in plain PyTorch, differentiable, in the dtype of their arguments.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, maps and sums: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def wide_temperature(learned: Tensor | None, fixed: float, dtype: torch.dtype) -> Tensor | float:
+    """Return T for arithmetic in `dtype`: at least its smallest normal number, NaN where it isn't positive."""
+    tiny = torch.finfo(dtype).tiny
+    if learned is None:
+        return max(fixed, tiny)
+    t = learned.to(dtype).reshape(())
+    return t.clamp(min=tiny).where(t > 0, math.nan)
+
+
+def masked_softmax(
+    scores: Tensor,  # [..., P]
+    mask: Tensor | None,  # [..., P], True: takes part
+    temperature: Tensor | float,
+) -> Tensor:
+    """``softmax(scores / temperature)`` over the last dimension; 0 where there is nothing to attend to.
+
+    The largest score is taken off before the division, so that no temperature overflows. Where a weight is 0,
+    its score has no gradient, not 0 times an infinite one.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    largest = scores.detach().amax(-1, keepdim=True)
+    below = scores - largest.masked_fill(largest == -math.inf, 0)  # at most 0
+    t = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    gone = (below.detach() == -math.inf) | ((below.detach() / t).exp() == 0)
+    weights = (below.masked_fill(gone, 0) / temperature).exp().masked_fill(gone, 0)
+    total = weights.sum(-1, keepdim=True)
+    map = weights / total.masked_fill(total == 0, 1)
+    return map if mask is None else map.masked_fill(~mask, 0)
+
+
+def softmax_backward(d_map: Tensor, map: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of ``scores / temperature`` from the map's, all [..., P]."""
+    if mask is not None:
+        d_map = d_map.masked_fill(~mask, 0)
+    return map * (d_map - (d_map * map).sum(-1, keepdim=True))
+
+
+def temperature_gradient(d_scaled: Tensor, map: Tensor, temperature: Tensor | float) -> Tensor:
+    """Gradient of T from that of z = scores / T, both [..., P]: ``-sum(d z) / T``, a number.
+
+    ``z = log map + lse``, and the gradients of a row sum to 0: no scores are needed.
+    """
+    return -torch.xlogy(d_scaled, map).sum() / temperature
+
+
+def positions(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Coordinates (x, y) of all positions [P, 2], row by row.
+
+    Position i of n lies at ``(2 i - (n - 1)) / (n - 1)``, rounded once: from -1 to 1, both reached; -1 if
+    n = 1, as ``torch.linspace(-1, 1, n)``.
+    """
+
+    def axis(n: int) -> Tensor:
+        i = torch.arange(n, dtype=dtype, device=device)
+        return (2 * i - (n - 1)) / (n - 1) if n > 1 else i - 1
+
+    y, x = torch.meshgrid(axis(height), axis(width), indexing="ij")
+    return torch.stack((x.flatten(), y.flatten()), dim=1)
+
+
+def image_scores(f: Tensor, weight: Tensor) -> Tensor:
+    """What the scores owe to the features: [G or A, C] times [..., C, P]."""
+    return torch.matmul(weight, f)
+
+
+def additive_energy(products: Tensor, hidden_term: Tensor | None) -> Tensor:
+    """``tanh(W f + U h)`` of [..., A, P] and [..., A]."""
+    return (products if hidden_term is None else products + hidden_term.unsqueeze(-1)).tanh()
+
+
+def lstm_update(x: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return h', c' [B, H] and the activated gates i, f, g, o [B, 4H] from both products with their biases."""
+    i, f, g, o = (x + r).chunk(4, dim=1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    return o * c.tanh(), c, torch.cat((i, f, g, o), dim=1)
+
+
+def lstm_update_backward(
+    d_h: Tensor, d_c: Tensor, gates: Tensor, c: Tensor, c_next: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the products' sum [B, 4H] and of c [B, H]."""
+    i, f, g, o = gates.chunk(4, dim=1)
+    tanh_c = c_next.tanh()
+    d_c = d_c + d_h * o * (1 - tanh_c * tanh_c)
+    d_gates = (
+        d_c * g * i * (1 - i),
+        d_c * c * f * (1 - f),
+        d_c * i * (1 - g * g),
+        d_h * tanh_c * o * (1 - o),
+    )
+    return torch.cat(d_gates, dim=1), d_c * f
+
+
+def gru_update(x: Tensor, r: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return h' [B, H] and r, z, n, h_n [B, 4H] from both products with their biases."""
+    x_r, x_z, x_n = x.chunk(3, dim=1)
+    h_r, h_z, h_n = r.chunk(3, dim=1)
+    reset, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    n = (x_n + reset * h_n).tanh()
+    return n + z * (h - n), torch.cat((reset, z, n, h_n), dim=1)
+
+
+def gru_update_backward(d_h: Tensor, gates: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of both products [B, 3H], and what of h's gradient passes neither."""
+    reset, z, n, h_n = gates.chunk(4, dim=1)
+    d_n = d_h * (1 - z) * (1 - n * n)
+    d_z = d_h * (h - n) * z * (1 - z)
+    d_reset = d_n * h_n * reset * (1 - reset)
+    return torch.cat((d_reset, d_z, d_n), dim=1), torch.cat((d_reset, d_z, d_n * reset), dim=1), d_h * z
