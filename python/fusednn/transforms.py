@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,20 @@ def under_transform(*tensors: Tensor | None) -> bool:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether torch.autocast is on for tensors of this device; there is none for ``meta``."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the dtypes that a reference chose: autocast has had its say before the op."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if not autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def needs_torchs_ops(*tensors: Tensor | None) -> bool:

@@ -39,8 +39,8 @@ class DrivingNet(nn.Module):
         ``[B, hidden_size]``, and, if asked for, maps ``[B, T, 1, 20, 10]``. The encoder's maps: 24×80×40,
         36×40×20, 48×20×10, 64×20×10, 64×20×10.
 
-    In ``eval`` mode frames one at a time, with the state handed on, give the numbers of the whole sequence; in
-    training the norms' statistics are those of all frames of a call.
+    In ``eval`` mode frames one at a time, with the state handed on, give the numbers of the whole sequence;
+    in training the norms' statistics are those of all frames of a call.
 
     Raises:
         ValueError: there is no such encoder or score.
@@ -70,7 +70,7 @@ class DrivingNet(nn.Module):
         self.control = nn.Linear(channels * height * width + hidden_size, 1, **factory)
 
     def forward(self, frames: Tensor, state: State | None = None, return_attention: bool = False) -> Any:
-        """Return the control and the state, and between and after them nothing but, if asked for, the maps.
+        """Return the control and the state, and the maps if asked for.
 
         Args:
             frames: ``[B, T, 3, height, width]``.
@@ -80,7 +80,8 @@ class DrivingNet(nn.Module):
         checks.check_images("DrivingNet", "frames", frames, "[B, T, 3, H, W]")
         if tuple(frames.shape[2:]) != (3, *self.image_size):
             raise RuntimeError(
-                f"DrivingNet: frames has size {list(frames.shape)}, expected frames of {[3, *self.image_size]}"
+                f"DrivingNet: frames has size {list(frames.shape)}, "
+                f"expected frames of {[3, *self.image_size]}"
             )
         features = self.encoder(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # [B, T, C, H, W]
         hidden, maps, last = self.attention_lstm(features, state)

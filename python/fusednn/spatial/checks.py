@@ -135,5 +135,7 @@ def lengths_of(name: str, lengths: Any, features: Tensor) -> Tensor | None:
     if given.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = [int(n) for n in given if not 1 <= n <= steps]
         if outside:
-            raise RuntimeError(f"{name}: lengths: got {outside[0]}, expected 1 to {steps}, the number of steps")
+            raise RuntimeError(
+                f"{name}: lengths: got {outside[0]}, expected 1 to {steps}, the number of steps"
+            )
     return given.to(features.device, torch.int64)

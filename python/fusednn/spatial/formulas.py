@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_temperature(learned: Tensor | None, fixed: float, dtype: torch.dtype) -> Tensor | float:
-    """Return T for arithmetic in `dtype`: at least its smallest normal number, NaN where it isn't positive."""
+    """Return T for arithmetic in `dtype`: its smallest normal number or more, NaN unless positive."""
     tiny = torch.finfo(dtype).tiny
     if learned is None:
         return max(fixed, tiny)
@@ -88,7 +88,7 @@ def additive_energy(products: Tensor, hidden_term: Tensor | None) -> Tensor:
 
 
 def lstm_update(x: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return h', c' [B, H] and the activated gates i, f, g, o [B, 4H] from both products with their biases."""
+    """Return h', c' [B, H] and the activated i, f, g, o [B, 4H] from both products with their biases."""
     i, f, g, o = (x + r).chunk(4, dim=1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -40,8 +38,8 @@ def spatial_softmax(
         return_coordinates: return the expected coordinates, too.
 
     Returns:
-        The map ``[N, G, H, W]``, and coordinates ``[N, G, 2]`` (x, y) if asked for, of the logits' dtype. A
-        map with nothing to attend to (all masked, or all -inf) is 0, and so are its coordinates and gradients.
+        The map ``[N, G, H, W]``, and coordinates ``[N, G, 2]`` (x, y) if asked for, of the logits' dtype.
+        Where there is nothing to attend to (all masked, or all -inf), both are 0, and so are the gradients.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the text names the argument.
@@ -108,16 +106,12 @@ def spatial_attention(
     flat = checks.mask_of(name, mask, (n, 1, height, width), features.device)
     flat = None if flat is None else flat.squeeze(1)
     if autocast_enabled(features.device):
-        weight, hidden_term, v = (None if t is None else t.to(features.dtype) for t in (weight, hidden_term, v))  # type: ignore[assignment]
+        weight = weight.to(features.dtype)
+        hidden_term, v = (None if t is None else t.to(features.dtype) for t in (hidden_term, v))
     arguments = (features, weight, hidden_term, v, flat, learned, fixed, output)
     if needs_torchs_ops(features, weight, hidden_term, v, learned):
-        with _without_autocast(features):
-            return reference.spatial_attention_forward(*arguments)
+        return reference.spatial_attention_forward(*arguments)
     return torch.ops.fusednn.spatial_attention_forward(*arguments)
-
-
-def _without_autocast(tensor: Tensor) -> Any:
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _check_scores(name, features, weight, hidden_term, v) -> None:

@@ -19,12 +19,13 @@ class SpatialAttention(nn.Module):
 
     ``map = softmax(s / T)`` over all H·W positions, with the scores
 
-    * ``score="positional"``: a 1×1 convolution of the features plus ``Linear(hidden, H·W)`` (Kim & Canny 2017);
+    * ``score="positional"``: a 1×1 convolution of the features plus ``Linear(hidden, H·W)`` (Kim & Canny
+      2017);
     * ``score="additive"``: ``v tanh(W f + U h)``, for images of any size (Xu et al. 2015).
 
-    The convolution has no bias: a softmax doesn't see one. Children are torch's layers and hold the parameters
-    ``score.weight``, ``hidden.weight``, ``hidden.bias`` and, of additive scores, ``v.weight``; they are not
-    called. A learned temperature is ``exp(log_temperature)``, so that it stays positive.
+    The convolution has no bias: a softmax doesn't see one. Children are torch's layers and hold the
+    parameters ``score.weight``, ``hidden.weight``, ``hidden.bias`` and, of additive scores, ``v.weight``;
+    they are not called. A learned temperature is ``exp(log_temperature)``, so that it stays positive.
 
     Args:
         in_channels: C.
@@ -42,8 +43,8 @@ class SpatialAttention(nn.Module):
         dtype: of the parameters.
 
     Shapes:
-        features ``[N, C, H, W]``; hidden ``[N, hidden_size]``; mask broadcastable to ``[N, 1, H, W]``. Returns
-        the map ``[N, G, H, W]`` beside ``[N, G*C, H, W]`` (scale, in the features' memory format),
+        features ``[N, C, H, W]``; hidden ``[N, hidden_size]``; mask broadcastable to ``[N, 1, H, W]``.
+        Returns the map ``[N, G, H, W]`` beside ``[N, G*C, H, W]`` (scale, in the features' memory format),
         ``[N, G*C*H*W]`` (flatten), ``[N, G*C]`` (sum) or ``[N, G, 2]`` (coordinates).
 
     Dtypes:
@@ -76,7 +77,7 @@ class SpatialAttention(nn.Module):
         checks.choice(name, "score", score, SCORES)
         checks.choice(name, "output", output, OUTPUTS)
         checks.temperature(name, temperature, torch.device("cpu"))
-        sizes = {"in_channels": in_channels, "glimpses": glimpses}
+        sizes: dict[str, int | None] = {"in_channels": in_channels, "glimpses": glimpses}
         if score == "positional":
             sizes |= {"height": height, "width": width}
         if attention_size is not None:
@@ -152,6 +153,4 @@ class SpatialAttention(nn.Module):
     def extra_repr(self) -> str:
         """Say which scores, output and temperature."""
         t = "learned" if self.log_temperature is not None else self._fixed_temperature
-        return (
-            f"score={self.score_kind!r}, output={self.output!r}, glimpses={self.glimpses}, temperature={t}"
-        )
+        return f"score={self.score_kind!r}, output={self.output!r}, glimpses={self.glimpses}, temperature={t}"

@@ -1,9 +1,9 @@
 """torch.ops.fusednn.{spatial_softmax,spatial_attention,attention_lstm}_*: schemas, fake kernels, autograd.
 
-A forward returns what its backward needs beside the inputs: the map, and for the recurrence its gates and cell
-states. A gradient that the mask leaves out is an empty tensor, since a schema can't return an optional one.
-Where the backward itself must be differentiated, it is autograd's own, through the reference's torch ops.
-docs/design/011-spatial-attention.md argues the contract; reference.py and recurrence.py have each argument's shape.
+A forward returns what its backward needs beside the inputs: the map, and for the recurrence its gates and
+cell states. A gradient that the mask leaves out is an empty tensor, since a schema can't return an optional
+one. Where the backward itself must be differentiated, it is autograd's own, through the reference's torch
+ops. docs/design/011-spatial-attention.md argues the contract; reference.py and recurrence.py have all shapes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _SCHEMAS = {
     "spatial_attention_forward": f"({_ATTENTION}) -> (Tensor, Tensor)",
     "spatial_attention_backward": f"(Tensor? grad_attended, Tensor? grad_map, {_ATTENTION}, Tensor map, "
     "bool[5] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "attention_lstm_forward": f"({_LSTM_SCORES}, Tensor? bias_ih, Tensor? bias_hh, {_LSTM_OPTIONS}, bool save) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "attention_lstm_forward": f"({_LSTM_SCORES}, Tensor? bias_ih, Tensor? bias_hh, {_LSTM_OPTIONS}, "
+    "bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "attention_lstm_backward": "(Tensor? grad_hidden, Tensor? grad_maps, Tensor? grad_h, Tensor? grad_c, "
     f"{_LSTM_SCORES}, {_LSTM_OPTIONS}, Tensor hidden, Tensor maps, Tensor gates, Tensor cells, "
     f"bool[12] output_mask) -> ({', '.join(['Tensor'] * 12)})",
@@ -99,8 +99,8 @@ def _(
 
 @torch.library.register_fake("fusednn::attention_lstm_forward", lib=_library)
 def _(
-    features, h0, c0, score_weight, hidden_weight, hidden_bias, v, learned_temperature, temperature, weight_ih,
-    weight_hh, bias_ih, bias_hh, lengths, output, cell, form, save,
+    features, h0, c0, score_weight, hidden_weight, hidden_bias, v, learned_temperature, temperature,
+    weight_ih, weight_hh, bias_ih, bias_hh, lengths, output, cell, form, save,
 ):  # fmt: skip
     batch, steps, _, height, width = features.shape
     size = h0.shape[1]
@@ -121,13 +121,13 @@ def _(
 @torch.library.register_fake("fusednn::attention_lstm_backward", lib=_library)
 def _(
     grad_hidden, grad_maps, grad_h, grad_c, features, h0, c0, score_weight, hidden_weight, hidden_bias, v,
-    learned_temperature, temperature, weight_ih, weight_hh, lengths, output, cell, form, hidden, maps, gates, cells,
-    output_mask,
+    learned_temperature, temperature, weight_ih, weight_hh, lengths, output, cell, form, hidden, maps, gates,
+    cells, output_mask,
 ):  # fmt: skip
     bias = weight_hh.new_empty(weight_hh.shape[0])
     tensors = (
-        features, h0, c0, score_weight, hidden_weight, hidden_bias, v, learned_temperature, weight_ih, weight_hh,
-        bias, bias,
+        features, h0, c0, score_weight, hidden_weight, hidden_bias, v, learned_temperature,
+        weight_ih, weight_hh, bias, bias,
     )  # fmt: skip
     _, *others = _fake_grads(output_mask, tensors)
     grad = features.new_empty(0)
@@ -220,7 +220,7 @@ def _lstm_backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     if all(g is None for g in grads[:4]):
         return (None,) * 18
 
-    def forward(*t: Tensor, save: bool) -> tuple[Tensor, ...]:
+    def forward(*t: Any, save: bool) -> tuple[Tensor, ...]:
         return reference.attention_lstm_forward(*t[:8], ctx.temperature, *t[8:], lengths, *ctx.options, save)
 
     if _watched(*grads[:4]):

@@ -5,8 +5,8 @@ B sequences, T steps, C channels, P positions, J = 4 H rows of ``weight_ih`` (GR
     direct, flatten     T (J C P + 2 B C P)      each step reads weight_ih, writes and reads the attended
                                                  features
     direct, sum         T (J C + B C P)          each step reads weight_ih, and the features once more
-    hoisted             J C P + 2 B T P J        weight_ih once; G_t[p] = W_ih[:, p] f_t[:, p] written, and read
-    (sum: J C + 2 B T P J)                       by the steps
+    hoisted             J C P + 2 B T P J        weight_ih once; G_t[p] = W_ih[:, p] f_t[:, p] written,
+    (sum: J C + 2 B T P J)                       and read by the steps
 
 Reading the features for the scores is the same in all.
 """

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..transforms import without_autocast
 from . import formulas, plan
 
 
@@ -54,10 +55,18 @@ class _Sequence:
             active = torch.arange(f.shape[1], device=f.device) < lengths.unsqueeze(1)
             f = f.masked_fill(~active[:, :, None, None], 0)
         form = plan.resolve(form, features.shape, w_ih.shape[0], output, features.element_size())
-        tensors = (None if x is None else x.to(wide) for x in (f, w_score, w_hidden, b_hidden, v))
+        b_hidden, v = (None if x is None else x.to(wide) for x in (b_hidden, v))
         t = formulas.wide_temperature(learned, fixed, wide)
+        weights = {"w_score": w_score, "w_hidden": w_hidden, "w_ih": w_ih, "w_hh": w_hh}
         return cls(
-            *tensors, t, w_ih.to(wide), w_hh.to(wide), active, output == "flatten", form == "hoisted"
+            f=f.to(wide),
+            b_hidden=b_hidden,
+            v=v,
+            t=t,
+            active=active,
+            flatten=output == "flatten",
+            hoisted=form == "hoisted",
+            **{name: w.to(wide) for name, w in weights.items()},
         )
 
     def weight_by_position(self) -> Tensor:
@@ -87,6 +96,7 @@ def frame_format(features: Tensor) -> torch.memory_format:
     return suggest_memory_format(features[:, 0])
 
 
+@without_autocast
 def attention_lstm_forward(
     features: Tensor,  # [B, T, C, H, W]
     h0: Tensor,  # [B, Hd]
@@ -107,7 +117,7 @@ def attention_lstm_forward(
     form: str,  # auto, hoisted or direct
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return hidden states [B, T, Hd], maps [B, T, 1, H, W], h and c after the last step [B, Hd] (gru: c empty).
+    """Return hidden states [B, T, Hd], maps [B, T, 1, H, W] and the last h and c [B, Hd] (gru: c empty).
 
     And, wide, for the backward (empty unless `save`): gates [B, T, 4 Hd], activated, as the cells' ops have
     them, and the cell states [B, T, Hd] (gru: empty).
@@ -156,6 +166,7 @@ def attention_lstm_forward(
     )
 
 
+@without_autocast
 def attention_lstm_backward(
     grad_hidden: Tensor | None,  # [B, T, Hd]
     grad_maps: Tensor | None,  # [B, T, 1, H, W]
@@ -264,12 +275,12 @@ def _walk_back(q, grads, h_prev, c0, a, energy, gates, cells) -> tuple[_StepGrad
 
 def _term_gradient(q: _Sequence, d_s: Tensor, energy: Tensor | None) -> Tensor:
     """Gradient of the hidden state's term of a step: [B, P]; additive: [B, A]."""
-    if q.v is None:
+    if q.v is None or energy is None:
         return d_s.squeeze(1)
     return ((q.v.t() @ d_s) * (1 - energy * energy)).sum(-1)
 
 
-def _deferred(q: _Sequence, d: _StepGradients, h_prev: Tensor, a: Tensor, energy) -> dict[str, Any]:
+def _deferred(q: _Sequence, d: _StepGradients, h_prev: Tensor, a: Tensor, energy: Any) -> dict[str, Any]:
     """Gradients that no step waits for, as products over all steps."""
     d_s = d.scaled / q.t  # [B, T, 1, P]
     d_products, d_v = d_s, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -19,8 +18,9 @@ _CELLS: dict[str, type[LSTMCell] | type[GRUCell]] = {"lstm": LSTMCell, "gru": GR
 class AttentionLSTM(nn.Module):
     r"""An LSTM or GRU that looks at an image in each step, where its last hidden state tells it to.
 
-    For each step: a map over the frame's positions from the frame and h, softmaxed over all of them; the frame
-    times the map, flattened or summed over positions; that into the cell (Kim & Canny 2017; Xu et al. 2015).
+    For each step: a map over the frame's positions from the frame and h, softmaxed over all of them; the
+    frame times the map, flattened or summed over positions; that into the cell (Kim & Canny 2017; Xu et al.
+    2015).
 
     The attended features are linear in the map, so the cell's input product can be made for all steps and
     positions at once, outside of the recurrence; a plan on the bytes moved decides, and ``fusednn.explain``

@@ -2,8 +2,8 @@
 
     scores       s = w f + hidden_term                       positional (Kim & Canny 2017)
                  s = v tanh(W f + hidden_term)               additive (Xu et al. 2015)
-    map          a = softmax(s / T) over all P = H W positions where the mask is True; 0 elsewhere, and everywhere
-                 if no position is left
+    map          a = softmax(s / T) over all P = H W positions where the mask is True; 0 elsewhere, and
+                 everywhere if no position is left
     attended     scale: f a    flatten: the same, in C, H, W order    sum: sum over P of f a
                  coordinates: sum over P of (x, y) a         (soft-argmax, Levine et al. 2016)
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..transforms import without_autocast
 from . import formulas
 from .recurrence import attention_lstm_backward as attention_lstm_backward
 from .recurrence import attention_lstm_forward as attention_lstm_forward
@@ -27,6 +28,7 @@ from .recurrence import attention_lstm_forward as attention_lstm_forward
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")
 
 
+@without_autocast
 def spatial_softmax_forward(
     logits: Tensor,  # [N, G, H, W]
     mask: Tensor | None,  # [N, G, P] bool, True: takes part
@@ -45,6 +47,7 @@ def spatial_softmax_forward(
     return a.to(logits.dtype).reshape(logits.shape), xy
 
 
+@without_autocast
 def spatial_softmax_backward(
     grad_map: Tensor | None,  # [N, G, H, W]
     grad_coordinates: Tensor | None,  # [N, G, 2]
@@ -70,6 +73,7 @@ def spatial_softmax_backward(
     )
 
 
+@without_autocast
 def spatial_attention_forward(
     features: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [G, C]; additive: [A, C]
@@ -99,9 +103,7 @@ def _visible(features: Tensor, mask: Tensor | None) -> Tensor:
     return f if mask is None else f.masked_fill(~mask.unsqueeze(1), 0)
 
 
-def _scores(
-    f: Tensor, weight: Tensor, hidden_term: Tensor | None, v: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _scores(f: Tensor, weight: Tensor, hidden_term: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the scores [N, G, P] and, of the additive ones, tanh(W f + U h) [N, A, P] (else empty)."""
     products = formulas.image_scores(f, weight)
     term = None if hidden_term is None else hidden_term.to(f.dtype)
@@ -124,6 +126,7 @@ def _attend(f: Tensor, a: Tensor, features: Tensor, output: str) -> Tensor:
     return scaled.reshape(n, g * c, height, width).contiguous(memory_format=suggest_memory_format(features))
 
 
+@without_autocast
 def spatial_attention_backward(
     grad_attended: Tensor | None,
     grad_map: Tensor | None,  # [N, G, H, W]

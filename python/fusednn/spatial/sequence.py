@@ -80,20 +80,26 @@ def attention_lstm(
     _check(name, features, h0, c0, weights, output)
     learned, fixed = checks.temperature(name, temperature, features.device)
     ends = checks.lengths_of(name, lengths, features)
-    features, h0, c0, *weights = _autocast(features, h0, c0, *weights)
-    *scores, w_ih, w_hh, b_ih, b_hh = weights
+    features, h0, c0, *scores, w_ih, w_hh, b_ih, b_hh = _autocast(features, h0, c0, *weights)
     cell = "gru" if c0 is None else "lstm"
     if dispatch.explaining() and form == "auto":
         _record_plan(features, w_ih.shape[0], output)
     tensors = (features, h0, c0, *scores, learned, w_ih, w_hh, b_ih, b_hh)
-    arguments = (features, h0, c0, *scores, learned, fixed, w_ih, w_hh, b_ih, b_hh, ends, output, cell, form)
+    arguments: Any = (
+        *(features, h0, c0, *scores, learned, fixed),
+        *(w_ih, w_hh, b_ih, b_hh, ends, output, cell, form),
+    )
     if needs_torchs_ops(*tensors):
-        with torch.autocast(features.device.type, enabled=False):
-            hidden, maps, h, c, *_ = reference.attention_lstm_forward(*arguments, False)
+        hidden, maps, h, c, *_ = reference.attention_lstm_forward(*arguments, False)
     else:
         save = may_need_backward(*tensors)
         hidden, maps, h, c, *_ = torch.ops.fusednn.attention_lstm_forward(*arguments, save)
     return hidden, maps, h if c0 is None else (h, c)
+
+
+_WEIGHTS = (
+    "score_weight", "hidden_weight", "hidden_bias", "v", "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+)  # fmt: skip
 
 
 def _states(name: str, hx: Any) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +107,7 @@ def _states(name: str, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
     if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
         raise TypeError(
-            f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor for a GRU, got {type(hx).__name__}"
+            f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor h (GRU), got {type(hx).__name__}"
         )
     if len(hx) != 2:
         raise RuntimeError(f"{name}: hx: got {len(hx)} states, expected (h, c)")
@@ -109,13 +115,12 @@ def _states(name: str, hx: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _check(name: str, features: Tensor, h0: Tensor, c0: Tensor | None, weights: Any, output: str) -> None:
-    score, hidden_weight, hidden_bias, v, w_ih, w_hh, b_ih, b_hh = weights
+    score, v, w_hh = weights[0], weights[3], weights[5]
     batch, steps, channels, height, width = features.shape
     if steps == 0:
         raise RuntimeError(f"{name}: Expected sequence length to be larger than 0")
-    names = ("score_weight", "hidden_weight", "hidden_bias", "v", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     optional = ("hidden_bias", "v", "bias_ih", "bias_hh")
-    for argument, tensor in zip(names, weights, strict=True):
+    for argument, tensor in zip(_WEIGHTS, weights, strict=True):
         checks.check_tensor(name, argument, tensor, optional=argument in optional)
     if w_hh.dim() != 2:
         raise RuntimeError(f"{name}: Expected weight_hh to be 2D, got {w_hh.dim()}D instead")
@@ -126,14 +131,15 @@ def _check(name: str, features: Tensor, h0: Tensor, c0: Tensor | None, weights: 
     terms = height * width if v is None else energies
     inputs = channels * height * width if output == "flatten" else channels
     shapes = (
-        (energies, channels), (terms, size), (terms,), (1, energies), (rows, inputs), (rows, size), (rows,), (rows,)
+        (energies, channels), (terms, size), (terms,), (1, energies), (rows, inputs), (rows, size), (rows,),
+        (rows,),
     )  # fmt: skip
-    for argument, tensor, expected in zip(names, weights, shapes, strict=True):
+    for argument, tensor, expected in zip(_WEIGHTS, weights, shapes, strict=True):
         checks.check_shape(name, argument, tensor, expected, why)
     states = (("hidden state", h0), ("cell state", c0))
     for argument, tensor in states:
         checks.check_shape(name, argument, tensor, (batch, size), why)
-    checks.check_same_kind(name, "features", features, (*states, *zip(names, weights, strict=True)))
+    checks.check_same_kind(name, "features", features, (*states, *zip(_WEIGHTS, weights, strict=True)))
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
