@@ -57,9 +57,11 @@ def softmax_backward(d_map: Tensor, map: Tensor, mask: Tensor | None) -> Tensor:
 def temperature_gradient(d_scaled: Tensor, map: Tensor, temperature: Tensor | float) -> Tensor:
     """Gradient of T from that of z = scores / T, both [..., P]: ``-sum(d z) / T``, a number.
 
-    ``z = log map + lse``, and the gradients of a row sum to 0: no scores are needed.
+    ``z = log map + lse``, and the gradients of a row sum to 0, so that any constant serves for lse. The one
+    that makes the largest term 0 rounds least.
     """
-    return -torch.xlogy(d_scaled, map).sum() / temperature
+    largest = map.amax(-1, keepdim=True)
+    return -torch.xlogy(d_scaled, map / largest.masked_fill(largest == 0, 1)).sum() / temperature
 
 
 def positions(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,6 +77,12 @@ def positions(height: int, width: int, dtype: torch.dtype, device: torch.device)
 
     y, x = torch.meshgrid(axis(height), axis(width), indexing="ij")
     return torch.stack((x.flatten(), y.flatten()), dim=1)
+
+
+def expected_position(map: Tensor, height: int, width: int) -> Tensor:
+    """(x, y) [..., 2] of maps [..., P]; summed rather than multiplied: the terms cancel."""
+    xy = positions(height, width, map.dtype, map.device)
+    return (map.unsqueeze(-1) * xy).sum(-2)
 
 
 def image_scores(f: Tensor, weight: Tensor) -> Tensor:

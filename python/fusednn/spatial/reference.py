@@ -43,7 +43,7 @@ def spatial_softmax_forward(
     a = formulas.masked_softmax(logits.to(wide).reshape(n, g, height * width), mask, t)
     xy = logits.new_empty(0)
     if coordinates:
-        xy = (a @ formulas.positions(height, width, wide, a.device)).to(logits.dtype)
+        xy = formulas.expected_position(a, height, width).to(logits.dtype)
     return a.to(logits.dtype).reshape(logits.shape), xy
 
 
@@ -119,7 +119,7 @@ def _attend(f: Tensor, a: Tensor, features: Tensor, output: str) -> Tensor:
     if output == "sum":
         return (a @ f.transpose(1, 2)).to(features.dtype).reshape(n, g * c)
     if output == "coordinates":
-        return (a @ formulas.positions(height, width, a.dtype, a.device)).to(features.dtype)
+        return formulas.expected_position(a, height, width).to(features.dtype)
     scaled = (f.unsqueeze(1) * a.unsqueeze(2)).to(features.dtype)  # [N, G, C, P]
     if output == "flatten":
         return scaled.reshape(n, g * c * height * width)

@@ -82,7 +82,7 @@ def attention_lstm(
     ends = checks.lengths_of(name, lengths, features)
     features, h0, c0, *scores, w_ih, w_hh, b_ih, b_hh = _autocast(features, h0, c0, *weights)
     cell = "gru" if c0 is None else "lstm"
-    if dispatch.explaining() and form == "auto":
+    if not torch.compiler.is_compiling() and dispatch.explaining() and form == "auto":
         _record_plan(features, w_ih.shape[0], output)
     tensors = (features, h0, c0, *scores, learned, w_ih, w_hh, b_ih, b_hh)
     arguments: Any = (
@@ -107,7 +107,7 @@ def _states(name: str, hx: Any) -> tuple[Tensor, Tensor | None]:
         return hx, None
     if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
         raise TypeError(
-            f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor h (GRU), got {type(hx).__name__}"
+            f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor (GRU), got {type(hx).__name__}"
         )
     if len(hx) != 2:
         raise RuntimeError(f"{name}: hx: got {len(hx)} states, expected (h, c)")

@@ -1,0 +1,100 @@
+"""Whether the backwards are derivatives, to the second order."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import fusednn
+from fusednn.functional import attention_lstm, spatial_attention, spatial_softmax
+
+from .cases import OUTPUTS, SCORES
+from .op_cases import op_cases
+
+CHECKED = ("spatial_softmax", "spatial_attention", "attention_lstm")  # what the tests here differentiate
+
+
+def leaf(*size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(size) + len(size))
+    return torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def leaves_of(score: str) -> tuple:
+    if score == "positional":
+        return leaf(2, 3, 2, 3), leaf(2, 3), leaf(2, 2, 6), None, leaf(1).detach().exp().requires_grad_()
+    return leaf(2, 3, 2, 3), leaf(4, 3), leaf(2, 4), leaf(2, 4), leaf(1).detach().exp().requires_grad_()
+
+
+def attention(output: str, mask):
+    return lambda *t: spatial_attention(*t[:4], temperature=t[4], mask=mask, output=output)
+
+
+MASK = torch.tensor([[[[1, 0, 1], [1, 1, 0]]], [[[0, 0, 0], [0, 0, 0]]]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
+def test_gradcheck(place, score, output, mask):
+    assert gradcheck(attention(output, mask), leaves_of(score))
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
+def test_gradgradcheck(place, score, output, mask):
+    assert gradgradcheck(attention(output, mask), leaves_of(score))
+
+
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_of_the_softmax(softmax_place, coordinates):
+    mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
+
+    def function(x, t):
+        return spatial_softmax(x, mask=mask, temperature=t, return_coordinates=coordinates)
+
+    inputs = leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_()
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+def sequence(case: str):
+    """The recurrence of a sample call as a function of its leaves."""
+    features, h, c, w, u, b, v, t, fixed, *rest = op_cases("attention_lstm_forward", torch.float64)[case]
+    w_ih, w_hh, b_ih, b_hh, lengths, output, _cell, form, _save = rest
+    leaves = (features, h, c, w, u, b, v, t, w_ih, w_hh, b_ih, b_hh)
+
+    def function(features, h, c, w, u, b, v, t, w_ih, w_hh, b_ih, b_hh):
+        hidden, maps, state = attention_lstm(
+            features, h if c is None else (h, c), w, u, w_ih, w_hh, b, b_ih, b_hh, v=v,
+            temperature=fixed if t is None else t, lengths=lengths, output=output, form=form,
+        )  # fmt: skip
+        return hidden, maps, *((state,) if c is None else state)
+
+    return function, leaves
+
+
+CASES = [case for case in op_cases("attention_lstm_forward") if case not in ("inference", "NHWC frames")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_of_the_recurrence(recurrence_place, case):
+    function, leaves = sequence(case)
+    assert gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("lstm flatten hoisted")])
+def test_twice_of_the_recurrence(recurrence_place, case):
+    assert gradgradcheck(*sequence(case), fast_mode=True)
+
+
+def test_a_gradient_penalty(place):
+    """A second derivative in use: the map's entropy, and the gradient's norm of it."""
+    module = fusednn.SpatialAttention(3, 4, 3, 3, dtype=torch.float64)
+    x, h = leaf(2, 3, 3, 3), leaf(2, 4)
+    _, a = module(x, h)
+    entropy = -(a * a.log()).sum()
+    (gradient,) = torch.autograd.grad(entropy, x, create_graph=True)
+    gradient.square().sum().backward()
+    s = module.score(x.detach().requires_grad_()) + module.hidden(h).view(2, 1, 3, 3)
+    assert module.score.weight.grad.ne(0).any()
+    assert s.shape == a.shape
