@@ -1,0 +1,127 @@
+"""DrivingNet: shapes, streams, and the same training as a network of torch's layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusednn
+from fusednn.models import DrivingNet
+
+from .cases import torch_sequence
+
+SMALL = (32, 16)
+
+
+class TorchDrivingNet(nn.Module):
+    """The same by torch.nn: the time loop written out."""
+
+    def __init__(self, net: DrivingNet) -> None:
+        super().__init__()
+        copied = copy.deepcopy(net)
+        self.encoder, self.recurrence, self.control = copied.encoder, copied.attention_lstm, copied.control
+        if isinstance(self.encoder[0], fusednn.DepthwiseSeparableConv2d):
+            self.encoder = nn.Sequential(
+                *(nn.Sequential(*(c for c in block.children() if c is not None)) for block in self.encoder)
+            )
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return the control [B, T, 1] from a state of zeros."""
+        b, t = frames.shape[:2]
+        features = self.encoder(frames.flatten(0, 1)).unflatten(0, (b, t))
+        zeros = frames.new_zeros(b, self.recurrence.hidden_size)
+        hidden, maps, _ = torch_sequence(self.recurrence, features, (zeros, zeros))
+        before = torch.cat((zeros[:, None], hidden[:, :-1]), 1)
+        return self.control(torch.cat(((features * maps).flatten(2), before), 2))
+
+
+@pytest.mark.parametrize("encoder", ["plain", "separable"])
+def test_internal_shapes(encoder):
+    net, seen = DrivingNet(encoder=encoder), []
+    for layer in net.encoder:
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(tuple(out.shape)))
+    control, (h, c), maps = net(torch.randn(1, 2, 3, 160, 80), return_attention=True)
+    assert seen == [(2, 24, 80, 40), (2, 36, 40, 20), (2, 48, 20, 10), (2, 64, 20, 10), (2, 64, 20, 10)]
+    assert control.shape == (1, 2, 1)
+    assert h.shape == c.shape == (1, 128)
+    assert maps.shape == (1, 2, 1, 20, 10)
+    torch.testing.assert_close(maps.sum((3, 4)), torch.ones(1, 2, 1))
+    assert net.attention_lstm.cell.weight_ih.shape == (512, 64 * 200)
+    assert net.control.in_features == 64 * 200 + 128
+    assert len(net(torch.randn(1, 1, 3, 160, 80))) == 2
+
+
+@pytest.mark.parametrize("encoder", ["plain", "separable"])
+def test_streaming_is_the_sequence(recurrence_place, encoder):
+    net = DrivingNet(16, encoder, image_size=SMALL, dtype=torch.float64).to(recurrence_place.device)
+    frames = torch.randn(2, 5, 3, *SMALL, dtype=torch.float64, device=recurrence_place.device)
+    with torch.no_grad():
+        net(frames)  # running statistics that are not the initial ones
+        net.eval()
+        control, last, maps = net(frames, return_attention=True)
+        state, found = None, []
+        for t in range(5):
+            u, state, a = net(frames[:, t : t + 1], state, return_attention=True)
+            torch.testing.assert_close(a[:, 0], maps[:, t], rtol=1e-11, atol=1e-12)
+            found.append(u)
+    torch.testing.assert_close(torch.cat(found, 1), control, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-11, atol=1e-12)
+
+
+def test_the_control_looks_at_the_state_before(recurrence_place):
+    """u_t = Linear([attended_t, h_{t-1}]): the first frame's control from a state given is that state's."""
+    net = DrivingNet(8, image_size=SMALL, dtype=torch.float64).to(recurrence_place.device).eval()
+    frames = torch.randn(1, 1, 3, *SMALL, dtype=torch.float64, device=recurrence_place.device)
+    h, c = (torch.randn(1, 8, dtype=torch.float64, device=recurrence_place.device) for _ in range(2))
+    with torch.no_grad():
+        u, _, maps = net(frames, (h, c), return_attention=True)
+        attended = net.encoder(frames[:, 0]) * maps[:, 0]
+        torch.testing.assert_close(u[:, 0], net.control(torch.cat((attended.flatten(1), h), 1)))
+
+
+@pytest.mark.parametrize("encoder", ["plain", "separable"])
+def test_loss_curves_agree(recurrence_place, encoder):
+    """100 steps of SGD with torch's layers and with fusednn's."""
+    torch.manual_seed(0)
+    ours = DrivingNet(8, encoder, image_size=SMALL).to(recurrence_place.device)
+    theirs = TorchDrivingNet(ours)
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randn(8, 3, 3, *SMALL, generator=generator).to(recurrence_place.device)
+    # A bright column whose place is the target: something to attend to.
+    place = torch.randint(0, SMALL[1], (8, 3), generator=generator).to(recurrence_place.device)
+    frames += 4 * nn.functional.one_hot(place, SMALL[1])[:, :, None, None, :]
+    target = place[..., None] / SMALL[1] - 0.5
+    curves = []
+    for model in (ours, theirs):
+        # Not Adam: dividing by tiny second moments, it makes rounding differences grow.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+        chosen = torch.Generator().manual_seed(3)
+        losses = []
+        for _ in range(5 if recurrence_place.slow else 100):
+            rows = torch.randperm(8, generator=chosen)[:4]
+            optimizer.zero_grad()
+            out = model(frames[rows])
+            loss = ((out[0] if model is ours else out) - target[rows]).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-6)
+    if not recurrence_place.slow:
+        assert sum(curves[0][-10:]) < 0.5 * sum(curves[0][:10]), "it did not learn"
+
+
+def test_errors_and_copies():
+    with pytest.raises(ValueError, match="encoder: got 'other'"):
+        DrivingNet(encoder="other")
+    net = DrivingNet(4, image_size=SMALL).eval()
+    with pytest.raises(RuntimeError, match="frames has size"):
+        net(torch.zeros(1, 1, 3, 16, 32))
+    with pytest.raises(RuntimeError, match="Expected frames to be 5D"):
+        net(torch.zeros(1, 3, *SMALL))
+    frames = torch.randn(1, 2, 3, *SMALL)
+    with torch.no_grad():
+        copied = pickle.loads(pickle.dumps(net))
+        torch.testing.assert_close(copied(frames)[0], net(frames)[0])
