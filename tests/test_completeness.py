@@ -17,6 +17,9 @@ FAMILIES = {
     "depthwise_conv2d": "conv",
     "separable_conv2d": "conv",
     "separable_conv2d_train": "conv",
+    "spatial_softmax": "spatial",
+    "spatial_attention": "spatial",
+    "attention_lstm": "spatial",
 }
 # Where the backward is that of another op.
 BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}

@@ -28,6 +28,10 @@ def _normal(*size: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(size, generator=generator).to(dtype).requires_grad_()
 
 
+def _temperature(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(0.7, dtype=dtype).requires_grad_()
+
+
 def _half(*size: int) -> Tensor:
     return torch.arange(size[-1]).remainder(2).eq(0).expand(size)
 
@@ -68,8 +72,7 @@ def _spatial_attention_forward(dtype: torch.dtype):
                 )  # fmt: skip
                 cases[f"{text} additive"] = (
                     features, _normal(5, 3, dtype=dtype), _normal(n, 5, dtype=dtype),
-                    _normal(2, 5, dtype=dtype), _half(n, 8), torch.tensor(0.7, dtype=dtype).requires_grad_(), 1.0,
-                    output,
+                    _normal(2, 5, dtype=dtype), _half(n, 8), _temperature(dtype), 1.0, output,
                 )  # fmt: skip
             cases[f"N={n} no state"] = (
                 features, _normal(2, 3, dtype=dtype), None, None, None, None, 1.0, "scale",
@@ -114,7 +117,7 @@ def _attention_lstm_forward(dtype: torch.dtype):
                 )
                 additive = (
                     _normal(rows, c, dtype=dtype), _normal(rows, size, dtype=dtype), _normal(rows, dtype=dtype),
-                    _normal(1, rows, dtype=dtype), torch.tensor(0.7, dtype=dtype).requires_grad_(), 1.0,
+                    _normal(1, rows, dtype=dtype), _temperature(dtype), 1.0,
                 )  # fmt: skip
                 rest = (output, cell, form)
                 text = f"{cell} {output} {form}"

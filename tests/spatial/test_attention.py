@@ -28,9 +28,9 @@ every_output = pytest.mark.parametrize("output", OUTPUTS)
 
 @every_score
 @every_output
-@pytest.mark.parametrize("glimpses", [1, 3])
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("glimpses", "masked", "last"), [(1, False, False), (1, True, True), (3, False, True), (3, True, False)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_torch(place, score, output, glimpses, masked, last, dtype):
     """Results, and all gradients, through the output and through the map."""

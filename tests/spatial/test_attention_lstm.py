@@ -1,4 +1,4 @@
-"""AttentionLSTM: its two forms, streams, padded and packed sequences, against a loop of PyTorch's operations."""
+"""AttentionLSTM: both forms, streams, padded and packed sequences, against a loop of PyTorch's operations."""
 
 import copy
 import itertools
@@ -273,7 +273,7 @@ def test_explain_shows_the_plan():
 
 
 def test_what_is_kept_is_small(recurrence_place):
-    """Maps, states and gates, not the attended frames or the hoisted products: the inputs' size and little more."""
+    """Maps, states and gates, not the attended frames or the hoisted products."""
     module = fusednn.AttentionLSTM(8, 6, 5, 4).to(recurrence_place.device)
     x = torch.randn(2, 7, 8, 6, 5, device=recurrence_place.device, requires_grad=True)
     kept = {}
