@@ -1,8 +1,8 @@
 """Steer along a rendered road by attention: DrivingNet learns a road's curvature from camera frames.
 
-The road is drawn from a seed: curvature, lane markings, shadows, distractors off the road. The network trains on
-short drives and is tested on others; the exit code is 1 unless its R² there exceeds the target. For the first
-steps the same network of torch.nn layers, its time loop written out, trains beside it, for the times.
+The road is drawn from a seed: curvature, lane markings, shadows, distractors off the road. The network trains
+on short drives and is tested on others; the exit code is 1 unless its R² there exceeds the target. For the
+first steps the same network of torch.nn layers, its time loop written out, trains beside it, for the times.
 
     python examples/driving.py --steps 300 --encoder separable
 """

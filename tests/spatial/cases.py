@@ -218,7 +218,7 @@ def torch_sequence(
         steps = len(sample) if lengths is None else lengths[b]
         outs, seen = [], []
         for f in sample[:steps]:
-            s, a = _torch_recur(module, f[None], s)
+            s, a = torch_recur(module, f[None], s)
             outs.append(s[0] if lstm else s)
             seen.append(a)
         hidden.append(F.pad(torch.cat(outs), (0, 0, 0, len(sample) - steps)))
@@ -228,8 +228,8 @@ def torch_sequence(
     return torch.stack(hidden), torch.stack(maps), ends if lstm else ends[0]
 
 
-def _torch_recur(module: fusednn.AttentionLSTM, f: Tensor, state: Any) -> tuple[Any, Tensor]:
-    """One step of one sample: the next state and the map."""
+def torch_recur(module: fusednn.AttentionLSTM, f: Tensor, state: Any) -> tuple[Any, Tensor]:
+    """One step: the next state and the map."""
     attention, cell = module.attention, module.cell
     lstm = isinstance(state, tuple)
     term = F.linear(state[0] if lstm else state, attention.hidden.weight, attention.hidden.bias)

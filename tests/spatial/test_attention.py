@@ -105,7 +105,7 @@ def test_expanded_arguments(place, score, output):
         for expanded in (t.flatten()[:1].view([1] * t.dim()).expand(t.shape), t[:1].expand(t.shape)):
             found, expected = (run(fused_step, work.with_(**{name: x})) for x in (expanded, expanded.clone()))
             for key, value in found.items():
-                torch.testing.assert_close(value, expected[key], msg=lambda m, k=key: f"{name}, {k}: {m}")
+                torch.testing.assert_close(value, expected[key], msg=lambda m, k=(name, key): f"{k}: {m}")
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "NHWC"])

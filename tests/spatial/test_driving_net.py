@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import fusednn
 from fusednn.models import DrivingNet
 
-from .cases import torch_sequence
+from .cases import torch_recur
 
 SMALL = (32, 16)
 
@@ -32,9 +32,12 @@ class TorchDrivingNet(nn.Module):
         b, t = frames.shape[:2]
         features = self.encoder(frames.flatten(0, 1)).unflatten(0, (b, t))
         zeros = frames.new_zeros(b, self.recurrence.hidden_size)
-        hidden, maps, _ = torch_sequence(self.recurrence, features, (zeros, zeros))
-        before = torch.cat((zeros[:, None], hidden[:, :-1]), 1)
-        return self.control(torch.cat(((features * maps).flatten(2), before), 2))
+        state, controls = (zeros, zeros), []
+        for f in features.unbind(1):
+            before = state[0]
+            state, a = torch_recur(self.recurrence, f, state)
+            controls.append(self.control(torch.cat(((f * a).flatten(1), before), 1)))
+        return torch.stack(controls, 1)
 
 
 @pytest.mark.parametrize("encoder", ["plain", "separable"])
