@@ -60,7 +60,7 @@ def test_both_networks_compute_the_same(driving):
 
 def test_runs_saves_and_goes_on(driving, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(driving, "plot", lambda *_: None)
-    assert driving.main([*SMALL, "--out", str(tmp_path), "--target", "-1e9"]) == 0
+    assert driving.main([*SMALL, "--out", str(tmp_path), "--target=-1e9"]) == 0
     printed = capsys.readouterr().out
     assert "torch.nn:" in printed
     assert "test R²" in printed
@@ -73,7 +73,7 @@ def test_runs_saves_and_goes_on(driving, tmp_path, capsys, monkeypatch):
 
 def test_plot(driving, tmp_path):
     pytest.importorskip("matplotlib")
-    assert driving.main([*SMALL, "--out", str(tmp_path), "--target", "-1e9"]) == 0
+    assert driving.main([*SMALL, "--out", str(tmp_path), "--target=-1e9"]) == 0
     assert (tmp_path / "driving.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -87,7 +87,7 @@ def test_it_learns(driving):
 def test_without_tqdm_and_matplotlib(driving, tmp_path, capsys, monkeypatch):
     for name in ("tqdm", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert driving.main([*SMALL, "--out", str(tmp_path), "--target", "-1e9"]) == 0
+    assert driving.main([*SMALL, "--out", str(tmp_path), "--target=-1e9"]) == 0
     printed = capsys.readouterr().out
     assert "step 3 of 4" in printed
     assert "pip install matplotlib" in printed

@@ -67,8 +67,8 @@ def _spatial_attention_forward(dtype: torch.dtype):
             for output in OUTPUTS:
                 text = f"N={n} {'NHWC' if last else 'NCHW'} {output}"
                 cases[f"{text} positional"] = (
-                    features, _normal(2, 3, dtype=dtype), _normal(n, 2, 8, dtype=dtype), None, None, None, 0.5,
-                    output,
+                    features, _normal(2, 3, dtype=dtype), _normal(n, 2, 8, dtype=dtype), None, None, None,
+                    0.5, output,
                 )  # fmt: skip
                 cases[f"{text} additive"] = (
                     features, _normal(5, 3, dtype=dtype), _normal(n, 5, dtype=dtype),
@@ -116,8 +116,8 @@ def _attention_lstm_forward(dtype: torch.dtype):
                     0.5,
                 )
                 additive = (
-                    _normal(rows, c, dtype=dtype), _normal(rows, size, dtype=dtype), _normal(rows, dtype=dtype),
-                    _normal(1, rows, dtype=dtype), _temperature(dtype), 1.0,
+                    _normal(rows, c, dtype=dtype), _normal(rows, size, dtype=dtype),
+                    _normal(rows, dtype=dtype), _normal(1, rows, dtype=dtype), _temperature(dtype), 1.0,
                 )  # fmt: skip
                 rest = (output, cell, form)
                 text = f"{cell} {output} {form}"
@@ -131,7 +131,8 @@ def _attention_lstm_forward(dtype: torch.dtype):
                     True,
                 )
                 cases[f"{text} additive"] = (
-                    features, *states, *additive, *cell_weights[:2], None, None, torch.tensor([3, 1]), *rest, True,
+                    features, *states, *additive, *cell_weights[:2], None, None, torch.tensor([3, 1]), *rest,
+                    True,
                 )  # fmt: skip
     cases["inference"] = (*cases["lstm flatten direct positional"][:-1], False)
     frames = (
