@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ class TorchDrivingNet(DrivingNet):
 
     def forward(self, frames: Tensor, state=None, return_attention: bool = False):
         """Return control, state and, if asked for, maps, as DrivingNet does."""
-        attention, cell = self.attention_lstm.attention, self.attention_lstm.cell
+        attention: Any = self.attention_lstm.attention
+        cell = self.attention_lstm.cell
         zeros = frames.new_zeros(frames.shape[0], cell.hidden_size)
         h, c = (zeros, zeros) if state is None else state
         controls, maps = [], []
@@ -227,12 +229,11 @@ def plot(runs: tuple[Run, Run], compared: int, r2: float, sample: tuple[Tensor, 
 
     frames, maps, control, truth = sample
     steps = min(5, frames.shape[1])
-    figure, axes = plt.subplot_mosaic(
-        [[f"frame{i}" for i in range(steps)] + ["control", "control"]] * 2
-        + [[f"map{i}" for i in range(steps)] + ["loss", "time"]] * 2,
-        figsize=(13, 6),
-        layout="constrained",
-    )
+    mosaic: Any = [
+        [*(f"frame{i}" for i in range(steps)), "control", "control"],
+        [*(f"map{i}" for i in range(steps)), "loss", "time"],
+    ]
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=(13, 6), layout="constrained")
     over = F.interpolate(maps[0], size=frames.shape[-2:], mode="bilinear")
     for i in range(steps):
         t = i * (frames.shape[1] - 1) // max(1, steps - 1)

@@ -98,8 +98,9 @@ def test_loss_curves_agree(recurrence_place, encoder):
     target = place[..., None] / SMALL[1] - 0.5
     curves = []
     for model in (ours, theirs):
-        # Not Adam: dividing by tiny second moments, it makes rounding differences grow.
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
+        # Not Adam: dividing by tiny second moments, it makes rounding differences grow. So does a rate of 0.03:
+        # the curves part after 13 steps, in float32 alone (in float64 they agree in all digits printed).
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
         chosen = torch.Generator().manual_seed(3)
         losses = []
         for _ in range(5 if recurrence_place.slow else 100):
