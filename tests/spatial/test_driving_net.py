@@ -98,8 +98,8 @@ def test_loss_curves_agree(recurrence_place, encoder):
     target = place[..., None] / SMALL[1] - 0.5
     curves = []
     for model in (ours, theirs):
-        # Not Adam: dividing by tiny second moments, it makes rounding differences grow. So does a rate of 0.03:
-        # the curves part after 13 steps, in float32 alone (in float64 they agree in all digits printed).
+        # Not Adam: dividing by tiny second moments, it makes rounding differences grow. With a rate of 0.03
+        # the curves part after 13 steps, in float32 alone (in float64 they agree).
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
         chosen = torch.Generator().manual_seed(3)
         losses = []
