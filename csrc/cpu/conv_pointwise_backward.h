@@ -22,6 +22,7 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
+  prefetch_tile<M, V>(c, c_stride);
   for (int64_t i = 0; i < count; ++i) {
     Vec<T> y[V];
 #pragma GCC unroll 3
