@@ -24,6 +24,7 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
     for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
   prefetch_tile<M, V>(c, c_stride);
   for (int64_t i = 0; i < count; ++i) {
+    __builtin_prefetch(a + b_block + i * w);
     Vec<T> y[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) y[v] = Vec<T>::load(b + v * b_block + i * w);
@@ -128,7 +129,7 @@ struct PointwiseBackwardPass {
   void load_dz2(const RowStrips::Strip& t, T* dz2, T* bias) const {
     with_activation(p.activation2, [&]<Activation A>() {
       int64_t c = 0;
-      constexpr int V = 2;
+      constexpr int V = 4;
       for (; grad.channels_last && c + V * w <= p.out_channels; c += V * w, dz2 += V * pitch)
         dz2_columns<A, V>(z2.at(t.n, t.first, c), grad.at(t.n, t.first, c), p.out_channels, c, t.count, dz2,
                           bias);

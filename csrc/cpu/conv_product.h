@@ -103,9 +103,9 @@ template <int V, class T>
 void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, const T* b, T* c,
                    PrefetchPair& ahead) {
   constexpr int w = Vec<T>::size;
-  const int64_t all_tiles = ceil_div(pixels, kTilePixels);
-  const int64_t out_lines = ceil_div(ahead.out.lines(), all_tiles);
   constexpr int64_t step = kBlockK / w;
+  const int64_t all_tiles = ceil_div(pixels, kTilePixels);
+  const int64_t out_lines = ceil_div(ahead.out.lines(), all_tiles * ceil_div(blocks, step));
   for (int64_t k = 0; k < blocks; k += step) {
     const int64_t depth = minimum(step, blocks - k);
     int64_t tiles = all_tiles;
