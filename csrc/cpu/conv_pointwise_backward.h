@@ -207,7 +207,7 @@ struct PointwiseBackwardPass {
     T *weight = static_cast<T*>(p.grad_weight), *bias = static_cast<T*>(p.grad_bias);
     const auto of = [&](int64_t t) { return reinterpret_cast<const T*>(threads + t * thread_bytes()); };
     const int64_t bias_at = Arena::bytes<T>(partial_size) / sizeof(T);
-    parallel(p.out_channels, partial_size > 65536, [&](int64_t begin, int64_t end, int) {
+    parallel(p.out_channels, partial_size > 16384, [&](int64_t begin, int64_t end, int) {
       for (int64_t o = begin; o < end; ++o) {
         for (int64_t c = 0; c < channels; c += w) {
           Vec<T> total(T(0));
