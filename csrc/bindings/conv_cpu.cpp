@@ -5,6 +5,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/conv_cpu.h"
+#include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
 #include "bindings/torch_parallel.h"
 #include "bindings/weight_cache.h"
@@ -104,6 +105,8 @@ Tensor packed_separable(const cpu::ConvKernels& kernels, DType dtype, const Dept
   return kept.defined() ? kept : pack();
 }
 
+}  // namespace
+
 Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_weight,
                                 const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
                                 const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
@@ -134,7 +137,7 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
                                          pointwise_weight, pointwise_bias);
   const cpu::ConvPlan plan =
       kernels.separable_plan(dtype, shape, out_channels, residual.has_value(), threads.threads);
-  const Tensor scratch = at::empty({plan.thread_bytes * threads.threads + plan.shared_bytes}, at::kByte);
+  const Scratch scratch(plan.thread_bytes * threads.threads + plan.shared_bytes);
   kernels.separable_forward({dtype,
                              shape,
                              out_channels,
@@ -145,10 +148,12 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
                              {add.defined() ? const_cast<void*>(add.const_data_ptr()) : nullptr, last},
                              {out.mutable_data_ptr(), last},
                              plan,
-                             scratch.mutable_data_ptr()},
+                             scratch.data()},
                             threads);
   return out;
 }
+
+namespace {
 
 // How separable_conv2d_forward would go about such a call: numbers for `explain`.
 pybind11::dict separable_conv2d_plan(const Tensor& input, const Tensor& depthwise_weight,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..transforms import may_need_backward, under_transform
-from . import batch_norm, checks, eligibility, functional
+from . import batch_norm, checks, eligibility, functional, shortcut
 from .fold_cache import FoldCache
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -152,16 +153,48 @@ class DepthwiseSeparableConv2d(nn.Module):
         self.training = modes != {False}
         self.residual = residual
         self._folds = FoldCache()
+        self._shortcut = shortcut.Shortcut()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the block's result."""
         children = {name: self._modules[name] for name in _CHILDREN}
+        if shortcut.applies(input):
+            out = self._plain(input, children)
+            if out is not None:
+                return out
         reasons = eligibility.against_children(children)
         sources = () if reasons else self._sources()
         if not reasons and under_transform(input, *sources):
             reasons = ["a torch.func transform or forward-mode AD is active, which sees torch's ops only"]
         reasons = reasons or eligibility.against_input(input, *children.values())
         return self._composite(input, reasons) if reasons else self._fused(input, sources)
+
+    def _plain(self, input: Tensor, children: dict[str, nn.Module | None]) -> Tensor | None:
+        """Return the result of a plain CPU call, past the dispatcher; None for any other call."""
+        options = self._shortcut.options(children, self.residual)
+        if options is None:
+            return None
+        sources, batch_norms = self._sources(), self._batch_norms()
+        norms = (eligibility.norm_of(self.norm1), eligibility.norm_of(self.norm2))
+        cpu, depthwise, pointwise = _native.extension.cpu, self.depthwise, self.pointwise
+        if has_torch_function((input, *sources)):
+            return None
+        recorded = may_need_backward(input, *sources)
+        if batch_norms == norms and (recorded or any(batch_norms)):
+            norm1, norm2 = (shortcut.batch_norm_fields(norm) for norm in batch_norms)
+            return cpu.try_separable_training(
+                options,
+                input,
+                depthwise.weight,
+                depthwise.bias,
+                norm1,
+                pointwise.weight,
+                pointwise.bias,
+                norm2,
+            )
+        if recorded or any(batch_norms) or not _alike(input, sources):
+            return None
+        return cpu.try_separable_inference(options, input, *self._kept_weights(input.dtype, sources))
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""
@@ -260,6 +293,12 @@ class DepthwiseSeparableConv2d(nn.Module):
     def extra_repr(self) -> str:
         """Say whether the input is added."""
         return "residual=True" if self.residual else ""
+
+
+def _alike(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all tensors have the input's dtype and device."""
+    dtype, device = input.dtype, input.device
+    return all(t is None or (t.dtype == dtype and t.device == device) for t in tensors)
 
 
 def _activation_module(argument: str, name: str | None) -> nn.Module | None:

@@ -18,7 +18,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def activation_of(module: nn.Module | None) -> str | None:
@@ -85,7 +85,7 @@ def against_children(children: Mapping[str, nn.Module | None]) -> list[str]:
 
 def _against_calls(child: nn.Module) -> list[str]:
     """What attached to a child would be passed over."""
-    if any(getattr(child, hooks) for hooks in _HOOKS):
+    if any(getattr(child, hooks) for hooks in HOOKS):
         return ["has hooks, which only a call of it runs"]
     if "forward" in vars(child) or "_conv_forward" in vars(child):
         return ["has a forward that was assigned on the instance"]

@@ -109,9 +109,12 @@ def _gradients_by_autograd(
 
     Aliases stand for the tensors, so that one that was computed from another is not followed back to it.
     """
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(forward(*aliases), wanted, grad, create_graph=True, allow_unused=True))
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
+        out = forward(*aliases)
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=recorded, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)
 
 
@@ -166,6 +169,21 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *grads, grad if ctx.needs_input_grad[5] else None, *(None,) * len(ctx.options)
 
 
+def separable_gradients(
+    tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool], options: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of the training forward; the extension's autograd node calls it too.
+
+    Args:
+        tensors: input, and each product's weight and bias with its norm's.
+        grad: of the result.
+        needs: which gradients to return; the others are None.
+        options: the op's arguments after the residual.
+    """
+    forward = reference.separable_conv2d_train_forward
+    return _gradients_by_autograd(lambda *t: forward(*t, None, *options)[0], tensors, grad, needs)
+
+
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:9]
     ctx.options = inputs[10:]
@@ -179,11 +197,11 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return *(None,) * 10, *nothing
-    tensors, saved, needs = ctx.saved_tensors[:9], ctx.saved_tensors[9:], ctx.needs_input_grad[:9]
+    kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:9]  # asked for once: checkpoint allows no more
+    tensors, saved = kept[:9], kept[9:]
     stride, padding, dilation, _eps1, _eps2, *rest = ctx.options
     if torch.is_grad_enabled():
-        forward = reference.separable_conv2d_train_forward
-        grads = _gradients_by_autograd(lambda *t: forward(*t, None, *ctx.options)[0], tensors, grad, needs)
+        grads = separable_gradients(tensors, grad, needs, ctx.options)
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward
