@@ -33,6 +33,22 @@ struct DenseImage {
   cpu::Image image() const;
 };
 
+// What of a block's inference is settled before its weights are packed.
+struct SeparableCall {
+  cpu::DepthwiseShape shape;
+  int64_t out_channels;
+  at::MemoryFormat format;
+  cpu::Activation activation1, activation2;
+};
+
+// Weights and biases, norms folded, in the layout of the kernels.
+at::Tensor pack_separable(const cpu::DepthwiseShape& shape, const at::Tensor& depthwise_weight,
+                          const OptionalTensor& depthwise_bias, const at::Tensor& pointwise_weight,
+                          const OptionalTensor& pointwise_bias);
+
+at::Tensor run_separable(const SeparableCall& call, const at::Tensor& input, const at::Tensor& packed,
+                         const OptionalTensor& residual);
+
 // The ops of the block; schemas and shapes in fusednn/conv/ops.py.
 at::Tensor separable_conv2d_forward(const at::Tensor& input, const at::Tensor& depthwise_weight,
                                     const OptionalTensor& depthwise_bias, const at::Tensor& pointwise_weight,

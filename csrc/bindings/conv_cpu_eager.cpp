@@ -9,6 +9,8 @@
 #include "bindings/bindings.h"
 #include "bindings/conv_cpu.h"
 #include "bindings/eager_call.h"
+#include "bindings/weight_cache.h"
+#include "fusednn/cpu_features.h"
 
 namespace fusednn {
 namespace {
@@ -176,7 +178,8 @@ struct BlockCall : torch::CustomClassHolder {
         norm2(b.norm2.present) {}
 };
 
-constexpr int kTensors = 9;  // input, then each product's weight and bias with its norm's
+constexpr int kFoldedVariants = 128;  // of packings, beside those of separable_conv2d_forward
+constexpr int kTensors = 9;           // input, then each product's weight and bias with its norm's
 
 // The backward as the reference writes it, in torch ops that can be differentiated again.
 variable_list differentiable_backward(const BlockCall& call, const variable_list& saved, const Tensor& grad,
@@ -274,21 +277,74 @@ std::optional<Tensor> try_separable_training(const Options& options, const Tenso
   return out;
 }
 
-// Inference, norms folded.
+// As fusednn/conv/batch_norm.py's `fold`, to the bit: the product's weight and bias with its norm's.
+std::pair<Tensor, OptionalTensor> fold(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& n) {
+  if (!n.present) return {weight, bias};
+  const auto type = weight.scalar_type(), wide = type == at::kDouble ? at::kDouble : at::kFloat;
+  Tensor scale = (n.running_var->to(wide) + n.eps).rsqrt();
+  if (n.weight) scale = scale * n.weight->to(wide);
+  const Tensor mean = n.running_mean->to(wide);
+  Tensor shift = (bias ? bias->to(wide) - mean : -mean) * scale;
+  if (n.bias) shift = shift + n.bias->to(wide);
+  return {(weight.to(wide) * scale.view({-1, 1, 1, 1})).to(type), shift.to(type)};
+}
+
+// Everything that the folded weights are made from, and which of it is there.
+std::vector<Tensor> fold_sources(const Block& b, int& present) {
+  std::vector<Tensor> sources{b.weight1, b.weight2};
+  present = 0;
+  for (const OptionalTensor* t :
+       {&b.bias1, &b.bias2, &b.norm1.weight, &b.norm1.bias, &b.norm1.running_mean, &b.norm1.running_var,
+        &b.norm2.weight, &b.norm2.bias, &b.norm2.running_mean, &b.norm2.running_var}) {
+    present = 2 * present + (t->has_value() ? 1 : 0);
+    if (*t) sources.push_back(**t);
+  }
+  return sources;
+}
+
+bool frozen_statistics(const BatchNorm& n, at::ScalarType type, int64_t channels) {
+  if (!n.present) return true;
+  if (!n.running_mean || !n.running_var) return false;
+  PlainCall call{type};
+  for (const OptionalTensor* t : {&n.running_mean, &n.running_var}) call(**t, channels);
+  return call.ok && !call.requires_grad;
+}
+
+// Inference; the norms that are there have frozen statistics and are folded, at most once for the same
+// sources.
 std::optional<Tensor> try_separable_inference(const Options& options, const Tensor& input,
                                               const Tensor& weight1, const OptionalTensor& bias1,
-                                              const Tensor& weight2, const OptionalTensor& bias2) {
-  const Block block{
-      options, input, weight1, bias1, BatchNorm(std::nullopt), weight2, bias2, BatchNorm(std::nullopt)};
+                                              const std::optional<BatchNorm::Fields>& norm1,
+                                              const Tensor& weight2, const OptionalTensor& bias2,
+                                              const std::optional<BatchNorm::Fields>& norm2) {
+  const Block b{options, input, weight1, bias1, BatchNorm(norm1), weight2, bias2, BatchNorm(norm2)};
   at::DimVector sizes;
   bool record = false;
-  if (!plain_block(block, sizes, record) || record) return std::nullopt;
+  if (!plain_block(b, sizes, record) || record) return std::nullopt;
+  const auto type = input.scalar_type();
+  if (!frozen_statistics(b.norm1, type, weight1.size(0)) || !frozen_statistics(b.norm2, type, sizes[1]))
+    return std::nullopt;
+  int present = 0;
+  const std::vector<Tensor> sources = fold_sources(b, present);
+  WeightCache& cache = WeightCache::instance();
+  if (!cache.may_keep(sources)) return std::nullopt;
+
   const pybind11::gil_scoped_release unlocked;
   const at::AutoDispatchBelowADInplaceOrView below;
   const BlockOptions& o = *options;
-  return separable_conv2d_forward(input, weight1, bias1, weight2, bias2,
-                                  o.residual ? OptionalTensor(input) : std::nullopt, o.stride, o.padding,
-                                  o.dilation, o.activation1, o.activation2);
+  const SeparableCall call{depthwise_shape(input, weight1, o.stride, o.padding, o.dilation), sizes[1],
+                           conv_format(input, {weight1, weight2}),
+                           activation_named(o.activation1, "depthwise_activation"),
+                           activation_named(o.activation2, "pointwise_activation")};
+  const auto pack = [&] {
+    const auto [w1, b1] = fold(weight1, bias1, b.norm1);
+    const auto [w2, b2] = fold(weight2, bias2, b.norm2);
+    return pack_separable(call.shape, w1, b1, w2, b2);
+  };
+  const int variant = kFoldedVariants + static_cast<int>(cpu::current_isa()) + 4 * present;
+  const Tensor kept = cache.find(sources, variant, pack, {b.norm1.eps, b.norm2.eps});
+  return run_separable(call, input, kept.defined() ? kept : pack(),
+                       o.residual ? OptionalTensor(input) : std::nullopt);
 }
 
 }  // namespace

@@ -174,27 +174,22 @@ class DepthwiseSeparableConv2d(nn.Module):
         options = self._shortcut.options(children, self.residual)
         if options is None:
             return None
-        sources, batch_norms = self._sources(), self._batch_norms()
         norms = (eligibility.norm_of(self.norm1), eligibility.norm_of(self.norm2))
-        cpu, depthwise, pointwise = _native.extension.cpu, self.depthwise, self.pointwise
+        batch_norms, sources = self._batch_norms(), self._sources()
         if has_torch_function((input, *sources)):
             return None
         recorded = may_need_backward(input, *sources)
-        if batch_norms == norms and (recorded or any(batch_norms)):
-            norm1, norm2 = (shortcut.batch_norm_fields(norm) for norm in batch_norms)
-            return cpu.try_separable_training(
-                options,
-                input,
-                depthwise.weight,
-                depthwise.bias,
-                norm1,
-                pointwise.weight,
-                pointwise.bias,
-                norm2,
-            )
-        if recorded or any(batch_norms) or not _alike(input, sources):
+        cpu, depthwise, pointwise = _native.extension.cpu, self.depthwise, self.pointwise
+        if batch_norms == norms and (recorded or any(norms)):
+            function = cpu.try_separable_training
+        elif not recorded and not any(batch_norms):
+            function = cpu.try_separable_inference
+        else:
             return None
-        return cpu.try_separable_inference(options, input, *self._kept_weights(input.dtype, sources))
+        norm1, norm2 = map(shortcut.batch_norm_fields, norms, map(bool, batch_norms))
+        return function(
+            options, input, depthwise.weight, depthwise.bias, norm1, pointwise.weight, pointwise.bias, norm2
+        )
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""
@@ -293,12 +288,6 @@ class DepthwiseSeparableConv2d(nn.Module):
     def extra_repr(self) -> str:
         """Say whether the input is added."""
         return "residual=True" if self.residual else ""
-
-
-def _alike(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether all tensors have the input's dtype and device."""
-    dtype, device = input.dtype, input.device
-    return all(t is None or (t.dtype == dtype and t.device == device) for t in tensors)
 
 
 def _activation_module(argument: str, name: str | None) -> nn.Module | None:

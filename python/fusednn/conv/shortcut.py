@@ -81,11 +81,11 @@ def _options(children: Mapping[str, nn.Module | None], residual: bool) -> Any:
     return _native.extension.cpu.BlockOptions(*geometry, *acts, residual)
 
 
-def batch_norm_fields(norm: nn.BatchNorm2d | None) -> tuple[Any, ...] | None:
-    """What the extension takes of a norm that uses the batch's statistics."""
+def batch_norm_fields(norm: nn.BatchNorm2d | None, uses_batch: bool) -> tuple[Any, ...] | None:
+    """What the extension takes of a norm: its buffers, if it reads them or keeps them up to date."""
     if norm is None:
         return None
-    tracked: tuple[Any, ...] = (None, None, None)
-    if norm.training and norm.track_running_stats:
-        tracked = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return (norm.weight, norm.bias, *tracked, norm.momentum, norm.eps)
+    buffers: tuple[Any, ...] = (None, None, None)
+    if not uses_batch or (norm.training and norm.track_running_stats):
+        buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    return (norm.weight, norm.bias, *buffers, norm.momentum, norm.eps)
