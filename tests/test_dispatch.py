@@ -145,6 +145,25 @@ def test_explain_with_a_choice(operation):
     assert "  not cpu: no float" in text
 
 
+def test_explain_shows_the_plan_of_the_backend_that_is_taken():
+    plan = {"path": "two kernels", "tasks": 3}
+    operation = Operation(
+        "double",
+        (
+            Implementation("cpu", float, lambda x: [] if x > 0 else ["not positive"], plan=lambda x: plan),
+            Implementation("reference", float),
+        ),
+    )
+    assert str(operation.explain(1)) == (
+        "double: cpu (asked for: auto)\n"
+        "  plan: path two kernels, tasks 3\n"
+        "  not reference: cpu comes first\n"
+        "  not cuda: double has no cuda implementation\n"
+        "  not triton: double has no triton implementation"
+    )
+    assert operation.explain(-1).plan == {}
+
+
 def test_explain_a_model():
     model = torch.nn.Sequential(fusednn.GRUCell(3, 5), fusednn.GRUCell(5, 7))
     found = fusednn.explain(model, torch.randn(2, 3))

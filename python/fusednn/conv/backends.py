@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..dispatch import Implementation, Operation, Reasons
+from ..dispatch import Implementation, Operation, Reasons, no_plan
 from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,7 +55,21 @@ def _against_triton(name: str, input: Tensor) -> Reasons:
     return support.not_supported_reasons(input.device, input.dtype) or _against_dtype(input)
 
 
-def _operation(name: str, input_position: int = 0) -> Operation:
+def _separable_plan(
+    input, w1, b1, w2, b2, residual, stride, padding, dilation, *_activations
+) -> dict[str, Any]:
+    """Return what the CPU's planner decided on: one pass or two kernels, bytes moved, tasks."""
+    if input.numel() == 0:
+        return {}
+    plan = _native.extension.cpu.separable_conv2d_plan(
+        input, w1, w2, residual is not None, stride, padding, dilation
+    )
+    return {"path": "fused" if plan.pop("fused") else "two kernels", **plan}
+
+
+def _operation(
+    name: str, input_position: int = 0, cpu_plan: Callable[..., dict[str, Any]] = no_plan
+) -> Operation:
     """Make the operation `name`, whose input is its argument at `input_position`."""
 
     def input_of(args: tuple[Any, ...]) -> Tensor:
@@ -70,6 +85,7 @@ def _operation(name: str, input_position: int = 0) -> Operation:
                 "cpu",
                 lambda *args: getattr(_native.extension.cpu, name)(*args),
                 lambda *args: _against_cpu(name, input_of(args)),
+                plan=cpu_plan,
             ),
             Implementation("cuda", cuda, lambda *args: _against_cuda(name, input_of(args))),
             Implementation(
@@ -84,6 +100,6 @@ def _operation(name: str, input_position: int = 0) -> Operation:
 
 depthwise_conv2d_forward = _operation("depthwise_conv2d_forward")
 depthwise_conv2d_backward = _operation("depthwise_conv2d_backward", 1)
-separable_conv2d_forward = _operation("separable_conv2d_forward")
+separable_conv2d_forward = _operation("separable_conv2d_forward", cpu_plan=_separable_plan)
 separable_conv2d_train_forward = _operation("separable_conv2d_train_forward")
 separable_conv2d_train_backward = _operation("separable_conv2d_train_backward", 1)
