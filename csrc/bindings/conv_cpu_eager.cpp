@@ -21,14 +21,17 @@ using torch::autograd::variable_list;
 
 // What a block is, beside its tensors.
 struct BlockOptions : torch::CustomClassHolder {
+  int64_t in_channels;
   Pair stride;
   Padding padding;
   Pair dilation;
   std::string activation1, activation2;
   bool residual;
 
-  BlockOptions(const Pair& s, const Padding& p, const Pair& d, std::string a1, std::string a2, bool r)
-      : stride(s),
+  BlockOptions(int64_t c, const Pair& s, const Padding& p, const Pair& d, std::string a1, std::string a2,
+               bool r)
+      : in_channels(c),
+        stride(s),
         padding(p),
         dilation(d),
         activation1(std::move(a1)),
@@ -72,8 +75,7 @@ int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t stride, 
 at::DimVector result_sizes(const BlockOptions& o, const Tensor& input, const Tensor& weight1,
                            const Tensor& weight2) {
   if (input.dim() != 4 || weight1.dim() != 4 || weight2.dim() != 4) return {};
-  const int64_t in_channels = input.size(1), channels = weight1.size(0);
-  if (input.numel() == 0 || channels < in_channels || channels % in_channels != 0) return {};
+  if (input.numel() == 0 || input.size(1) != o.in_channels || weight1.size(0) % o.in_channels != 0) return {};
   const auto size = [&](int i) {
     return out_size(input.size(2 + i), o.padding[2 * i] + o.padding[2 * i + 1], weight1.size(2 + i),
                     o.stride[i], o.dilation[i]);
@@ -351,10 +353,11 @@ std::optional<Tensor> try_separable_inference(const Options& options, const Tens
 
 void bind_conv_cpu_eager(pybind11::module_& m) {
   pybind11::class_<BlockOptions, Options>(m, "BlockOptions")
-      .def(pybind11::init([](const Pair& stride, const Padding& padding, const Pair& dilation,
-                             const std::string& activation1, const std::string& activation2, bool residual) {
-        return c10::make_intrusive<BlockOptions>(stride, padding, dilation, activation1, activation2,
-                                                 residual);
+      .def(pybind11::init([](int64_t in_channels, const Pair& stride, const Padding& padding,
+                             const Pair& dilation, const std::string& activation1,
+                             const std::string& activation2, bool residual) {
+        return c10::make_intrusive<BlockOptions>(in_channels, stride, padding, dilation, activation1,
+                                                 activation2, residual);
       }));
   m.def("try_separable_training", &try_separable_training);
   m.def("try_separable_inference", &try_separable_inference);

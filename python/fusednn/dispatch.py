@@ -20,7 +20,8 @@ logger = logging.getLogger("fusednn")
 Reasons = list[str]
 
 
-def _no_reasons(*_args: Any) -> Reasons:
+def no_reasons(*_args: Any) -> Reasons:
+    """Nothing speaks against any call."""
     return []
 
 
@@ -40,8 +41,8 @@ class Implementation:
 
     backend: str
     run: Callable[..., Any]
-    unsupported: Callable[..., Reasons] = _no_reasons
-    unprofitable: Callable[..., Reasons] = _no_reasons
+    unsupported: Callable[..., Reasons] = no_reasons
+    unprofitable: Callable[..., Reasons] = no_reasons
     plan: Callable[..., dict[str, Any]] = no_plan
 
 
@@ -122,10 +123,14 @@ class Operation:
                 raise RuntimeError(_refusal(self.name, requested, reasons))
             return self._by_backend[requested]
         passed_over: list[str] = []
+        by_choice = False  # the reference is then no fallback: it was measured to be faster
         for implementation in self.implementations:
-            reasons = implementation.unsupported(*args) or implementation.unprofitable(*args)
+            reasons = implementation.unsupported(*args)
             if not reasons:
-                if passed_over and implementation.backend == "reference":
+                reasons = implementation.unprofitable(*args)
+                by_choice = by_choice or bool(reasons)
+            if not reasons:
+                if passed_over and implementation.backend == "reference" and not by_choice:
                     self._say_once(passed_over)
                 return implementation
             passed_over += [f"{implementation.backend}: {reason}" for reason in reasons]

@@ -36,3 +36,19 @@ def test_the_planners_numbers(size, path):
 def test_no_plan_where_there_is_nothing_to_plan():
     assert explained(3, batch=0).plan == {}
     assert explained(3, backend="reference").plan == {}
+
+
+def test_auto_leaves_to_torch_what_it_does_faster():
+    last = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(8, 1, 3, 3)
+
+    def chosen(x, w, **options):
+        return fusednn.explain(fusednn.functional.depthwise_conv2d, x, w, **options)[0]
+
+    assert "channels-last" in chosen(last, weight).passed_over["cpu"][0]
+    assert chosen(last, weight).backend == "reference"
+    assert chosen(last, weight, activation="relu").backend == "cpu"
+    assert chosen(last.contiguous(), weight).backend == "cpu"
+    assert chosen(last.double(), weight.double()).backend == "cpu"
+    assert chosen(last, torch.randn(8, 1, 7, 7), padding=3).backend == "cpu"
+    assert chosen(torch.randn(2, 1, 9, 9), weight).backend == "reference"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..dispatch import Implementation, Operation, Reasons, no_plan
+from ..dispatch import Implementation, Operation, Reasons, no_plan, no_reasons
 from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -67,8 +67,37 @@ def _separable_plan(
     return {"path": "fused" if plan.pop("fused") else "two kernels", **plan}
 
 
+# Where torch's own depthwise convolution was measured to be faster: docs/design/011-depthwise-alone.md.
+
+
+def _measured_channels_last(input: Tensor) -> bool:
+    dense = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return input.dtype == torch.float32 and dense
+
+
+def _slower_forward(input, weight, _bias, _stride, _padding, _dilation, activation) -> Reasons:
+    if input.shape[1] == 1 and weight.shape[0] > 1:
+        return ["with one input channel torch has a plain convolution, 2 to 5 times as fast"]
+    plain = activation == "none" and max(weight.shape[2:]) <= 5
+    if plain and _measured_channels_last(input):
+        return ["channels-last and without an activation, torch is 1.2 to 1.9 times as fast up to 5x5"]
+    return []
+
+
+def _slower_backward(_grad, input, weight, *_options) -> Reasons:
+    multiplier = weight.shape[0] // max(1, input.shape[1])
+    if input.shape[1] == 1 and multiplier > 1:
+        return ["with one input channel torch has a plain convolution, about twice as fast"]
+    if multiplier > 1 and _measured_channels_last(input):
+        return ["channels-last with a multiplier, torch is 1.2 to 1.8 times as fast"]
+    return []
+
+
 def _operation(
-    name: str, input_position: int = 0, cpu_plan: Callable[..., dict[str, Any]] = no_plan
+    name: str,
+    input_position: int = 0,
+    cpu_plan: Callable[..., dict[str, Any]] = no_plan,
+    slower_on_cpu: Callable[..., Reasons] = no_reasons,
 ) -> Operation:
     """Make the operation `name`, whose input is its argument at `input_position`."""
 
@@ -85,7 +114,8 @@ def _operation(
                 "cpu",
                 lambda *args: getattr(_native.extension.cpu, name)(*args),
                 lambda *args: _against_cpu(name, input_of(args)),
-                plan=cpu_plan,
+                slower_on_cpu,
+                cpu_plan,
             ),
             Implementation("cuda", cuda, lambda *args: _against_cuda(name, input_of(args))),
             Implementation(
@@ -98,8 +128,8 @@ def _operation(
     )
 
 
-depthwise_conv2d_forward = _operation("depthwise_conv2d_forward")
-depthwise_conv2d_backward = _operation("depthwise_conv2d_backward", 1)
+depthwise_conv2d_forward = _operation("depthwise_conv2d_forward", slower_on_cpu=_slower_forward)
+depthwise_conv2d_backward = _operation("depthwise_conv2d_backward", 1, slower_on_cpu=_slower_backward)
 separable_conv2d_forward = _operation("separable_conv2d_forward", cpu_plan=_separable_plan)
 separable_conv2d_train_forward = _operation("separable_conv2d_train_forward")
 separable_conv2d_train_backward = _operation("separable_conv2d_train_backward", 1)

@@ -144,8 +144,9 @@ def against_input(input, depthwise, norm1, _activation1, pointwise, norm2, _acti
         return ["got an input that is no batch of images"]
     if not input.dtype.is_floating_point:
         return [f"got input of {input.dtype}"]
-    if input.shape[1] != depthwise.weight.shape[0] // max(1, depthwise.weight.shape[0] // input.shape[1]):
-        return [f"got input of {input.shape[1]} channels"]
+    groups, filters = depthwise.groups, depthwise.weight.shape[0]
+    if input.shape[1] != groups or filters % groups:
+        return [f"got input of {input.shape[1]} channels, {filters} filters and {groups} groups"]
     dtype = checks.cast_dtype(input)
     for name, conv in (("depthwise", depthwise), ("pointwise", pointwise)):
         reasons = _against_tensors(name, (conv.weight, conv.bias), input, dtype, cast=True)

@@ -7,6 +7,7 @@ anything wrong, is left to the general way: the shortcut never refuses.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ class Shortcut:
         key = (residual, children["depthwise"].weight.shape, found)  # type: ignore[union-attr]
         if key != self._key:
             self._options = None if eligibility.against_children(children) else _options(children, residual)
-            self._key = key
+            self._key = copy.deepcopy(key)  # a list of the user's may be written to
         return self._options
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shortcut:
@@ -78,7 +79,7 @@ def _options(children: Mapping[str, nn.Module | None], residual: bool) -> Any:
         depthwise.dilation,
     )
     acts = (eligibility.activation_of(children[name]) for name in ("activation1", "activation2"))
-    return _native.extension.cpu.BlockOptions(*geometry, *acts, residual)
+    return _native.extension.cpu.BlockOptions(depthwise.groups, *geometry, *acts, residual)
 
 
 def batch_norm_fields(norm: nn.BatchNorm2d | None, uses_batch: bool) -> tuple[Any, ...] | None:
