@@ -15,5 +15,6 @@ CUstream_st* current_cuda_stream(const at::Tensor& tensor);
 
 void bind_rnn_cpu(pybind11::module_& m);
 void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of);
+void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of);
 
 }  // namespace fusednn
