@@ -1,4 +1,4 @@
-"""The cases of `cases/conv.py` under pytest-benchmark, a group per case: ``pytest benchmarks/test_conv.py``."""
+"""The cases of `cases/conv.py` under pytest-benchmark: ``pytest benchmarks/test_conv.py``."""
 
 from __future__ import annotations
 

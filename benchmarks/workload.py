@@ -76,7 +76,7 @@ class ModuleWorkload:
 
     """
 
-    peers = PEERS
+    peers: tuple[str, ...] = PEERS
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.registry import COMPILE, EAGER, EXPORTED, Case, Mode, Peer
+from benchmarks.registry import COMPILE, EAGER, FUSEDNN, REFERENCE, Case, Mode, Peer
 from benchmarks.workload import ModuleWorkload, seeded_generator
 
 # N, C, O, H = W, k, stride, dilation
@@ -101,7 +101,7 @@ def _arrange(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
 class ConvWorkload(ModuleWorkload):
     """Peers that may choose the memory format of the input."""
 
-    peers = tuple(peer for peer in ModuleWorkload.peers if peer not in EXPORTED)
+    peers = (EAGER, COMPILE, REFERENCE, FUSEDNN)
 
     def build(self, peer: str) -> Peer:
         """Make one peer, in the format in which it is faster; the compiler lays its graph out itself."""
@@ -111,9 +111,7 @@ class ConvWorkload(ModuleWorkload):
         made = {}
         try:
             for name, memory_format in (("NCHW", torch.contiguous_format), ("NHWC", torch.channels_last)):
-                self.inputs = {
-                    k: v.contiguous(memory_format=memory_format) for k, v in contiguous.items()
-                }
+                self.inputs = {k: v.contiguous(memory_format=memory_format) for k, v in contiguous.items()}
                 made[name] = super().build(peer)
         finally:
             self.inputs = contiguous

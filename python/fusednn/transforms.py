@@ -18,6 +18,11 @@ def under_transform(*tensors: Tensor | None) -> bool:
     )
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether torch.autocast is on for tensors of this device; there is none for ``meta``."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def any_requires_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd is to record a call with these arguments."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -34,7 +34,11 @@ def _params(names: tuple[str, ...]) -> list:
             return True
         return set(names) <= set(KERNELS[place.backend]) or all(_found(place, n) for n in names)
 
-    return [pytest.param((p, names), id=p.name, marks=suite.MARKS.get(p.name, ())) for p in suite.PLACES if belongs(p)]
+    return [
+        pytest.param((p, names), id=p.name, marks=suite.MARKS.get(p.name, ()))
+        for p in suite.PLACES
+        if belongs(p)
+    ]
 
 
 def _run(request: pytest.FixtureRequest) -> Iterator[suite.Place]:

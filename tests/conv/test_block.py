@@ -1,4 +1,4 @@
-"""The block against torch's layers: results, gradients, running statistics, saved memory, children, copies."""
+"""The block against torch's layers: results, gradients, statistics, saved memory, children, copies."""
 
 import copy
 import itertools
@@ -77,13 +77,14 @@ def test_inference_matches_the_oracle(inference_place, case, dtype, last):
     with torch.no_grad():
         out, same_dtype = block.eval()(x), composite.eval()(x)
     assert out.stride() == same_dtype.stride()
-    with torch.no_grad(), fusednn.use_backend("reference"):
-        assert_close_to_oracle(out, same_dtype, oracle)
-        assert [e.backend for e in fusednn.explain(block, x)] == ["reference"]
+    assert_close_to_oracle(out, same_dtype, oracle)
+    with torch.no_grad():
+        (found,) = fusednn.explain(block, x)
+    assert (found.operation, found.backend) == ("separable_conv2d_forward", inference_place.backend)
 
 
 @every_block
-@pytest.mark.parametrize("mode", itertools.product([True, False], repeat=2), ids=str)
+@pytest.mark.parametrize("mode", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_training_in_float64(training_place, case, mode):
     """Each norm in either mode: frozen ones are differentiated too."""
     block, composite = pair(case, training_place.device, torch.float64)
@@ -101,6 +102,10 @@ def test_training_in_float64(training_place, case, mode):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_matches_the_oracle(training_place, case, dtype):
     block, composite = pair(case, training_place.device, dtype)
+    if dtype.itemsize == 2:  # at a kink, rounding decides about a whole gradient: luck, not exactness
+        for module, name in itertools.product((block, composite), ("activation1", "activation2")):
+            if getattr(module, name) is not None:
+                setattr(module, name, nn.SiLU())
     x = images(case, training_place.device, dtype)
     oracle = step(copy.deepcopy(composite).double(), x.double())
     actual, same_dtype = step(block, x), step(composite, x)
@@ -192,9 +197,14 @@ def _saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(size for size, _ in storages.values())
 
 
-def test_saved_memory_is_at_most_half_of_eagers(training_place):
-    block, composite = pair("mobilenet", training_place.device)
-    x = images("mobilenet", training_place.device, batch=8).requires_grad_()
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("case", ["mobilenet", "linear bottleneck", "efficientnet"])
+def test_saved_memory_is_at_most_half_of_eagers(training_place, case, inplace):
+    block, composite = pair(case, training_place.device)
+    for module in (*block.modules(), *composite.modules()):
+        if hasattr(module, "inplace"):
+            module.inplace = inplace
+    x = images(case, training_place.device, batch=8).requires_grad_()
     ours, eagers = _saved_bytes(block, x), _saved_bytes(composite, x)
     assert 0 < ours <= eagers / 2, f"{ours} bytes, eager {eagers}"
 
@@ -205,7 +215,8 @@ def test_repeats_in_every_bit(training_place):
     first = step(copy.deepcopy(block), x)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        # PyTorch's own sums depend on the number of threads.
+        for threads in (before, before) if training_place.backend == "reference" else (1, 2, 3):
             torch.set_num_threads(threads)
             for name, t in step(copy.deepcopy(block), x).items():
                 assert t.equal(first[name]), f"{threads} threads: {name}"
@@ -316,7 +327,12 @@ def test_activation_that_is_no_module():
 
 def test_errors_are_those_of_torchs_layers():
     block, composite = pair("mobilenet")
-    for bad in (torch.randn(3, 12, 9, 8), torch.randn(13, 9, 8), torch.randn(2, 13, 9, 8).double(), torch.randn(3)):
+    for bad in (
+        torch.randn(3, 12, 9, 8),
+        torch.randn(13, 9, 8),
+        torch.randn(2, 13, 9, 8).double(),
+        torch.randn(3),
+    ):
         with pytest.raises(Exception) as theirs:  # noqa: PT011  its type is what is asked
             composite(bad)
         with pytest.raises(theirs.type) as ours:
@@ -340,7 +356,9 @@ def test_copies_files_and_functional_call(mode):
     for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         torch.testing.assert_close(step(copied, x), step(copy.deepcopy(composite), x), rtol=1e-4, atol=1e-5)
     state = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in block.state_dict().items()}
-    expected = functional_call(composite, dict(zip(composite.state_dict(), map(torch.clone, state.values()))), (x,))
+    expected = functional_call(
+        composite, dict(zip(composite.state_dict(), map(torch.clone, state.values()))), (x,)
+    )
     torch.testing.assert_close(functional_call(block, state, (x,)), expected, rtol=1e-4, atol=1e-5)
     assert list(block.state_dict()) == list(composite.state_dict())
 

@@ -33,9 +33,11 @@ def block():
 
 
 def tensor(block, name):
-    return block.get_submodule(name.split(".")[0]).get_parameter(name.split(".")[1]) if not name.split(".")[
-        1
-    ].startswith("running") else block.get_buffer(name)
+    return (
+        block.get_submodule(name.split(".")[0]).get_parameter(name.split(".")[1])
+        if not name.split(".")[1].startswith("running")
+        else block.get_buffer(name)
+    )
 
 
 def in_place(block, name):

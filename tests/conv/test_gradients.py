@@ -11,7 +11,11 @@ from fusednn.functional import depthwise_conv1d, depthwise_conv2d, depthwise_sep
 
 from .cases import ACTIVATIONS, ARGUMENTS, Composite, fused_step, make, run
 
-CHECKED = ("depthwise_conv2d", "separable_conv2d", "separable_conv2d_train")  # what the tests here differentiate
+CHECKED = (
+    "depthwise_conv2d",
+    "separable_conv2d",
+    "separable_conv2d_train",
+)  # what the tests here differentiate
 
 
 def leaf(*size: int) -> torch.Tensor:
@@ -24,7 +28,9 @@ def depthwise_leaves(bias: bool = True):
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2, "dilation": (1, 2), "padding": (1, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"stride": 2, "dilation": (1, 2), "padding": (1, 3)}], ids=str
+)
 def test_gradcheck(place, activation, options):
     assert gradcheck(lambda *t: depthwise_conv2d(*t, activation=activation, **options), depthwise_leaves())
 

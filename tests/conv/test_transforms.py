@@ -133,7 +133,7 @@ def test_autocast(place, dtype):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_per_sample_gradients(layer):
-    """vmap over grad, the usual use of torch.func; it sees through torch's ops only."""
+    """Vmap over grad, the usual use of torch.func; it sees through torch's ops only."""
     module = LAYERS[layer]().eval()
     parameters = {k: v.detach() for k, v in module.named_parameters()}
     buffers = dict(module.named_buffers())

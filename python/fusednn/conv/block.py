@@ -26,7 +26,7 @@ _CHILDREN = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activat
 
 
 class DepthwiseSeparableConv2d(nn.Module):
-    r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one operation.
+    r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one.
 
     ``out = act2(norm2(pointwise(act1(norm1(depthwise(input)))))) + (input if residual else 0)``
     (Howard et al. 2017; without the last activation: Sandler et al. 2018).
@@ -64,6 +64,13 @@ class DepthwiseSeparableConv2d(nn.Module):
         RuntimeError: a size, dtype or device does not fit, as torch's own layers word it.
     """
 
+    depthwise: nn.Conv2d
+    norm1: nn.Module | None
+    activation1: nn.Module | None
+    pointwise: nn.Conv2d
+    norm2: nn.Module | None
+    activation2: nn.Module | None
+
     def __init__(
         self,
         in_channels: int,
@@ -75,7 +82,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         *,
         multiplier: int = 1,
         bias: bool | None = None,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         norm: Callable[..., nn.Module] | None = nn.BatchNorm2d,
         activation: str | None = "relu6",
         pointwise_norm: Callable[..., nn.Module] | None = nn.BatchNorm2d,
@@ -127,8 +134,8 @@ class DepthwiseSeparableConv2d(nn.Module):
 
         Raises:
             TypeError: a convolution is no ``nn.Conv2d``, or another argument neither a module nor None.
-            ValueError: the convolutions are not depthwise and 1×1 or don't fit each other, or a residual can't
-                be added.
+            ValueError: the convolutions are not depthwise and 1×1 or don't fit each other, or there is no
+                place for a residual.
         """
         block = cls.__new__(cls)
         block._adopt(depthwise, norm1, activation1, pointwise, norm2, activation2, residual)
@@ -148,16 +155,13 @@ class DepthwiseSeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the block's result."""
-        reasons = self._against_fusing(input)
-        out = self._composite(input, reasons) if reasons else self._fused(input)
-        return out
-
-    def _against_fusing(self, input: Tensor) -> list[str]:
-        children = [self._modules[name] for name in _CHILDREN]
-        reasons = eligibility.against_children(dict(zip(_CHILDREN, children, strict=True)))
-        if not reasons and under_transform(input, *self._sources()):
-            reasons = ["a torch.func transform or forward-mode AD is active, which sees through torch's ops only"]
-        return reasons or eligibility.against_input(input, *children)
+        children = {name: self._modules[name] for name in _CHILDREN}
+        reasons = eligibility.against_children(children)
+        sources = () if reasons else self._sources()
+        if not reasons and under_transform(input, *sources):
+            reasons = ["a torch.func transform or forward-mode AD is active, which sees torch's ops only"]
+        reasons = reasons or eligibility.against_input(input, *children.values())
+        return self._composite(input, reasons) if reasons else self._fused(input, sources)
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""
@@ -183,57 +187,66 @@ class DepthwiseSeparableConv2d(nn.Module):
         """Everything that the folded weights are made from."""
         found: list[Tensor | None] = []
         for conv, norm in ((self.depthwise, self.norm1), (self.pointwise, self.norm2)):
-            found += [conv.weight, conv.bias]
+            found += (conv.weight, conv.bias)
             if type(norm) is nn.BatchNorm2d:
-                found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+                found += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return tuple(found)
 
-    def _fused(self, input: Tensor) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        norm1, norm2 = (eligibility.norm_of(n) for n in (self.norm1, self.norm2))
-        batch1, batch2 = (batch_norm.uses_batch_statistics(n) for n in (norm1, norm2))
-        padding = depthwise.padding
+    def _fused(self, input: Tensor, sources: tuple[Tensor | None, ...]) -> Tensor:
+        name, depthwise = "depthwise_separable_conv2d", self.depthwise
+        kernel, padding = depthwise.weight.shape[2:], depthwise.padding
         x = input
         if depthwise.padding_mode != "zeros":
-            x, padding = F.pad(x, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode), 0
-        name = "depthwise_separable_conv2d"
-        kernel = depthwise.weight.shape[2:]
+            x = F.pad(x, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode)
+            padding = (0, 0)
         options = checks.geometry(name, kernel, depthwise.stride, padding, depthwise.dilation)
         checks.check_size(name, x, kernel, *options[1:])
         (x,) = checks.autocast(x)
+        # Under autocast the input may be wider than the result: torch's addition then decides on the dtype.
         residual = input if self.residual and input.dtype == x.dtype else None
         if residual is not None:
-            checks.check_residual(name, x, depthwise.weight, pointwise.weight, residual, options)
+            checks.check_residual(name, x, depthwise.weight, self.pointwise.weight, residual, options)
         acts = (eligibility.activation_of(self.activation1), eligibility.activation_of(self.activation2))
-
-        def weights() -> tuple[Tensor | None, ...]:
-            """Weights and biases, with those norms folded that have frozen statistics."""
-            folded = (
-                *batch_norm.fold(depthwise.weight, depthwise.bias, None if batch1 else norm1),
-                *batch_norm.fold(pointwise.weight, pointwise.bias, None if batch2 else norm2),
-            )
-            return tuple(None if t is None else t.to(x.dtype) for t in folded)
-
-        if not (batch1 or batch2 or any_requires_grad(input, *self._sources())):
-            out = functional.separable_inference(x, *self._kept(weights, x.dtype), residual, *options, *acts)
+        batch1, batch2 = self._batch_norms()
+        if batch1 or batch2 or any_requires_grad(input, *sources):
+            weights = self._weights(x.dtype)
+            out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:
-            out = functional.separable_training(
-                x, weights(), norm1 if batch1 else None, norm2 if batch2 else None, residual, options, acts
-            )
+            weights = self._kept_weights(x.dtype, sources)
+            out = functional.separable_inference(x, *weights, residual, *options, *acts)
         return out if residual is not None else self._add_residual(out, input)
 
-    def _kept(self, weights: Callable[[], tuple[Tensor | None, ...]], dtype: torch.dtype) -> Any:
+    def _batch_norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]:
+        """The norms that take their statistics from the batch; None for each other one."""
+        norm1, norm2 = (eligibility.norm_of(n) for n in (self.norm1, self.norm2))
+        return (
+            norm1 if batch_norm.uses_batch_statistics(norm1) else None,
+            norm2 if batch_norm.uses_batch_statistics(norm2) else None,
+        )
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """Weights and biases of both products, with those norms folded that have frozen statistics."""
+        found: list[Tensor | None] = []
+        for conv, norm in ((self.depthwise, self.norm1), (self.pointwise, self.norm2)):
+            norm = eligibility.norm_of(norm)
+            frozen = None if batch_norm.uses_batch_statistics(norm) else norm
+            found += batch_norm.fold(conv.weight, conv.bias, frozen)
+        return tuple(None if t is None else t.to(dtype) for t in found)
+
+    def _kept_weights(
+        self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
         """Weights for inference, folded at most once for the same sources."""
         if torch.compiler.is_compiling() or (self.norm1 is None and self.norm2 is None):
-            return weights()
+            return self._weights(dtype)
 
         def make() -> tuple[Tensor | None, ...]:
             # Not inference tensors: those have no version, by which kernels know their packed copies.
             with torch.inference_mode(False), torch.no_grad():
-                return weights()
+                return self._weights(dtype)
 
         options = (dtype, *(n.eps for n in (self.norm1, self.norm2) if type(n) is nn.BatchNorm2d))
-        return self._folds.get(self._sources(), options, make)
+        return self._folds.get(sources, options, make)
 
     def train(self, mode: bool = True) -> DepthwiseSeparableConv2d:
         """Switch the mode, and let go of folded weights."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import autocast_enabled
 from .reference import ACTIVATIONS
 from .shapes import output_size
 
@@ -24,9 +25,7 @@ def activation_name(name: str, argument: str, activation: str | None) -> str:
     if activation is None:
         return "none"
     if not isinstance(activation, str):
-        raise TypeError(
-            f"{name}: expected {argument} to be a name or None, got {type(activation).__name__}"
-        )
+        raise TypeError(f"{name}: expected {argument} to be a name or None, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: {argument}: got {activation!r}, expected None, {', '.join(ACTIVATIONS)}")
     return activation
@@ -133,8 +132,8 @@ def check_pointwise(name: str, depthwise: Tensor, pointwise: Tensor, bias: Tenso
     """Check the pointwise weight [C', C m, 1, 1] and its bias [C'] against the depthwise weight."""
     if pointwise.dim() != 4 or pointwise.shape[1:] != (depthwise.shape[0], 1, 1):
         raise RuntimeError(
-            f"{name}: Given depthwise_weight of size {list(depthwise.shape)}, expected pointwise_weight to be "
-            f"of size [out_channels, {depthwise.shape[0]}, 1, 1], but got {list(pointwise.shape)} instead"
+            f"{name}: Given depthwise_weight of size {list(depthwise.shape)}, expected pointwise_weight to "
+            f"be of size [out_channels, {depthwise.shape[0]}, 1, 1], but got {list(pointwise.shape)} instead"
         )
     check_bias(name, "pointwise_bias", pointwise, bias)
 
@@ -144,9 +143,7 @@ def check_residual(name, input, depthwise, pointwise, residual, options) -> None
     size = output_size(input.shape[2:], depthwise.shape[2:], *options)
     expected = (input.shape[0], pointwise.shape[0], *size)
     if tuple(residual.shape) != expected:
-        raise RuntimeError(
-            f"{name}: residual has shape {list(residual.shape)}, expected {list(expected)}"
-        )
+        raise RuntimeError(f"{name}: residual has shape {list(residual.shape)}, expected {list(expected)}")
 
 
 def check_bias(name: str, argument: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -160,7 +157,7 @@ def check_bias(name: str, argument: str, weight: Tensor, bias: Tensor | None) ->
 
 def check_same_kind(name: str, input: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
     """Every tensor on one device and of one dtype; autocast makes floating dtypes equal."""
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_enabled(input.device)
     for argument, tensor in others:
         if tensor is None:
             continue
@@ -194,7 +191,7 @@ def check_size(name, input: Tensor, kernel: Sequence[int], padding: Sequence[int
 
 def cast_dtype(t: Tensor) -> torch.dtype:
     """Dtype of a convolution's argument once torch.autocast has had its say: it spares float64."""
-    if not torch.is_autocast_enabled(t.device.type) or not t.is_floating_point() or t.dtype == torch.float64:
+    if not autocast_enabled(t.device) or not t.is_floating_point() or t.dtype == torch.float64:
         return t.dtype
     return torch.get_autocast_dtype(t.device.type)
 

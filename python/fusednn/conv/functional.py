@@ -68,9 +68,9 @@ def depthwise_conv1d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | tuple[int] = 1,
-    padding: int | tuple[int] | str = 0,
-    dilation: int | tuple[int] = 1,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
     *,
     causal: bool = False,
     activation: str | None = None,
@@ -147,8 +147,9 @@ def depthwise_separable_conv2d(
 ) -> Tensor:
     """Depthwise convolution, activation, 1×1 convolution, activation, residual: in one pass for inference.
 
-    ``act2(pointwise_weight @ act1(depthwise(input)) + pointwise_bias) + residual`` (Howard et al. 2017). Norms
-    with frozen statistics belong into weights and biases; for others see ``fusednn.DepthwiseSeparableConv2d``.
+    ``act2(pointwise_weight @ act1(depthwise(input)) + pointwise_bias) + residual`` (Howard et al. 2017).
+    Norms with frozen statistics belong into weights and biases; for others see
+    ``fusednn.DepthwiseSeparableConv2d``.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``.
@@ -198,16 +199,17 @@ def depthwise_separable_conv2d(
     if residual is not None:
         residual = residual if batched else residual.unsqueeze(0)
         checks.check_residual(name, batch, depthwise_weight, pointwise_weight, residual, options)
-    cast = checks.autocast(batch, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
-    out = _separable(*cast, *options, *acts)
+    cast = checks.autocast(
+        batch, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual
+    )
+    out = _separable(cast, options, acts)
     return out if batched else out.squeeze(0)
 
 
-def _separable(input, w1, b1, w2, b2, residual, stride, padding, dilation, act1, act2) -> Tensor:
-    tensors = (input, w1, b1, w2, b2, residual)
-    options, acts = (stride, padding, dilation), (act1, act2)
+def _separable(tensors: Sequence[Any], options: Sequence[Sequence[int]], acts: Sequence[str]) -> Tensor:
+    input, w1, b1, w2, b2, residual = tensors
     if not input.dtype.is_floating_point or under_transform(*tensors):
-        return reference.separable_conv2d_forward(*tensors, *options, *acts)
+        return reference.separable_conv2d_forward(input, *tensors[1:], *options, *acts)
     if not any_requires_grad(*tensors):
         return separable_inference(*tensors, *options, *acts)
     return separable_training(input, (w1, b1, w2, b2), None, None, residual, options, acts)
@@ -225,7 +227,7 @@ def separable_training(
     norm2: nn.BatchNorm2d | None,
     residual: Tensor | None,
     options: Sequence[Sequence[int]],
-    activations: Sequence[str],
+    activations: Sequence[str | None],
 ) -> Tensor:
     """The block of checked arguments, with norms that take the batch's statistics, and track them.
 

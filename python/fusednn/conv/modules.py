@@ -19,8 +19,8 @@ def _depthwise_groups(name: str, in_channels: int, groups: int | None) -> int:
 class DepthwiseConv2d(nn.Conv2d):
     r"""A drop-in for :class:`torch.nn.Conv2d` with ``groups == in_channels``.
 
-    The constructor is ``nn.Conv2d``'s, in the same order, so that changing the import is enough. ``groups`` may
-    be left out, and then is ``in_channels``; any other value raises. ``out_channels`` is a multiple of
+    The constructor is ``nn.Conv2d``'s, in the same order, so that changing the import is enough. ``groups``
+    may be left out, and then is ``in_channels``; any other value raises. ``out_channels`` is a multiple of
     ``in_channels``: the channel multiplier. Stride, padding (ints, pairs, ``"same"``, ``"valid"``), dilation,
     ``padding_mode`` and bias are as in torch.
 
@@ -53,7 +53,7 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: Any = 1,
         groups: int | None = None,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -88,8 +88,8 @@ class DepthwiseConv1d(nn.Conv1d):
     The constructor is ``nn.Conv1d``'s; ``groups`` as in :class:`DepthwiseConv2d`.
 
     Args:
-        causal: keyword-only: pad by ``dilation (kernel_size - 1)`` at the front and not at the end, so that no
-            output sees a later input; ``padding`` must be 0.
+        causal: keyword-only: pad by ``dilation (kernel_size - 1)`` at the front and not at the end, so that
+            no output sees a later input; ``padding`` must be 0.
         activation: keyword-only: as in :class:`DepthwiseConv2d`.
 
     Shapes:
@@ -99,8 +99,8 @@ class DepthwiseConv1d(nn.Conv1d):
         float32, float64; bfloat16 and float16 with float32 accumulation.
 
     Raises:
-        ValueError: ``groups`` is not ``in_channels``, ``out_channels`` no multiple of it, ``causal`` comes with
-            padding, or there is no such activation.
+        ValueError: ``groups`` is not ``in_channels``, ``out_channels`` no multiple of it, ``causal`` comes
+            with padding, or there is no such activation.
         RuntimeError: a size, dtype or device does not fit; the text names the argument.
     """
 
@@ -117,7 +117,7 @@ class DepthwiseConv1d(nn.Conv1d):
         dilation: Any = 1,
         groups: int | None = None,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,

@@ -57,13 +57,11 @@ def _fake_output(input, weight, channels, stride, padding, dilation, *weights) -
     )
 
 
-def _fake_grads(input, weight, output_mask, parameters) -> tuple[Tensor, ...]:
+def _fake_grads(input, weight, output_mask, parameters) -> tuple[Any, ...]:
     fmt = output_format(input, weight)
     grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=fmt)
     like = (grad_input, *(None if p is None else torch.empty_like(p) for p in parameters))
-    return tuple(
-        g if needed else input.new_empty(0) for g, needed in zip(like, output_mask, strict=True)
-    )
+    return tuple(g if needed else input.new_empty(0) for g, needed in zip(like, output_mask, strict=True))
 
 
 @torch.library.register_fake("fusednn::depthwise_conv2d_forward", lib=_library)
@@ -109,7 +107,7 @@ def _gradients_by_autograd(
 
     Aliases stand for the tensors, so that one that was computed from another is not followed back to it.
     """
-    aliases = [None if t is None else t.view_as(t) for t in tensors]
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
     wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
     found = iter(torch.autograd.grad(forward(*aliases), wanted, grad, create_graph=True, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)
@@ -169,7 +167,8 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:9]
     ctx.options = inputs[10:]
-    ctx.save_for_backward(*tensors, *output[1:])
+    # Not z1: the depthwise product is cheap to make again, and what is kept stays below half of eager's.
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.backend = settings.backend()
@@ -183,13 +182,12 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     stride, padding, dilation, _eps1, _eps2, *rest = ctx.options
     if torch.is_grad_enabled():
         forward = reference.separable_conv2d_train_forward
-        grads = _gradients_by_autograd(
-            lambda *t: forward(*t, None, *ctx.options)[0], tensors, grad, needs
-        )
+        grads = _gradients_by_autograd(lambda *t: forward(*t, None, *ctx.options)[0], tensors, grad, needs)
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward
-            grads = _keep(op(grad, *tensors, *saved, stride, padding, dilation, *rest, needs), needs)
+            z1 = torch.ops.fusednn.depthwise_conv2d_forward(*tensors[:3], stride, padding, dilation, "none")
+            grads = _keep(op(grad, *tensors, z1, *saved, stride, padding, dilation, *rest, needs), needs)
     return *grads, grad if ctx.needs_input_grad[9] else None, *nothing
 
 

@@ -1,6 +1,7 @@
 """Depthwise convolution in plain PyTorch: the fallback on any machine and the oracle of every kernel.
 
-    depthwise   out[n, c m + j, y, x] = act(b + sum_{u, v} w[c m + j, 0, u, v] in[n, c, s y + d u - p, s x + d v - p])
+    depthwise   out[n, c m + j, y, x] = act(b[c m + j] + sum over u, v of
+                                            w[c m + j, 0, u, v] in[n, c, s y + d u - p, s x + d v - p])
     separable   out = act2(norm2(W2 act1(norm1(depthwise(in))))) + residual        (Howard et al. 2017)
     norm        (z - mean) rstd weight + bias, mean and rstd = 1 / sqrt(var + eps) over N, H, W
                 (Ioffe & Szegedy 2015); a norm with frozen statistics is folded into the weights before it
@@ -19,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..transforms import autocast_enabled
 from .shapes import output_format
 
 _aten = torch.ops.aten
 
-# Name: the function, and its gradient to z of a gradient d. Those of torch, so that kinks and NaN are torch's.
+# Name: the function, and z's gradient for a gradient d. Both torch's, and so are kinks and NaN.
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "none": (lambda z: z, lambda d, z: d),
     "relu": (F.relu, lambda d, z: _aten.threshold_backward(d, z, 0)),
@@ -48,7 +50,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(tensor.device.type):
+        if not autocast_enabled(tensor.device):
             return function(tensor, *args, **kwargs)
         with torch.autocast(tensor.device.type, enabled=False):
             return function(tensor, *args, **kwargs)
@@ -56,7 +58,14 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _depthwise(input, weight, bias, stride, padding, dilation) -> Tensor:
+def _depthwise(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
     top, bottom, left, right = padding
     if (top, left) != (bottom, right):
         input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
@@ -102,8 +111,8 @@ def depthwise_conv2d_forward(
     activation: str,
 ) -> Tensor:
     """Return the activated convolution [N, C m, H', W']."""
-    operands = _wide(accumulation_dtype(input.dtype), input, weight, bias)
-    out = ACTIVATIONS[activation][0](_depthwise(*operands, stride, padding, dilation))
+    x, w, b = _wide(accumulation_dtype(input.dtype), input, weight, bias)
+    out = ACTIVATIONS[activation][0](_depthwise(x, w, b, stride, padding, dilation))
     return out.to(input.dtype).contiguous(memory_format=output_format(input, weight))
 
 
@@ -125,15 +134,18 @@ def depthwise_conv2d_backward(
         d = ACTIVATIONS[activation][1](d, _depthwise(x, w, b, stride, padding, dilation))
     grads = _depthwise_backward(d, x, w, stride, padding, dilation, output_mask)
     formats = (output_format(input, weight), torch.preserve_format, torch.contiguous_format)
-    likes = (input, weight, weight)
+    likes = (input, weight, weight[:, 0, 0, 0])
     return tuple(
-        _laid_out(g.to(input.dtype), like, fmt) if needed else input.new_empty(0)
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
         for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
     )
 
 
-def _laid_out(t: Tensor, like: Tensor, fmt: torch.memory_format) -> Tensor:
-    """Lay `t` out in a format; preserve_format stands for the strides that ``empty_like(like)`` has."""
+def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
+    """Give `t` the dtype of `like` and a format; preserve_format: the strides of ``empty_like(like)``."""
+    t = t.to(like.dtype)
+    if t.numel() == 0:  # a layout of nothing is kept by contiguous()
+        return torch.empty_like(like, dtype=t.dtype, memory_format=fmt)
     if fmt is not torch.preserve_format:
         return t.contiguous(memory_format=fmt)
     strides = torch.empty_like(like, device="meta").stride()
@@ -337,6 +349,6 @@ def separable_conv2d_train_backward(
     )
     formats = (output_format(input, depthwise_weight), *[torch.preserve_format] * 8)
     return tuple(
-        _laid_out(g.to(like.dtype), like, fmt) if needed else input.new_empty(0)
+        _laid_out(g, like, fmt) if needed else input.new_empty(0)
         for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
     )
