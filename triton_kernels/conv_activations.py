@@ -1,4 +1,6 @@
-"""Activations of the convolutions, their derivatives, for blocks of float32 or float64; NaN stays NaN.
+"""Activations of the convolutions and their derivatives.
+
+For blocks of float32 or float64; NaN stays NaN.
 
 silu        z s                        s = sigmoid(z)
 hardswish   z min(max(z + 3, 0), 6) / 6

@@ -2,9 +2,9 @@
 
     z[n, c, y, x] = b[c] + sum_{u, v} w[c, u, v] in[n, c / m, s y + d u - p, s x + d v - p]      out = act(z)
 
-Tiling: a program makes [BLOCK_P, BLOCK_C] elements: positions of all images laid end to end, and channels. Images
-are given by their strides, so that one kernel serves both memory formats; the launcher makes the tile long where
-memory is contiguous. Arithmetic in float32 (float64 for float64), offsets of 64 bits.
+Tiling: a program makes [BLOCK_P, BLOCK_C] elements: positions of all images laid end to end, and channels.
+Images are given by their strides, so that one kernel serves both memory formats; the launcher makes the tile
+long where memory is contiguous. Arithmetic in float32 (float64 for float64), offsets of 64 bits.
 Bytes moved: s (in + out) + s |w|, s = item size; overlapping windows come from the caches.
 Limits: dense images; fewer than 2^31 rows in a batch, so that row numbers fit 32 bits.
 """
@@ -54,7 +54,7 @@ def convolved(
     KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """z at positions [BLOCK_P, 1] and channels [1, BLOCK_C]."""
+    """The convolution z at positions [BLOCK_P, 1] and channels [1, BLOCK_C]."""
     accumulator = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     z = tl.zeros((BLOCK_P, BLOCK_C), accumulator)
     if bias is not None:
@@ -84,14 +84,14 @@ def depthwise_forward_kernel(
     KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
-    """output = act(z), or, given the gradient of that, the gradient of z."""
+    """The output act(z), or, given the gradient of that, the gradient of z."""
     first = tl.program_id(0).to(positions.dtype) * BLOCK_P
     image, y, x, present = place(first, positions, out_height, out_width, BLOCK_P)
     image, y, x, present = image[:, None], y[:, None], x[:, None], present[:, None]
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask = present & (c < channels)
-    z = convolved(input, weight, bias, image, y, x, c, mask, c < channels, height, width, in_n, in_c, in_y, in_x,
-                  stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
+    z = convolved(input, weight, bias, image, y, x, c, mask, c < channels, height, width,
+                  in_n, in_c, in_y, in_x, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
                   KH, KW, MULTIPLIER, FLIPPED, BLOCK_P, BLOCK_C, MOST)  # fmt: skip
     to = image.to(tl.int64) * out_n + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x + c.to(tl.int64) * out_c
     if grad is not None:
@@ -127,7 +127,7 @@ def depthwise_gather_kernel(
     KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The input gradient, any stride and multiplier; positions and channels are the input's, grad's are out_*."""
+    """The input gradient, any stride and multiplier; positions and channels are the input's."""
     first = tl.program_id(0).to(positions.dtype) * BLOCK_P
     image, y, x, present = place(first, positions, height, width, BLOCK_P)
     image, y, x, present = image[:, None], y[:, None], x[:, None], present[:, None]
@@ -151,7 +151,7 @@ def depthwise_grad_weight_kernel(
     KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partials[split, tap, c]: sums over `steps` blocks of positions; row KH KW has the bias's gradient."""
+    """Sums partials[split, tap, c] over `steps` blocks of positions; row KH KW has the bias's gradient."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = c < channels
     taps = tl.program_id(2) * TAPS + tl.arange(0, TAPS)
@@ -227,8 +227,8 @@ def _gather_case(layout: str, stride: int) -> AotCase:
     integers, ones = _geometry(layout, stride)
     pointers = ("grad", "weight", "output")
     constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, **_TILES[layout], **ones}
-    return AotCase(f"depthwise_gather/{layout}", depthwise_gather_kernel, pointers, integers, constants, OPTIONS,
-                   pointers)  # fmt: skip
+    name = f"depthwise_gather/{layout}"
+    return AotCase(name, depthwise_gather_kernel, pointers, integers, constants, OPTIONS, pointers)
 
 
 def _grad_weight_case(layout: str, dtype: str) -> AotCase:
@@ -238,8 +238,10 @@ def _grad_weight_case(layout: str, dtype: str) -> AotCase:
     tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 128, "BLOCK_C": 1}
     constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "TAPS": 16, **tile, **ones}
     pointers = ("grad", "input")
-    return AotCase(f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel, pointers, integers,
-                   constants, OPTIONS, pointers, (dtype,))  # fmt: skip
+    return AotCase(
+        f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel, pointers, integers, constants,
+        OPTIONS, pointers, (dtype,),
+    )  # fmt: skip
 
 
 def _add_splits_case(dtype: str) -> AotCase:

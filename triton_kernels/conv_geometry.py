@@ -47,7 +47,7 @@ class Convolution:
         dilation: Sequence[int],
         *other_weights: Tensor,
     ) -> Convolution:
-        """Raises RuntimeError if a shape, dtype or device does not fit; padding is top, bottom, left, right."""
+        """Raises RuntimeError if a shape, dtype or device does not fit."""
         if input.dim() != 4 or input.dtype not in DTYPES:
             raise RuntimeError(
                 f"{op}: input: got {input.dtype} of shape {list(input.shape)}, expected float32, float64, "
@@ -56,7 +56,7 @@ class Convolution:
         channels, in_channels = weight.shape[0], input.shape[1]
         if weight.dim() != 4 or weight.shape[1] != 1 or channels % max(in_channels, 1):
             raise RuntimeError(
-                f"{op}: weight: got shape {list(weight.shape)}, expected [multiple of {in_channels}, 1, kh, kw]"
+                f"{op}: weight: got shape {list(weight.shape)}, expected [{in_channels} m, 1, kh, kw]"
             )
         top, bottom, left, right = padding
         sizes = zip(
@@ -65,8 +65,8 @@ class Convolution:
         height, width = ((n + p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in sizes)
         if min(height, width) < 1:
             raise RuntimeError(
-                f"{op}: input: got {list(input.shape[2:])} and padding {list(padding)}, expected at least the "
-                f"kernel's reach for {list(weight.shape[2:])} and dilation {list(dilation)}"
+                f"{op}: input: got shape {list(input.shape)} and padding {list(padding)}, expected at least "
+                f"the kernel's reach, {list(weight.shape[2:])} with dilation {list(dilation)}"
             )
         if max(input.shape[2], height) * input.shape[0] > INT32_MAX:
             raise RuntimeError(f"{op}: input: got {list(input.shape)}, expected fewer than 2^31 rows")

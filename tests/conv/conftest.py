@@ -15,7 +15,7 @@ TRAINING = ("separable_conv2d_train_forward", "separable_conv2d_train_backward")
 
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": (), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": DEPTHWISE, "triton": DEPTHWISE}
 
 
 def _found(place: suite.Place, name: str) -> bool:
@@ -25,7 +25,8 @@ def _found(place: suite.Place, name: str) -> bool:
         return hasattr(suite.emulated_module(), name)
     if place.backend == "cuda":
         return any(hasattr(module, name) for module in _native.cuda_modules.values())
-    return (suite.TEST_MODULES.parents[1] / "triton_kernels" / "conv.py").exists()
+    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "conv.py"
+    return kernels.exists() and f"def {name}(" in kernels.read_text()
 
 
 def _params(names: tuple[str, ...]) -> list:
