@@ -18,17 +18,23 @@ from .conv_depthwise import (
     depthwise_grad_weight_kernel,
 )
 from .conv_geometry import Convolution
+from .support import interpreting
 
-TILE = 1024
+# An interpreted program takes about the same time whatever its size.
+TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (1024, 4096)
 MOST_TAPS = 16  # of a program of the weight gradient
 WANTED_PROGRAMS = 2048
 MOST_SPLITS = 256
 
 
-def _tile(last: bool, channels: int, size: int = TILE) -> dict[str, int]:
+def _tile(last: bool, channels: int, positions: int, size: int = TILE) -> dict[str, int]:
     """Long where memory is contiguous: channels, or positions."""
-    block_c = min(triton.next_power_of_2(channels), 64) if last else 1
-    return {"BLOCK_P": min(size // block_c, 512), "BLOCK_C": block_c}
+    channels, positions = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
+    if last:
+        block_c = min(channels, 64)
+        return {"BLOCK_P": min(positions, size // block_c), "BLOCK_C": block_c}
+    block_p = min(positions, max(size // 2, 1), 512)
+    return {"BLOCK_P": block_p, "BLOCK_C": min(channels, size // block_p)}
 
 
 def _launch_forward(
@@ -40,7 +46,7 @@ def _launch_forward(
         return
     channels, multiplier = conv.channels, conv.multiplier
     positions = output.shape[0] * sizes[2] * sizes[3]
-    tile = _tile(conv.last, channels)
+    tile = _tile(conv.last, channels, positions)
     grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
     with device_guard(input):
         depthwise_forward_kernel[grid](
@@ -109,8 +115,8 @@ def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
         )
         return out
     channels = conv.input.shape[1]
-    tile = _tile(conv.last, channels)
     positions = conv.input.shape[0] * height * width
+    tile = _tile(conv.last, channels, positions)
     grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
     with device_guard(grad_z):
         depthwise_gather_kernel[grid](
@@ -125,14 +131,13 @@ def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
 def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias, empty where not needed, in two passes."""
     taps = conv.weight.shape[2] * conv.weight.shape[3]
-    weight, bias = (
-        grad_z.new_empty(n if need else 0) for n, need in zip((conv.weight.shape, conv.channels), needs)
-    )
+    weight = grad_z.new_empty(conv.weight.shape if needs[0] else (0,))
+    bias = grad_z.new_empty((conv.channels if needs[1] else 0,))
     if conv.channels == 0:
         return weight, bias
     group = min(triton.next_power_of_2(taps), MOST_TAPS)
-    tile = _tile(conv.last, min(conv.channels, 32), 4096 // group)
     positions = grad_z.shape[0] * grad_z.shape[2] * grad_z.shape[3]
+    tile = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group)
     # A function of the shape alone, so that results repeat.
     channel_blocks, tap_groups = triton.cdiv(conv.channels, tile["BLOCK_C"]), triton.cdiv(taps, group)
     blocks = triton.cdiv(positions, tile["BLOCK_P"])

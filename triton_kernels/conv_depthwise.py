@@ -201,7 +201,7 @@ _SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "
 _STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
 _STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
 _GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
-_TILES = {"last": {"BLOCK_P": 16, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 1}}
+_TILES = {"last": {"BLOCK_P": 16, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 2}}
 
 
 def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
@@ -213,11 +213,10 @@ def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]
 
 def _forward_case(layout: str, k: int, stride: int, activation: str, grad: bool, flipped: bool) -> AotCase:
     integers, ones = _geometry(layout, stride)
-    pointers = ("input", "weight", "bias", "grad", "output")
     absent = () if grad else ("grad",)
+    pointers = tuple(p for p in ("input", "weight", "bias", "grad", "output") if p not in absent)
     constants = {"KH": k, "KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
     constants |= {"MOST": MOST_UNROLLED, **_TILES[layout], **ones, **dict.fromkeys(absent)}
-    pointers = tuple(p for p in pointers if p not in absent)
     name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''}"
     divisible = (*pointers, "channels", "in_n", "out_n") if layout == "last" else pointers
     return AotCase(name, depthwise_forward_kernel, pointers, integers, constants, OPTIONS, divisible)
@@ -235,13 +234,11 @@ def _grad_weight_case(layout: str, dtype: str) -> AotCase:
     integers, ones = _geometry(layout, 1)
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     integers = {"partials": wide, **integers, "steps": "i32"}
-    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 128, "BLOCK_C": 1}
+    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 128, "BLOCK_C": 2}
     constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "TAPS": 16, **tile, **ones}
     pointers = ("grad", "input")
-    return AotCase(
-        f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel, pointers, integers, constants,
-        OPTIONS, pointers, (dtype,),
-    )  # fmt: skip
+    name, kernel = f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel
+    return AotCase(name, kernel, pointers, integers, constants, OPTIONS, pointers, (dtype,))
 
 
 def _add_splits_case(dtype: str) -> AotCase:

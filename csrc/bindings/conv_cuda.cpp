@@ -1,6 +1,7 @@
 // Python face of the CUDA launchers of the conv family; schemas as in fusednn/conv/ops.py.
 //
 // Device-agnostic, as rnn_cuda.cpp: the tensors' device decides the guard, stream_of the stream.
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
@@ -12,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "fusednn/conv_cuda.h"
@@ -34,6 +36,22 @@ Activation activation_named(const char* op, const char* argument, const std::str
                     "', expected none, relu, relu6, silu, hardswish, gelu or gelu_tanh");
 }
 
+DType dtype_of(const Tensor& input) {
+  switch (input.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      TORCH_CHECK(false, "input: got dtype ", input.scalar_type(),
+                  ", expected float32, float64, float16 or bfloat16");
+  }
+}
+
 void succeeded(const char* op, cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
 }
@@ -42,7 +60,8 @@ void succeeded(const char* op, cudaError_t error) {
 class Convolution {
  public:
   Convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-              const Pair& stride, const Padding& padding, const Pair& dilation)
+              const Pair& stride, const Padding& padding, const Pair& dilation,
+              const OptionalTensor& other_weight = {})
       : op_(op) {
     TORCH_CHECK(input.layout() == at::kStrided && input.dim() == 4, op, ": input: got shape ", input.sizes(),
                 ", expected [N, C, H, W]");
@@ -53,7 +72,7 @@ class Convolution {
                 " channels, expected a multiple of the input's ", in_channels);
     dtype_ = dtype_of(input);
     options_ = input.options();
-    const bool last = is_last(input) || is_last(weight);
+    const bool last = is_last(input) || is_last(weight) || (other_weight && is_last(*other_weight));
     format_ = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     set_shape(input, weight, stride, padding, dilation);
     input_ = input.contiguous(format_);
@@ -92,22 +111,6 @@ class Convolution {
 
  private:
   static bool is_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
-
-  DType dtype_of(const Tensor& input) const {
-    switch (input.scalar_type()) {
-      case at::kFloat:
-        return DType::f32;
-      case at::kDouble:
-        return DType::f64;
-      case at::kHalf:
-        return DType::f16;
-      case at::kBFloat16:
-        return DType::bf16;
-      default:
-        TORCH_CHECK(false, op_, ": input: got dtype ", input.scalar_type(),
-                    ", expected float32, float64, float16 or bfloat16");
-    }
-  }
 
   int small(const char* name, int64_t value) const {
     constexpr int64_t most =
@@ -231,6 +234,52 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of,
   return {grad_input, grad_weight, grad_bias};
 }
 
+// Why separable_conv2d_forward can't take such a call; empty if it can.
+std::vector<std::string> separable_conv2d_limits(const Tensor& input, const Tensor& depthwise_weight,
+                                                 const Tensor& pointwise_weight) {
+  std::vector<std::string> reasons;
+  const auto limit = [&](const char* what, int64_t got, int64_t most) {
+    if (got > most) {
+      reasons.push_back(c10::str("got ", got, " ", what, ", the fused kernel takes at most ", most, " of ",
+                                 input.scalar_type()));
+    }
+  };
+  limit("output channels", pointwise_weight.size(0), cuda::separable_most_outputs(dtype_of(input)));
+  limit("taps", depthwise_weight.size(2) * depthwise_weight.size(3), cuda::kSeparableMostTaps);
+  return reasons;
+}
+
+Tensor separable_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& depthwise_weight,
+                                const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
+                                const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
+                                const Pair& stride, const Padding& padding, const Pair& dilation,
+                                const std::string& depthwise_activation,
+                                const std::string& pointwise_activation) {
+  constexpr const char* op = "separable_conv2d_forward";
+  const c10::DeviceGuard guard(input.device());
+  const Convolution conv(op, input, depthwise_weight, depthwise_bias, stride, padding, dilation,
+                         pointwise_weight);
+  for (const std::string& reason : separable_conv2d_limits(input, depthwise_weight, pointwise_weight)) {
+    TORCH_CHECK(false, op, ": ", reason);
+  }
+  const int64_t outputs = pointwise_weight.size(0);
+  const Tensor pointwise =
+      conv.checked("pointwise_weight", pointwise_weight, {outputs, conv.shape().channels, 1, 1}).contiguous();
+  const Tensor bias =
+      pointwise_bias ? conv.checked("pointwise_bias", *pointwise_bias, {outputs}).contiguous() : Tensor();
+  const Tensor added = residual ? conv.image("residual", *residual, outputs) : Tensor();
+  Tensor out = conv.empty_image(outputs);
+  succeeded(op, cuda::separable_forward({conv.dtype(), conv.shape(), static_cast<int>(outputs),
+                                         activation_named(op, "depthwise_activation", depthwise_activation),
+                                         activation_named(op, "pointwise_activation", pointwise_activation),
+                                         conv.input(), conv.weight(), conv.bias(), pointwise.const_data_ptr(),
+                                         bias.defined() ? bias.const_data_ptr() : nullptr,
+                                         added.defined() ? added.const_data_ptr() : nullptr,
+                                         out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
+                                        stream_of(input)));
+  return out;
+}
+
 }  // namespace
 
 void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of) {
@@ -250,6 +299,18 @@ void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of) {
               return depthwise_conv2d_backward(stream_of, grad_output, input, weight, bias, stride, padding,
                                                dilation, activation, output_mask);
             }));
+  m.def("separable_conv2d_forward",
+        torch::wrap_pybind_function_no_gil(
+            [=](const Tensor& input, const Tensor& depthwise_weight, const OptionalTensor& depthwise_bias,
+                const Tensor& pointwise_weight, const OptionalTensor& pointwise_bias,
+                const OptionalTensor& residual, const Pair& stride, const Padding& padding,
+                const Pair& dilation, const std::string& depthwise_activation,
+                const std::string& pointwise_activation) {
+              return separable_conv2d_forward(stream_of, input, depthwise_weight, depthwise_bias,
+                                              pointwise_weight, pointwise_bias, residual, stride, padding,
+                                              dilation, depthwise_activation, pointwise_activation);
+            }));
+  m.def("separable_conv2d_limits", torch::wrap_pybind_function_no_gil(&separable_conv2d_limits));
 }
 
 }  // namespace fusednn

@@ -26,6 +26,7 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
 constexpr int64_t kMostTiles = int64_t{1} << 31;  // leaves room for a block that is not full
 constexpr int kTile = 4;                          // outputs along x, in `rows` along y too
 
@@ -71,7 +72,7 @@ struct Window {
 };
 
 template <class T, int K, int S, bool Packed>
-__global__ void __launch_bounds__(kThreads) depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned tile = blockIdx.x * kThreads + threadIdx.x;
   if (tile >= tiling.tiles) return;
@@ -140,7 +141,7 @@ template <int S>
 constexpr int columns_outputs = S == 1 ? 4 : 2;
 
 template <class T, int K, int S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_columns_kernel(DepthwiseProduct p, ColumnsTiling tiling) {
   using A = Arithmetic<T>;
   constexpr int V = kWidestAccess / sizeof(T), outputs = columns_outputs<S>;
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // V > 1 wants [N, H, W, C] and a multiplier of 1.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) depthwise_any_kernel(DepthwiseProduct p, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(DepthwiseProduct p, int64_t items) {
   using A = Arithmetic<T>;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= items) return;

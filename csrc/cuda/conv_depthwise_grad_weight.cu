@@ -23,6 +23,7 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
 constexpr int kOutputs = 4;   // of a thread at a time
 constexpr int kTapGroup = 8;  // of a block, kernels of any size
 
@@ -83,7 +84,7 @@ template <int K, bool Last>
 constexpr int channels_of_pack = !Last ? 1 : (K == 3 ? 4 : (K == 5 ? 2 : 1));
 
 template <class T, int K, int S, bool Last>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_grad_weight_kernel(DepthwiseGradWeight p, GradWeightTiling tiling) {
   using A = Arithmetic<T>;
   constexpr int V = channels_of_pack<K, Last>;
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     depthwise_grad_weight_any_kernel(DepthwiseGradWeight p, GradWeightTiling tiling) {
   using A = Arithmetic<T>;
   const DepthwiseShape& s = p.shape;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) depthwise_add_splits_kernel(DepthwiseGradWeight p, int64_t sums) {
+__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_add_splits_kernel(DepthwiseGradWeight p, int64_t sums) {
   using A = Arithmetic<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= sums) return;

@@ -15,10 +15,16 @@ TRAINING = ("separable_conv2d_train_forward", "separable_conv2d_train_backward")
 
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": DEPTHWISE, "triton": DEPTHWISE}
+ALL = DEPTHWISE + INFERENCE + TRAINING
+KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ALL, "triton": ALL}
+
+# On devices these are torch's products around the depthwise kernels, where there is no kernel of the name.
+COMPOSED = INFERENCE + TRAINING
 
 
 def _found(place: suite.Place, name: str) -> bool:
+    if place.backend in ("cuda", "triton") and name in COMPOSED:
+        return all(_found(place, depthwise) for depthwise in DEPTHWISE)
     if place.backend == "cpu":
         return _native.extension is not None and hasattr(_native.extension.cpu, name)
     if place.name == "cuda-emulated":

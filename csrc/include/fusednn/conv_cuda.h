@@ -66,6 +66,31 @@ struct DepthwiseGradWeight {
   void* grad_bias;     // [C] or null
 };
 
+// act2(pointwise(act1(depthwise(input)))) + residual in one pass.
+struct SeparableForward {
+  DType dtype;
+  DepthwiseShape shape;
+  int out_channels;  // O
+  Activation depthwise_activation, pointwise_activation;
+  const void* input;             // [N, C / m, H, W]
+  const void* depthwise_weight;  // [C, 1, kh, kw]
+  const void* depthwise_bias;    // [C] or null
+  const void* pointwise_weight;  // [O, C]
+  const void* pointwise_bias;    // [O] or null
+  const void* residual;          // [N, O, H', W'] or null
+  void* output;                  // [N, O, H', W']
+  bool allow_tf32;               // float32 products may be rounded to TF32 on tensor cores
+};
+
+// What separable_forward can take; it returns cudaErrorInvalidValue beyond. The depthwise result is never
+// made twice, so a block keeps the sums of all O channels, and registers limit O; shared memory limits the
+// taps.
+constexpr int kSeparableMostTaps = 49;
+constexpr int separable_most_outputs(DType dtype) {
+  return dtype == DType::f64 ? 0 : (dtype == DType::f32 ? 256 : 512);
+}
+
+cudaError_t separable_forward(const SeparableForward&, cudaStream_t);
 cudaError_t depthwise_forward(const DepthwiseForward&, cudaStream_t);
 cudaError_t depthwise_activation_backward(const DepthwiseActivationBackward&, cudaStream_t);
 cudaError_t depthwise_grad_input(const DepthwiseGradInput&, cudaStream_t);
