@@ -18,7 +18,15 @@ from .conv_depthwise import (
     depthwise_grad_weight_kernel,
 )
 from .conv_geometry import Convolution
+from .conv_separable import separable_conv2d_forward, separable_conv2d_limits
 from .support import interpreting
+
+__all__ = [
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_forward",
+    "separable_conv2d_forward",
+    "separable_conv2d_limits",
+]
 
 # An interpreted program takes about the same time whatever its size.
 TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (1024, 4096)
@@ -27,13 +35,15 @@ WANTED_PROGRAMS = 2048
 MOST_SPLITS = 256
 
 
-def _tile(last: bool, channels: int, positions: int, size: int = TILE) -> dict[str, int]:
+def _tile(
+    last: bool, channels: int, positions: int, size: int = TILE, most_positions: int = 512
+) -> dict[str, int]:
     """Long where memory is contiguous: channels, or positions."""
     channels, positions = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
     if last:
         block_c = min(channels, 64)
-        return {"BLOCK_P": min(positions, size // block_c), "BLOCK_C": block_c}
-    block_p = min(positions, max(size // 2, 1), 512)
+        return {"BLOCK_P": min(positions, size // block_c, most_positions), "BLOCK_C": block_c}
+    block_p = min(positions, most_positions)
     return {"BLOCK_P": block_p, "BLOCK_C": min(channels, size // block_p)}
 
 
@@ -137,7 +147,7 @@ def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tu
         return weight, bias
     group = min(triton.next_power_of_2(taps), MOST_TAPS)
     positions = grad_z.shape[0] * grad_z.shape[2] * grad_z.shape[3]
-    tile = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group)
+    tile = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group, 64)
     # A function of the shape alone, so that results repeat.
     channel_blocks, tap_groups = triton.cdiv(conv.channels, tile["BLOCK_C"]), triton.cdiv(taps, group)
     blocks = triton.cdiv(positions, tile["BLOCK_P"])

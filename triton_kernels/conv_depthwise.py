@@ -19,7 +19,7 @@ from .conv_activations import activated, activation_gradient
 from .storage import load, store
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-MOST_UNROLLED = 49  # taps
+MOST_UNROLLED = 7  # taps of a row
 
 
 @triton.jit
@@ -35,13 +35,14 @@ def place(first, count, height, width, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def add_tap(
-    z, input, weight, tap, plane, y, x, channels, height, width, in_y, in_x, dilation_h, dilation_w, mask,
+    z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x, dilation_h, dilation_w, mask,
     channel_mask, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tap's products to z; y and x are [BLOCK_P, 1], those of tap 0."""
-    row, column = y + tap // KW * dilation_h, x + tap % KW * dilation_w
+    """Adds the products of tap (u, v) to z; y and x are [BLOCK_P, 1], those of tap (0, 0)."""
+    row, column = y + u * dilation_h, x + v * dilation_w
     here = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     value = load(input, plane + row.to(tl.int64) * in_y + column.to(tl.int64) * in_x, here)
+    tap = u * KW + v
     number = KH * KW - 1 - tap if FLIPPED else tap
     w = load(weight, channels * (KH * KW) + number, channel_mask)
     return z + tl.where(here, value * w, 0.0)
@@ -61,14 +62,16 @@ def convolved(
         z += load(bias, channels, channel_mask)
     plane = image.to(tl.int64) * in_n + (channels // MULTIPLIER) * in_c
     y, x = y * stride_h - pad_top, x * stride_w - pad_left
-    if KH * KW <= MOST:
-        for tap in tl.static_range(KH * KW):
-            z = add_tap(z, input, weight, tap, plane, y, x, channels, height, width, in_y, in_x, dilation_h,
-                        dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
-    else:
-        for tap in range(KH * KW):
-            z = add_tap(z, input, weight, tap, plane, y, x, channels, height, width, in_y, in_x, dilation_h,
-                        dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
+    # A row of taps at a time: all of them unrolled would keep every load in registers.
+    for u in range(KH):
+        if KW <= MOST:
+            for v in tl.static_range(KW):
+                z = add_tap(z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x,
+                            dilation_h, dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
+        else:
+            for v in range(KW):
+                z = add_tap(z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x,
+                            dilation_h, dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
     return z
 
 
@@ -200,15 +203,21 @@ def depthwise_add_splits_kernel(
 _SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "out_height", "out_width")}
 _STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
 _STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
-_GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
+GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
 _TILES = {"last": {"BLOCK_P": 16, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 2}}
 
 
-def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
-    """Run-time integers and those that a launch finds to be 1."""
+def ones_of(layout: str, stride: int) -> dict[str, int]:
+    """Run-time integers that a launch finds to be 1, which makes constants of them."""
     ones = [f"{image}_{'c' if layout == 'last' else 'x'}" for image in ("in", "out")]
     ones += ["dilation_h", "dilation_w"] + (["stride_h", "stride_w"] if stride == 1 else [])
-    return {k: v for k, v in _GEOMETRY.items() if k not in ones}, dict.fromkeys(ones, 1)
+    return dict.fromkeys(ones, 1)
+
+
+def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
+    """Run-time integers, and those that are 1."""
+    ones = ones_of(layout, stride)
+    return {k: v for k, v in GEOMETRY.items() if k not in ones}, ones
 
 
 def _forward_case(layout: str, k: int, stride: int, activation: str, grad: bool, flipped: bool) -> AotCase:
@@ -234,7 +243,7 @@ def _grad_weight_case(layout: str, dtype: str) -> AotCase:
     integers, ones = _geometry(layout, 1)
     wide = "*fp64" if dtype == "fp64" else "*fp32"
     integers = {"partials": wide, **integers, "steps": "i32"}
-    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 128, "BLOCK_C": 2}
+    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 64, "BLOCK_C": 4}
     constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "TAPS": 16, **tile, **ones}
     pointers = ("grad", "input")
     name, kernel = f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel

@@ -23,7 +23,8 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
+constexpr int kBlocks =
+    4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
 constexpr int kOutputs = 4;   // of a thread at a time
 constexpr int kTapGroup = 8;  // of a block, kernels of any size
 
@@ -188,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_add_splits_kernel(DepthwiseGradWeight p, int64_t sums) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_add_splits_kernel(DepthwiseGradWeight p, int64_t sums) {
   using A = Arithmetic<T>;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= sums) return;

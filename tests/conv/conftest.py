@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,37 @@ KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ALL, "triton": ALL}
 
 # On devices these are torch's products around the depthwise kernels, where there is no kernel of the name.
 COMPOSED = INFERENCE + TRAINING
+
+
+def _slow_dtype(item: pytest.Item) -> str | None:
+    """The dtype of a test whose kernels are interpreted or emulated."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    places = [p[0] for p in params.values() if isinstance(p, tuple) and isinstance(p[0], suite.Place)]
+    slow = any(place.slow for place in places) and item.path.parent == Path(__file__).parent
+    return str(params["dtype"]) if slow and "dtype" in params else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where kernels are slow, a test of many cases in every dtype takes each case in one of them, in turn."""
+    dtypes: dict[str, dict[str, int]] = {}
+    cases: dict[str, dict[str, int]] = {}
+    slow = []
+    for item in items:
+        dtype = _slow_dtype(item)
+        if dtype is None:
+            continue
+        test, case = item.originalname, item.name.replace(dtype, "")
+        slow.append((item, test, dtype, case))
+        for numbers, name in ((dtypes, dtype), (cases, case)):
+            numbers.setdefault(test, {}).setdefault(name, len(numbers[test]))
+    left = {
+        item
+        for item, test, dtype, case in slow
+        if len(cases[test]) > 1 and dtypes[test][dtype] != cases[test][case] % len(dtypes[test])
+    }
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 def _found(place: suite.Place, name: str) -> bool:
