@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # An interpreted program takes about the same time whatever its size.
-TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (1024, 4096)
+TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (512, 4096)
 MOST_TAPS = 16  # of a program of the weight gradient
 WANTED_PROGRAMS = 2048
 MOST_SPLITS = 256

@@ -36,7 +36,7 @@ def place(first, count, height, width, BLOCK_P: tl.constexpr):
 @triton.jit
 def add_tap(
     z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x, dilation_h, dilation_w, mask,
-    channel_mask, KH: tl.constexpr, KW: tl.constexpr, FLIPPED: tl.constexpr,
+    channel_mask, KH, KW: tl.constexpr, FLIPPED: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of tap (u, v) to z; y and x are [BLOCK_P, 1], those of tap (0, 0)."""
     row, column = y + u * dilation_h, x + v * dilation_w
@@ -52,7 +52,7 @@ def add_tap(
 def convolved(
     input, weight, bias, image, y, x, channels, mask, channel_mask, height, width, in_n, in_c, in_y, in_x,
     stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
+    KH, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """The convolution z at positions [BLOCK_P, 1] and channels [1, BLOCK_C]."""
@@ -62,7 +62,7 @@ def convolved(
         z += load(bias, channels, channel_mask)
     plane = image.to(tl.int64) * in_n + (channels // MULTIPLIER) * in_c
     y, x = y * stride_h - pad_top, x * stride_w - pad_left
-    # A row of taps at a time: all of them unrolled would keep every load in registers.
+    # KH is no constant, lest all rows of taps be unrolled, and every load kept in registers.
     for u in range(KH):
         if KW <= MOST:
             for v in tl.static_range(KW):
@@ -77,14 +77,15 @@ def convolved(
 
 # A size of 1 would become a constant, which has no dtype; paddings and batches would make variants in vain.
 _PLAIN = ["positions", "pad_top", "pad_left"]
+_PLAIN_KH = [*_PLAIN, "KH"]
 
 
-@triton.jit(do_not_specialize=_PLAIN)
+@triton.jit(do_not_specialize=_PLAIN_KH)
 def depthwise_forward_kernel(
     input, weight, bias, grad, output, positions, channels, height, width, out_height, out_width,
     in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, KH,
+    KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """The output act(z), or, given the gradient of that, the gradient of z."""
@@ -204,7 +205,7 @@ _SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "
 _STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
 _STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
 GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
-_TILES = {"last": {"BLOCK_P": 16, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 2}}
+_TILES = {"last": {"BLOCK_P": 8, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 1}}
 
 
 def ones_of(layout: str, stride: int) -> dict[str, int]:
@@ -224,7 +225,8 @@ def _forward_case(layout: str, k: int, stride: int, activation: str, grad: bool,
     integers, ones = _geometry(layout, stride)
     absent = () if grad else ("grad",)
     pointers = tuple(p for p in ("input", "weight", "bias", "grad", "output") if p not in absent)
-    constants = {"KH": k, "KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
+    integers["KH"] = "i32"
+    constants = {"KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
     constants |= {"MOST": MOST_UNROLLED, **_TILES[layout], **ones, **dict.fromkeys(absent)}
     name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''}"
     divisible = (*pointers, "channels", "in_n", "out_n") if layout == "last" else pointers

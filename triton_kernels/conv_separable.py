@@ -28,15 +28,15 @@ from .conv_geometry import Convolution
 from .storage import INTERPRETING, load, rounded, store
 
 MOST_OUTPUTS = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
-TILE = {"BLOCK_P": 64, "BLOCK_C": 32}
+BLOCK_P = 32
 
 
-@triton.jit(do_not_specialize=["positions", "pad_top", "pad_left"])
+@triton.jit(do_not_specialize=["positions", "pad_top", "pad_left", "KH"])
 def separable_forward_kernel(
     input, weight1, bias1, weight2, bias2, residual, output, positions, channels, outputs,
     height, width, out_height, out_width, in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr, ACTIVATION1: tl.constexpr,
+    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, KH,
+    KW: tl.constexpr, MULTIPLIER: tl.constexpr, ACTIVATION1: tl.constexpr,
     ACTIVATION2: tl.constexpr, PRECISION: tl.constexpr, MOST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
@@ -74,6 +74,11 @@ def separable_forward_kernel(
 
 def _options(block_o: int) -> dict[str, object]:
     return {"num_warps": 8 if block_o > 64 else 4, "enable_fp_fusion": True}
+
+
+def _tile(block_o: int) -> dict[str, int]:
+    """Four elements of the depthwise tile a thread, for the loads of a row of taps are all in flight."""
+    return {"BLOCK_P": BLOCK_P, "BLOCK_C": 32 if block_o > 64 else 16, "BLOCK_O": block_o}
 
 
 def separable_conv2d_limits(input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> list[str]:
@@ -137,24 +142,24 @@ def separable_conv2d_forward(
     block_o = max(triton.next_power_of_2(outputs), 16)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     with device_guard(input):
-        separable_forward_kernel[(triton.cdiv(positions, TILE["BLOCK_P"]),)](
+        separable_forward_kernel[(triton.cdiv(positions, BLOCK_P),)](
             conv.input, conv.weight, conv.bias, pointwise, None if bias is None else bias.contiguous(), added,
             output, positions, channels, outputs, *sizes,
             *conv.strides(channels // conv.multiplier, *sizes[:2]), *conv.strides(outputs, *sizes[2:]),
             *conv.stride, *conv.pad, *conv.dilation,
             KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=conv.multiplier,
             ACTIVATION1=depthwise_activation, ACTIVATION2=pointwise_activation, PRECISION=precision,
-            MOST=MOST_UNROLLED, BLOCK_O=block_o, **TILE, **_options(block_o),
+            MOST=MOST_UNROLLED, **_tile(block_o), **_options(block_o),
         )  # fmt: skip
     return output
 
 
 def _case(layout: str, outputs: int, precision: str, dtypes: tuple[str, ...]) -> AotCase:
     ones = ones_of(layout, 1)
-    integers = {k: v for k, v in GEOMETRY.items() if k not in ones} | {"outputs": "i32"}
+    integers = {k: v for k, v in GEOMETRY.items() if k not in ones} | {"outputs": "i32", "KH": "i32"}
     pointers = ("input", "weight1", "bias1", "weight2", "bias2", "residual", "output")
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "ACTIVATION1": "relu6", "ACTIVATION2": "none"}
-    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, "BLOCK_O": outputs, **TILE, **ones}
+    constants = {"KW": 3, "MULTIPLIER": 1, "ACTIVATION1": "relu6", "ACTIVATION2": "none"}
+    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, **_tile(outputs), **ones}
     return AotCase(
         f"separable_forward/{layout} {outputs} {precision}", separable_forward_kernel, pointers, integers,
         constants, _options(outputs), (*pointers, "channels", "outputs"), dtypes,
