@@ -23,35 +23,37 @@ KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ALL, "triton": ALL}
 COMPOSED = INFERENCE + TRAINING
 
 
-def _slow_dtype(item: pytest.Item) -> str | None:
-    """The dtype of a test whose kernels are interpreted or emulated."""
+CROSSED = ("dtype", "mode", "last")
+
+
+def _variant(item: pytest.Item) -> tuple[str, str] | None:
+    """Values of the crossed parameters and of the others, of a test whose kernels are slow."""
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     places = [p[0] for p in params.values() if isinstance(p, tuple) and isinstance(p[0], suite.Place)]
-    slow = any(place.slow for place in places) and item.path.parent == Path(__file__).parent
-    return str(params["dtype"]) if slow and "dtype" in params else None
+    if item.path.parent != Path(__file__).parent or not any(place.slow for place in places):
+        return None
+    crossed = {name: p for name, p in params.items() if name in CROSSED}
+    others = {name: p for name, p in params.items() if name not in CROSSED}
+    return (repr(crossed), repr(others)) if crossed else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where kernels are slow, a test of many cases in every dtype takes each case in one of them, in turn."""
-    dtypes: dict[str, dict[str, int]] = {}
+    found = {item: variant for item in items if (variant := _variant(item)) is not None}
+    variants: dict[str, dict[str, int]] = {}
     cases: dict[str, dict[str, int]] = {}
-    slow = []
-    for item in items:
-        dtype = _slow_dtype(item)
-        if dtype is None:
-            continue
-        test, case = item.originalname, item.name.replace(dtype, "")
-        slow.append((item, test, dtype, case))
-        for numbers, name in ((dtypes, dtype), (cases, case)):
-            numbers.setdefault(test, {}).setdefault(name, len(numbers[test]))
-    left = {
-        item
-        for item, test, dtype, case in slow
-        if len(cases[test]) > 1 and dtypes[test][dtype] != cases[test][case] % len(dtypes[test])
-    }
+    for item, (variant, case) in found.items():
+        for numbers, name in ((variants, variant), (cases, case)):
+            of_test = numbers.setdefault(item.originalname, {})
+            of_test.setdefault(name, len(of_test))
+    left = []
+    for item, (variant, case) in found.items():
+        its_variants, its_cases = variants[item.originalname], cases[item.originalname]
+        if len(its_cases) > 1 and its_variants[variant] != its_cases[case] % len(its_variants):
+            left.append(item)
     if left:
-        config.hook.pytest_deselected(items=list(left))
-        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
 
 
 def _found(place: suite.Place, name: str) -> bool:

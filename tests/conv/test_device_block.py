@@ -45,7 +45,7 @@ def checked(args: Block) -> None:
     assert_close_to_oracle(torch.ops.fusednn.separable_conv2d_forward(*args), same_dtype, oracle)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize(
     ("channels", "outputs", "storage"),
     [
@@ -57,8 +57,8 @@ def checked(args: Block) -> None:
         (9, 1, torch.float16),
     ],
 )
-def test_every_tiling(device_place, channels, outputs, storage, last):
-    checked(block(channels, outputs, 3, storage, device_place.device, last))
+def test_every_tiling(device_place, channels, outputs, storage, channels_last):
+    checked(block(channels, outputs, 3, storage, device_place.device, channels_last))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def rounded_to_tf32(t: Tensor) -> Tensor:
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("outputs", [24, 72])
-def test_tf32_where_it_is_allowed(device_place, tf32, outputs, last):
+def test_tf32_where_it_is_allowed(device_place, tf32, outputs, channels_last):
     if device_place.name == "triton-interpreted":
         pytest.skip("the interpreter's products are float32")
-    args = block(19, outputs, 3, torch.float32, device_place.device, last)
+    args = block(19, outputs, 3, torch.float32, device_place.device, channels_last)
     x, w1, b1, w2, b2, residual = args[:6]
     y = F.silu(F.conv2d(x, w1, b1, padding=1, groups=19))
     oracle = F.relu6(F.conv2d(rounded_to_tf32(y).double(), rounded_to_tf32(w2).double(), b2.double()))
