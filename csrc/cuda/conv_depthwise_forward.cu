@@ -26,8 +26,7 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocks =
-    4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers; left to itself ptxas spills for more
 constexpr int64_t kMostTiles = int64_t{1} << 31;  // leaves room for a block that is not full
 constexpr int kTile = 4;                          // outputs along x, in `rows` along y too
 
@@ -73,8 +72,7 @@ struct Window {
 };
 
 template <class T, int K, int S, bool Packed>
-__global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
+__global__ void __launch_bounds__(kThreads) depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned tile = blockIdx.x * kThreads + threadIdx.x;
   if (tile >= tiling.tiles) return;

@@ -23,8 +23,7 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kBlocks =
-    4;  // of a multiprocessor: 128 registers a thread; left to itself ptxas spills for more
+constexpr int kBlocks = 4;    // of a multiprocessor: 128 registers; left to itself ptxas spills for more
 constexpr int kOutputs = 4;   // of a thread at a time
 constexpr int kTapGroup = 8;  // of a block, kernels of any size
 

@@ -38,7 +38,8 @@ def test_gradcheck(place, activation, options):
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_gradgradcheck(place, activation):
     options = {"padding": "same", "activation": activation}
-    assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), depthwise_leaves(activation != "silu"))
+    leaves = depthwise_leaves(activation != "silu")
+    assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), leaves, fast_mode=place.slow)
 
 
 def test_of_a_sequence(place):
@@ -56,8 +57,8 @@ def test_of_a_block_without_norms(training_place, acts):
     def function(*t):
         return depthwise_separable_conv2d(*t[:5], residual=t[5], **options)
 
-    assert gradcheck(function, (*leaves, residual))
-    assert gradgradcheck(function, (*leaves, residual))
+    assert gradcheck(function, (*leaves, residual), fast_mode=training_place.slow)
+    assert gradgradcheck(function, (*leaves, residual), fast_mode=training_place.slow)
 
 
 def test_of_a_block_traced_for_inference(training_place):
@@ -66,8 +67,8 @@ def test_of_a_block_traced_for_inference(training_place):
     op = torch.ops.fusednn.separable_conv2d_forward
     with fusednn.use_backend("reference"):
         function = lambda *t: op(*t, (1, 1), (1, 1, 1, 1), (1, 1), "silu", "gelu")  # noqa: E731
-        assert gradcheck(function, leaves)
-        assert gradgradcheck(function, leaves)
+        assert gradcheck(function, leaves, fast_mode=training_place.slow)
+        assert gradgradcheck(function, leaves, fast_mode=training_place.slow)
 
 
 @pytest.mark.parametrize("training", [(True, True), (True, False), (False, True), (False, False)], ids=str)
@@ -90,8 +91,8 @@ def test_of_a_block_with_norms(training_place, training):
         return block(x)
 
     x = leaf(2, 2, 3, 3)
-    assert gradcheck(function, (x, *leaves))
-    assert gradgradcheck(function, (x, *leaves))
+    assert gradcheck(function, (x, *leaves), fast_mode=training_place.slow)
+    assert gradgradcheck(function, (x, *leaves), fast_mode=training_place.slow)
 
 
 def test_every_subset_of_frozen_arguments(place):
