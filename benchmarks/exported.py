@@ -72,6 +72,8 @@ def onnxruntime_call(
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Its threads would go on spinning after a call, on the time of the peer whose turn comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     model = export_onnx(module, arrange, inputs)
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     feeds = dict(zip((i.name for i in session.get_inputs()), (t.numpy() for t in inputs.values())))

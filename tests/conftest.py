@@ -23,7 +23,9 @@ from fusednn import _native, testing
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REQUIRE_ALL = os.environ.get("FUSEDNN_REQUIRE_ALL") == "1"
-TEST_MODULES = Path(__file__).resolve().parents[1] / "build" / "test_modules"
+NO_EMULATOR = "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
+TESTS = Path(__file__).resolve().parent
+TEST_MODULES = TESTS.parent / "build" / "test_modules"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ MARKS = {
     "cuda": [pytest.mark.gpu],
     "triton": [pytest.mark.gpu],
 }
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of the layers, which tools/run_tests.py runs apart from those of the house."""
+    for folder in item.path.relative_to(TESTS).parts[:-1]:
+        if (TESTS.parent / "python" / "fusednn" / folder).is_dir():
+            item.add_marker("family")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -98,9 +107,7 @@ def running_on(place: Place) -> Iterator[Place]:
         if place.name == "cuda-emulated":
             module = emulated_module()
             if module is None:
-                missing(
-                    "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
-                )
+                missing(NO_EMULATOR)
             stack.enter_context(testing.emulated_cuda(module))
         if place.backend == "triton":
             try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .support import DTYPES
+
+Given = TypeVar("Given", Tensor, "Tensor | None")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Arguments:
             )
         return cls(op, name, like, like.shape[0], like.shape[1] // multiple)
 
-    def rows(self, name: str, tensor: Tensor | None, multiple: int) -> Tensor | None:
+    def rows(self, name: str, tensor: Given, multiple: int) -> Given:
         """`tensor`, contiguous, after checking that it is [B, multiple * H]."""
         return self._checked(name, tensor, [self.batch, multiple * self.hidden])
 
-    def bias(self, name: str, tensor: Tensor | None, multiple: int) -> Tensor | None:
+    def bias(self, name: str, tensor: Given, multiple: int) -> Given:
         """`tensor`, contiguous, after checking that it is [multiple * H]."""
         return self._checked(name, tensor, [multiple * self.hidden])
 
@@ -48,9 +51,9 @@ class Arguments:
         """An uninitialised [B, multiple * H]."""
         return self.like.new_empty(self.batch, multiple * self.hidden)
 
-    def _checked(self, name: str, tensor: Tensor | None, shape: list[int]) -> Tensor | None:
+    def _checked(self, name: str, tensor: Given, shape: list[int]) -> Given:
         if tensor is None:
-            return None
+            return tensor
         if list(tensor.shape) != shape:
             raise RuntimeError(f"{self.op}: {name}: got shape {list(tensor.shape)}, expected {shape}")
         if tensor.dtype != self.like.dtype:

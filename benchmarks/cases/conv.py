@@ -230,5 +230,7 @@ def _case(kind: str, mode: Mode, shape: Shape) -> Case:
 
 
 _MODES: tuple[Mode, ...] = ("inference", "training")
-CASES = [_case("separable_conv2d", mode, shape) for mode in _MODES for shape in SHAPES]
+# Not the block's training yet: in float32 every peer parts from the float64 oracle at ReLU6's kinks, and no
+# time is printed for a wrong answer. It waits for inputs that keep away from the kinks.
+CASES = [_case("separable_conv2d", "inference", shape) for shape in SHAPES]
 CASES += [_case("depthwise_conv2d", mode, shape) for mode in _MODES for shape in DEPTHWISE_SHAPES]

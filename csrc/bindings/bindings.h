@@ -14,6 +14,9 @@ using StreamOf = CUstream_st* (*)(const at::Tensor&);
 CUstream_st* current_cuda_stream(const at::Tensor& tensor);
 
 void bind_rnn_cpu(pybind11::module_& m);
+void bind_conv_cpu(pybind11::module_& m);
+void bind_conv_depthwise_cpu(pybind11::module_& m);
+void bind_conv_train_cpu(pybind11::module_& m);
 void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of);
 void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of);
 

@@ -33,6 +33,9 @@ PYBIND11_MODULE(_C, m) {
   cpu.def("best_isa", &best_isa, "Best instruction set of this machine and binary.");
   cpu.def("set_isa", &set_isa, "Cap the instruction set.");
   fusednn::bind_rnn_cpu(cpu);
+  fusednn::bind_conv_cpu(cpu);
+  fusednn::bind_conv_depthwise_cpu(cpu);
+  fusednn::bind_conv_train_cpu(cpu);
 #if defined(FUSEDNN_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");
   fusednn::bind_rnn_cuda(cuda, &fusednn::current_cuda_stream);

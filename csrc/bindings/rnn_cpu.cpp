@@ -2,8 +2,11 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <atomic>
+
 #include "bindings/bindings.h"
 #include "bindings/rnn_cpu.h"
+#include "bindings/tensor_checks.h"
 #include "bindings/torch_parallel.h"
 #include "bindings/weight_cache.h"
 #include "fusednn/cpu_features.h"
@@ -16,42 +19,10 @@ using at::Tensor;
 using cpu::Cell;
 using cpu::Rows;
 
-WeightCache& weight_cache() {
-  static WeightCache* const cache = new WeightCache;  // never destroyed: tensors must not outlive torch
-  return *cache;
-}
-
-std::atomic<bool> keep_packed{true};
-
 cpu::Parallel parallel() { return torch_parallel(); }
-
-DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      TORCH_CHECK(false, name, ": got ", t.scalar_type(), ", expected float32, float64, bfloat16 or float16");
-  }
-}
 
 at::ScalarType product_dtype(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
-  TORCH_CHECK(t.device().is_cpu(), name, ": got a tensor on ", t.device(), ", expected cpu");
-  TORCH_CHECK(t.sizes() == sizes, name, ": got shape ", t.sizes(), ", expected ", sizes);
-  TORCH_CHECK(t.scalar_type() == dtype, name, ": got ", t.scalar_type(), ", expected ", dtype);
-}
-
-void check(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (t) check(*t, name, sizes, dtype);
 }
 
 // The same values with neighbours in the last dimension next to each other; a view where they are already.
@@ -59,7 +30,6 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 Tensor as_operand(const Tensor& t) { return with_dense_rows(t.to(product_dtype(t))); }
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 Tensor workspace(size_t bytes_per_thread, const cpu::Parallel& threads) {
   return at::empty({static_cast<int64_t>(bytes_per_thread) * threads.threads}, at::kByte);
@@ -111,15 +81,15 @@ struct CellTensors {
   }
 };
 
+// The weights packed, where they were kept for these weights; training changes them before they are seen
+// again.
 Tensor packed_weights(const cpu::RnnKernels& kernels, const cpu::CellWeights& weights, const CellTensors& t) {
-  if (!kernels.wants_packed(weights, t.batch)) return {};
   const int variant = static_cast<int>(weights.cell) + 2 * static_cast<int>(cpu::current_isa());
-  const auto pack = [&] {
+  return WeightCache::instance().find({t.weight_ih, t.weight_hh}, variant, [&] {
     Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(weights))}, at::kByte);
     kernels.pack_weights(weights, packed.mutable_data_ptr(), parallel());
     return packed;
-  };
-  return keep_packed ? weight_cache().find_or_pack({t.weight_ih, t.weight_hh}, variant, pack) : pack();
+  });
 }
 
 struct ForwardResult {
@@ -144,11 +114,13 @@ ForwardResult cell_forward(Cell cell, const Tensor& input, const Tensor& hx, con
   const cpu::RnnKernels& kernels = cpu::rnn_kernels();
   const cpu::Parallel threads = parallel();
   cpu::CellWeights weights = t.weights(bias_ih, bias_hh);
-  const Tensor packed = packed_weights(kernels, weights, t);
+  const bool by_panels = kernels.by_panels(weights, t.batch);
+  Tensor packed;
+  if (by_panels) packed = packed_weights(kernels, weights, t);
   if (packed.defined()) weights.packed = packed.const_data_ptr();
   const Tensor x = as_operand(input), h = as_operand(hx);
   const Tensor scratch = workspace(kernels.forward_workspace(weights), threads);
-  kernels.cell_forward({weights, t.batch, t.wide_state, rows(x), rows(h), rows(t.state),
+  kernels.cell_forward({weights, t.batch, t.wide_state, by_panels, rows(x), rows(h), rows(t.state),
                         r.h.mutable_data_ptr(), cell == Cell::lstm ? r.c.mutable_data_ptr() : nullptr,
                         save_gates ? r.gates.mutable_data_ptr() : nullptr, scratch.mutable_data_ptr()},
                        threads);
@@ -174,40 +146,60 @@ std::tuple<Tensor, Tensor> gru_cell_forward(const Tensor& input, const Tensor& h
 
 namespace {
 
-// a[M, K] b[K, N], or a^T b; `into` is added to and returned where it is defined.
-Tensor multiply(const Tensor& a, bool transpose, const Tensor& b, Tensor into = {}) {
-  const bool accumulate = into.defined();
-  const int64_t M = a.size(transpose ? 1 : 0), K = a.size(transpose ? 0 : 1), N = b.size(1);
-  Tensor out = accumulate ? into : at::empty({M, N}, a.options());
-  if (out.numel() == 0) return out;
-  if (K == 0) return accumulate ? out : out.zero_();
-  const cpu::RnnKernels& kernels = cpu::rnn_kernels();
-  const cpu::Parallel threads = parallel();
-  const int64_t row = a.size(1);
-  cpu::Product p{dtype_of(b, "b"),
-                 M,
-                 N,
-                 K,
-                 a.const_data_ptr(),
-                 transpose ? 1 : row,
-                 transpose ? row : 1,
-                 rows(b),
-                 out.mutable_data_ptr(),
-                 accumulate,
-                 nullptr};
-  const Tensor scratch = workspace(kernels.product_workspace(p), threads);
-  p.workspace = scratch.mutable_data_ptr();
-  kernels.multiply(p, threads);
-  return out;
-}
+// The products and sums of one backward, gathered and then run together.
+class Gradients {
+ public:
+  explicit Gradients(bool wide) { sums_.wide = wide; }
 
-Tensor sum_rows(const Tensor& a) {
-  Tensor out = at::empty({a.size(1)}, a.options());
-  if (out.numel() > 0)
-    cpu::rnn_kernels().sum_rows(a.scalar_type() == at::kDouble, a.size(0), a.size(1), a.const_data_ptr(),
-                                out.mutable_data_ptr(), parallel());
-  return out;
-}
+  // The gradients of what `weight` was multiplied with, added to `into` where that is defined, and of the
+  // weight itself; undefined where they are not wanted.
+  std::pair<Tensor, Tensor> through(const Tensor& weight, const Tensor& operand, const Tensor& grad_gates,
+                                    bool wants_operand, bool wants_weight, const Tensor& into = {}) {
+    const int64_t B = grad_gates.size(0), R = grad_gates.size(1), N = weight.size(1);
+    Tensor grad_operand, grad_weight;
+    if (wants_operand) grad_operand = into.defined() ? into : at::empty({B, N}, grad_gates.options());
+    if (wants_weight) grad_weight = at::empty({R, N}, grad_gates.options());
+    if (B == 0 || R == 0 || N == 0) {
+      if (wants_operand && !into.defined()) grad_operand.zero_();
+      if (wants_weight) grad_weight.zero_();
+    } else if (wants_operand || wants_weight) {
+      const int i = sums_.weight_count++;
+      if (wants_weight) kept_[i] = as_operand(operand);
+      sums_.weights[i] = {dtype_of(weight, "weight"),
+                          B,
+                          R,
+                          N,
+                          grad_gates.const_data_ptr(),
+                          rows(weight),
+                          wants_weight ? rows(kept_[i]) : Rows{nullptr, 0},
+                          wants_operand ? grad_operand.mutable_data_ptr() : nullptr,
+                          into.defined(),
+                          wants_weight ? grad_weight.mutable_data_ptr() : nullptr};
+    }
+    return {grad_operand, grad_weight};
+  }
+
+  Tensor sum_rows(const Tensor& a) {
+    Tensor out = at::empty({a.size(1)}, a.options());
+    if (out.numel() > 0)
+      sums_.row_sums[sums_.row_sum_count++] = {a.size(0), a.size(1), a.const_data_ptr(),
+                                               out.mutable_data_ptr()};
+    return out;
+  }
+
+  void run() {
+    if (sums_.weight_count + sums_.row_sum_count == 0) return;
+    const cpu::RnnKernels& kernels = cpu::rnn_kernels();
+    const cpu::Parallel threads = parallel();
+    const Tensor scratch = workspace(kernels.gradient_workspace(sums_.wide), threads);
+    sums_.workspace = scratch.mutable_data_ptr();
+    kernels.gradient_sums(sums_, threads);
+  }
+
+ private:
+  cpu::GradientSums sums_{};
+  Tensor kept_[2];  // operands that were converted for this call
+};
 
 struct GateGradients {
   Tensor gates, gates_h, state;  // gates_h: GRU only, else the same as gates
@@ -238,6 +230,15 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
   return d;
 }
 
+// Each gradient in the dtype of what it belongs to; empty where it was left out.
+SixTensors as_gradients(const SixTensors& grads, const std::array<Tensor, 6>& of) {
+  const auto cast = [&](const Tensor& grad, const Tensor& like) {
+    return grad.defined() ? grad.to(like.scalar_type()) : at::empty({0}, like.options());
+  };
+  const auto& [a, b, c, d, e, f] = grads;
+  return {cast(a, of[0]), cast(b, of[1]), cast(c, of[2]), cast(d, of[3]), cast(e, of[4]), cast(f, of[5])};
+}
+
 }  // namespace
 
 SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
@@ -247,23 +248,14 @@ SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor
   const CellTensors t(Cell::lstm, input, hx, cx, weight_ih, weight_hh);
   check(c, "c", {t.batch, t.hidden}, t.state.scalar_type());
   const GateGradients d = gates_backward(t, grad_h, grad_c, c, gates);
-  const auto where = [&](bool needed, auto make, const Tensor& like) {
-    return needed ? make().to(like.scalar_type()) : at::empty({0}, like.options());
-  };
-  return {
-      where(
-          mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
-      where(
-          mask[1], [&] { return multiply(d.gates, false, t.weight_hh); }, hx),
-      where(
-          mask[2], [&] { return d.state; }, cx),
-      where(
-          mask[3], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
-      where(
-          mask[4], [&] { return multiply(d.gates, true, as_operand(hx)); }, weight_hh),
-      where(
-          mask[5], [&] { return sum_rows(d.gates); }, weight_ih),
-  };
+  Gradients sums(d.gates.scalar_type() == at::kDouble);
+  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, input, d.gates, mask[0], mask[3]);
+  const auto [grad_hx, grad_weight_hh] = sums.through(t.weight_hh, hx, d.gates, mask[1], mask[4]);
+  const Tensor grad_bias = mask[5] ? sums.sum_rows(d.gates) : Tensor();
+  sums.run();
+  return as_gradients(
+      {grad_input, grad_hx, mask[2] ? d.state : Tensor(), grad_weight_ih, grad_weight_hh, grad_bias},
+      {input, hx, cx, weight_ih, weight_hh, weight_ih});
 }
 
 SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx,
@@ -271,23 +263,14 @@ SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Te
                              const std::array<bool, 6>& mask) {
   const CellTensors t(Cell::gru, input, hx, hx, weight_ih, weight_hh);
   const GateGradients d = gates_backward(t, grad_h, std::nullopt, {}, gates);
-  const auto where = [&](bool needed, auto make, const Tensor& like) {
-    return needed ? make().to(like.scalar_type()) : at::empty({0}, like.options());
-  };
-  return {
-      where(
-          mask[0], [&] { return multiply(d.gates, false, t.weight_ih); }, input),
-      where(
-          mask[1], [&] { return multiply(d.gates_h, false, t.weight_hh, d.state); }, hx),
-      where(
-          mask[2], [&] { return multiply(d.gates, true, as_operand(input)); }, weight_ih),
-      where(
-          mask[3], [&] { return multiply(d.gates_h, true, as_operand(hx)); }, weight_hh),
-      where(
-          mask[4], [&] { return sum_rows(d.gates); }, weight_ih),
-      where(
-          mask[5], [&] { return sum_rows(d.gates_h); }, weight_hh),
-  };
+  Gradients sums(d.gates.scalar_type() == at::kDouble);
+  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, input, d.gates, mask[0], mask[2]);
+  const auto [grad_hx, grad_weight_hh] = sums.through(t.weight_hh, hx, d.gates_h, mask[1], mask[3], d.state);
+  const Tensor grad_bias_ih = mask[4] ? sums.sum_rows(d.gates) : Tensor(),
+               grad_bias_hh = mask[5] ? sums.sum_rows(d.gates_h) : Tensor();
+  sums.run();
+  return as_gradients({grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh},
+                      {input, hx, weight_ih, weight_hh, weight_ih, weight_hh});
 }
 
 namespace {
@@ -315,9 +298,9 @@ void bind_rnn_cpu(pybind11::module_& m) {
   m.def("vector_math", &vector_math, unlocked);
   m.def("try_lstm_cell", &try_lstm_cell);
   m.def("try_gru_cell", &try_gru_cell);
-  m.def("keep_packed_weights", [](bool keep) { keep_packed = keep; });
-  m.def("clear_packed_weights", [] { weight_cache().clear(); });
-  m.def("packed_weights", [] { return weight_cache().packed_entries(); });
+  m.def("keep_packed_weights", [](bool keep) { WeightCache::instance().keep(keep); });
+  m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
+  m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
 }
 
 }  // namespace fusednn

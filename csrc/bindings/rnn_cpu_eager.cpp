@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "bindings/rnn_cpu.h"
 
 namespace fusednn {
@@ -29,17 +31,22 @@ bool nobody_listens() {
   return subset(tls.included_, usual) && !at::autocast::is_autocast_enabled(at::kCPU) && !at::hasCallbacks();
 }
 
+// A dense CPU tensor: no subclass, no wrapper.
+bool plain(const Tensor& t) {
+  const DispatchKeySet allowed =
+      DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::ADInplaceOrView) |
+      DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutocastCPU);
+  return t.defined() && subset(t.key_set(), allowed);
+}
+
 struct Plain {
   at::ScalarType dtype;
   bool ok = true;
   bool requires_grad = false;
 
-  // Folds one argument in: a dense CPU tensor of the common dtype, no subclass, no wrapper, of this shape.
+  // Folds one argument in: plain, of the common dtype and of this shape.
   void operator()(const Tensor& t, at::IntArrayRef sizes) {
-    const DispatchKeySet allowed =
-        DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::ADInplaceOrView) |
-        DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutocastCPU);
-    ok = ok && t.defined() && subset(t.key_set(), allowed) && t.scalar_type() == dtype && t.sizes() == sizes;
+    ok = ok && plain(t) && t.scalar_type() == dtype && t.sizes() == sizes;
     requires_grad = requires_grad || t.requires_grad();
   }
   void operator()(const OptionalTensor& t, at::IntArrayRef sizes) {
@@ -74,6 +81,13 @@ bool plain_call(int gates, const Tensor& input, std::initializer_list<Tensor> st
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
 
+// Whether the backward must be seen through: it is recorded, or its cotangents are mapped or have tangents.
+bool watched(const variable_list& grads) {
+  return at::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), [](const Tensor& g) {
+           return g.defined() && (!plain(g) || g._fw_grad(0).defined());
+         });
+}
+
 // The backward as the reference writes it, in torch ops that can be differentiated again.
 variable_list differentiable_backward(const char* function, const variable_list& saved,
                                       const variable_list& grads) {
@@ -97,8 +111,9 @@ struct LstmCell : torch::autograd::Function<LstmCell> {
                                const OptionalTensor& bias_ih, const OptionalTensor& bias_hh) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [h, c, gates] = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, true);
-    ctx->save_for_backward(
-        {input, hx, cx, weight_ih, weight_hh, or_undefined(bias_ih), or_undefined(bias_hh), c, gates});
+    // A copy of c: the caller may write into the result, as with torch's cell.
+    ctx->save_for_backward({input, hx, cx, weight_ih, weight_hh, or_undefined(bias_ih), or_undefined(bias_hh),
+                            c.clone(), gates});
     ctx->set_materialize_grads(false);
     return {h, c};
   }
@@ -106,7 +121,7 @@ struct LstmCell : torch::autograd::Function<LstmCell> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     if (!grads[0].defined() && !grads[1].defined()) return variable_list(7);
     const variable_list s = ctx->get_saved_variables();
-    if (at::GradMode::is_enabled())
+    if (watched(grads))
       return differentiable_backward("lstm_cell_gradients", variable_list(s.begin(), s.begin() + 7), grads);
     const auto needs = [&](int i) { return ctx->needs_input_grad(i); };
     const bool bias_ih = s[5].defined() && needs(5),
@@ -136,7 +151,7 @@ struct GruCell : torch::autograd::Function<GruCell> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     if (!grads[0].defined()) return variable_list(6);
     const variable_list s = ctx->get_saved_variables();
-    if (at::GradMode::is_enabled())
+    if (watched(grads))
       return differentiable_backward("gru_cell_gradients", variable_list(s.begin(), s.begin() + 6), grads);
     const auto needs = [&](int i) { return ctx->needs_input_grad(i); };
     const bool bias_ih = s[4].defined() && needs(4),

@@ -1,5 +1,8 @@
 #include "bindings/weight_cache.h"
 
+#include <c10/core/CPUAllocator.h>
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -24,6 +27,13 @@ uint64_t fingerprint(const at::Tensor& t) {
   return hash;
 }
 
+// Whether this process's version counter sees what torch writes here. Nobody counts writes to tensors made in
+// inference mode, nor what others write to memory that they share or have lent: processes, files, numpy.
+bool counts_writes(const at::Tensor& weight) {
+  if (weight.is_inference()) return false;
+  return weight.storage().data_ptr().get_deleter() == c10::GetCPUAllocator()->raw_deleter();
+}
+
 }  // namespace
 
 WeightIdentity::WeightIdentity(const at::Tensor& weight)
@@ -44,15 +54,14 @@ bool WeightIdentity::same_content(const WeightIdentity& other) const {
   return version_ == other.version_ && fingerprint_ == other.fingerprint_;
 }
 
-at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int variant,
-                                     const std::function<at::Tensor()>& pack) {
-  for (const at::Tensor& weight : weights)
-    if (weight.is_inference()) return pack();  // such a tensor counts no versions
+at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant,
+                             const std::function<at::Tensor()>& pack) {
+  if (!keeps_ || !std::all_of(weights.begin(), weights.end(), counts_writes)) return {};
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
     return std::equal(entry.weights.begin(), entry.weights.end(), identities.begin(), identities.end(), test);
   };
-  std::unique_lock<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (Entry& entry : entries_) {
     if (entry.variant != variant || !all(entry, std::mem_fn(&WeightIdentity::same_place))) continue;
     if (all(entry, std::mem_fn(&WeightIdentity::same_content))) {
@@ -61,16 +70,24 @@ at::Tensor WeightCache::find_or_pack(const std::vector<at::Tensor>& weights, int
     }
     entry.weights = std::move(identities);
     entry.packed.reset();
-    lock.unlock();
-    return pack();
+    return {};
   }
   std::erase_if(entries_, [](const Entry& entry) {
     return std::any_of(entry.weights.begin(), entry.weights.end(), std::mem_fn(&WeightIdentity::expired));
   });
   if (entries_.size() == kMostEntries) entries_.erase(entries_.begin());
   entries_.push_back({std::move(identities), variant, {}});
-  lock.unlock();
-  return pack();
+  return {};
+}
+
+WeightCache& WeightCache::instance() {
+  static WeightCache* const cache = [] {
+    // A child must not inherit a lock whose holder it lacks.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+    return new WeightCache;  // never destroyed: tensors must not outlive torch
+  }();
+  return *cache;
 }
 
 void WeightCache::clear() {

@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <mutex>
 #include <vector>
@@ -32,10 +33,13 @@ class WeightIdentity {
 
 class WeightCache {
  public:
-  // The packing of `weights` for `variant` (a layout's number), made by `pack`. It is kept from the second
-  // sight of the same weights on: what is used once is not worth the memory.
-  at::Tensor find_or_pack(const std::vector<at::Tensor>& weights, int variant,
-                          const std::function<at::Tensor()>& pack);
+  static WeightCache& instance();  // the process's
+
+  // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
+  // same weights and then kept; undefined at the first: what is used once is not worth the memory.
+  at::Tensor find(const std::vector<at::Tensor>& weights, int variant,
+                  const std::function<at::Tensor()>& pack);
+  void keep(bool on) { keeps_ = on; }  // off: find() finds nothing
   void clear();
   int64_t packed_entries();
 
@@ -47,6 +51,7 @@ class WeightCache {
   };
   static constexpr size_t kMostEntries = 256;
 
+  std::atomic<bool> keeps_{true};
   std::mutex mutex_;
   std::vector<Entry> entries_;
 };

@@ -17,7 +17,9 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int kAccumulators = FUSEDNN_VECTOR_BYTES == 64 ? 24 : 12;
-constexpr int64_t kBlockK = 256;  // rows of B at a time: V w kBlockK elements stay in the first-level cache
+// Rows of B at a time: four vectors of each, 32 KiB, stay in the first-level cache.
+constexpr int64_t kBlockK = FUSEDNN_VECTOR_BYTES == 64 ? 128 : 256;
+constexpr int64_t kPrefetchRows = 16;  // of a B that is read where it lies
 
 template <class T>
 struct Strided {  // element (row, k) at data + row * row_stride + k * k_stride
@@ -28,10 +30,59 @@ struct Strided {  // element (row, k) at data + row * row_stride + k * k_stride
   }
 };
 
+// Asks for the cache lines of C[M, V w] while the sums that will be stored there are being made: a store that
+// misses would hold up those behind it.
+template <int M, int V, class T>
+FUSEDNN_INLINE void prefetch_tile(const T* c, int64_t c_stride) {
+  constexpr int line = 64 / sizeof(T);
+#pragma GCC unroll 24
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int j = 0; j < V * Vec<T>::size; j += line) __builtin_prefetch(c + m * c_stride + j, 1);
+}
+
+enum class Into {  // how C takes a tile's sums
+  overwrite,
+  add,
+  stream,  // overwrite, past the caches: for a C that is larger than they are; its rows aligned to vectors
+};
+
+// What a tile does beside its sums, so that B, which only the first tile fetches from afar, keeps coming.
+struct Alone {
+  template <class T, int V, class S>
+  FUSEDNN_INLINE void step(int64_t, const S*, const Vec<T> (&)[V]) const {}
+};
+template <class T>
+struct Copy {  // leaves B in panel[K, V w] for the tiles below, in no pass of its own
+  T* panel;
+  int64_t b_stride;
+  template <class, int V, class S>
+  FUSEDNN_INLINE void step(int64_t k, const S* b, const Vec<T> (&bs)[V]) const {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      __builtin_prefetch(b + kPrefetchRows * b_stride + v * Vec<T>::size);
+      bs[v].store(panel + (k * V + v) * Vec<T>::size);
+    }
+  }
+};
+struct Ahead {  // asks for a cache line of each row of the B that comes next
+  const char* next = nullptr;
+  int64_t row_bytes = 0;
+  template <class T, int V, class S>
+  FUSEDNN_INLINE void step(int64_t k, const S*, const Vec<T> (&)[V]) const {
+    __builtin_prefetch(next + k * row_bytes, 0, 2);
+  }
+};
+
+template <class S>
+Ahead ahead_of(const S* b, int64_t stride) {
+  return {reinterpret_cast<const char*>(b), stride * static_cast<int64_t>(sizeof(S))};
+}
+
 // The last vector of a row of C may lie further on than its neighbours: `last` counts vectors from the first.
-template <int M, int V, class T, class S>
-void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c_stride, int last,
-          bool accumulate) {
+template <int M, int V, class T, class S, class Beside = Alone>
+void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c_stride, int last, Into into,
+          Beside beside = {}) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[M][V];
   const auto at = [&](int m, int v) { return c + m * c_stride + (v < V - 1 ? v : last) * w; };
@@ -42,10 +93,12 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
   const T* rows[M];
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m) rows[m] = a.data + m * a.row_stride;
+  if (into != Into::stream) prefetch_tile<M, V>(c, c_stride);
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> bs[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) bs[v] = Vec<T>::load(b + v * w);
+    beside.template step<T, V>(k, b, bs);
 #pragma GCC unroll 24
     for (int m = 0; m < M; ++m) {
       const Vec<T> x(rows[m][k * a.k_stride]);
@@ -57,23 +110,39 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) (accumulate ? Vec<T>::load(at(m, v)) + acc[m][v] : acc[m][v]).store(at(m, v));
+    for (int v = 0; v < V; ++v) {
+      if (into == Into::stream)
+        acc[m][v].stream(at(m, v));
+      else
+        (into == Into::add ? Vec<T>::load(at(m, v)) + acc[m][v] : acc[m][v]).store(at(m, v));
+    }
 }
 
-// C[rows, V w] (+)= A B for any number of rows.
+// C[rows, V w] (+)= A B for any number of rows. `ahead`: the B[K, V w] of the next call, if it is known; tile
+// t asks for line t of its rows.
 template <int V, class T, class S>
 void tiles(int64_t rows, int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c_stride,
-           int last, bool accumulate) {
+           int last, Into into, Ahead ahead = {}) {
   constexpr int M = kAccumulators / V;
+  int64_t lines = ahead.next ? V * Vec<T>::size * sizeof(S) / 64 : 0;
   int64_t m = 0;
-  for (; m + M <= rows; m += M)
-    tile<M, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, last, accumulate);
+  for (; m + M <= rows; m += M) {
+    const auto run = [&](auto beside) {
+      tile<M, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, last, into, beside);
+    };
+    if (lines-- > 0) {
+      run(ahead);
+      ahead.next += 64;
+    } else {
+      run(Alone{});
+    }
+  }
   const Strided<T> rest = a.at(m, 0);
   T* c_rest = c + m * c_stride;
   switch (rows - m) {
-#define FUSEDNN_CASE(N)                                                                        \
-  case N:                                                                                      \
-    if constexpr (N < M) tile<N, V>(K, rest, b, b_stride, c_rest, c_stride, last, accumulate); \
+#define FUSEDNN_CASE(N)                                                                  \
+  case N:                                                                                \
+    if constexpr (N < M) tile<N, V>(K, rest, b, b_stride, c_rest, c_stride, last, into); \
     break;
     FUSEDNN_CASE(1)
     FUSEDNN_CASE(2)

@@ -1,33 +1,19 @@
 // The rnn kernels of one instruction set, as a table. This file is compiled once for each.
 #include "fusednn/rnn_cpu.h"
 
+#include "cpu/dtypes.h"
 #include "cpu/rnn_backward.h"
 #include "cpu/rnn_forward.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 namespace {
 
-// Calls f<T, S>() with the accumulator and the storage type of `dtype`.
-template <class F>
-auto with_types(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f64:
-      return f.template operator()<double, double>();
-    case DType::f16:
-      return f.template operator()<float, Half>();
-    case DType::bf16:
-      return f.template operator()<float, BFloat16>();
-    default:
-      return f.template operator()<float, float>();
-  }
-}
-
 template <class F>
 auto with_cell(Cell cell, const F& f) {
   return cell == Cell::lstm ? f.template operator()<Cell::lstm>() : f.template operator()<Cell::gru>();
 }
 
-bool wants_packed(const CellWeights&, int64_t batch) { return batch >= 16; }
+bool by_panels(const CellWeights&, int64_t batch) { return batch >= 16; }
 
 size_t packed_bytes(const CellWeights& q) {
   return with_types(q.dtype, [&]<class T, class S>() -> size_t {
@@ -58,16 +44,27 @@ void backward(const GatesBackward& p, const Parallel& parallel) {
   });
 }
 
-size_t product_workspace(const Product& p) {
-  return with_types(p.b_dtype, [&]<class T, class S>() { return product_workspace_bytes<T>(); });
+size_t gradient_workspace(bool wide) {
+  return wide ? product_workspace_bytes<double>() : product_workspace_bytes<float>();
 }
 
-void product(const Product& p, const Parallel& parallel) {
-  with_types(p.b_dtype, [&]<class T, class S>() { multiply<T, S>(p, parallel); });
-}
-
-void sum_over_rows(bool wide, int64_t M, int64_t N, const void* a, void* out, const Parallel& parallel) {
-  wide ? sum_rows<double>(M, N, a, out, parallel) : sum_rows<float>(M, N, a, out, parallel);
+void gradient_sums(const GradientSums& p, const Parallel& parallel) {
+  int64_t work = 0;
+  for (int i = 0; i < p.weight_count; ++i)
+    work += p.weights[i].batch * p.weights[i].gate_rows * p.weights[i].size;
+  for (int i = 0; i < p.row_sum_count; ++i) work += p.row_sums[i].M * p.row_sums[i].N;
+  const bool worth_it = work > kSerialWork;
+  const int64_t parts = worth_it ? parallel.threads : 1;
+  parallel(parts, worth_it, [&](int64_t begin, int64_t end, int thread) {
+    void* workspace = static_cast<char*>(p.workspace) + thread * gradient_workspace(p.wide);
+    for (int64_t part = begin; part < end; ++part) {
+      for (int i = 0; i < p.weight_count; ++i)
+        with_types(p.weights[i].weight_dtype,
+                   [&]<class T, class S>() { weight_gradients<T, S>(p.weights[i], part, parts, workspace); });
+      for (int i = 0; i < p.row_sum_count; ++i)
+        p.wide ? sum_rows<double>(p.row_sums[i], part, parts) : sum_rows<float>(p.row_sums[i], part, parts);
+    }
+  });
 }
 
 template <class T>
@@ -89,8 +86,8 @@ void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
 }  // namespace
 
 extern const RnnKernels rnn_table = {
-    wants_packed, packed_bytes,      pack_weights, forward_workspace, forward,
-    backward,     product_workspace, product,      sum_over_rows,     vector_math,
+    by_panels, packed_bytes,       pack_weights,  forward_workspace, forward,
+    backward,  gradient_workspace, gradient_sums, vector_math,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,11 +1,13 @@
-// The backward of LSTM and GRU cells: the pointwise half, then two kinds of product.
+// The backward of LSTM and GRU cells: the pointwise half, then two kinds of product and the biases' sums, all
+// in one parallel region: every thread takes its share of each.
 //
 //   grad_input = grad_gates weight_ih,   grad_hx = grad_gates weight_hh       [B, G H] [G H, N]
 //   grad_weight_ih = grad_gates^T input, grad_weight_hh = grad_gates^T hx     [G H, B] [B, N]
 //
 // `multiply` serves both, since a has a stride for either dimension: panels of b, w V columns wide, are
 // copied in blocks of K that stay in the first-level cache, and rows of a go past them. For a few rows (M <=
-// kFewRows) nothing is used twice, so b is read where it lies, in stripes along its rows.
+// kFewRows) nothing is used twice, so b is read where it lies, in stripes along its rows. A sum over K is cut
+// the same way whatever the number of threads.
 //
 // Bytes: weights once for each of the two gradients that read them, weight gradients written once.
 #pragma once
@@ -18,8 +20,21 @@ constexpr int kColumns = 4;  // vectors in a panel
 constexpr int64_t kFewRows = 4;
 constexpr int kRowsOfB = 4;             // that pass at a time
 constexpr int64_t kFewRowsDepth = 128;  // products in a sum before it is added to the result
-constexpr int64_t kPanelsAtOnce = 4;    // with few rows: enough neighbours for the prefetcher
 constexpr int64_t kStripe = 1024;       // columns of a stripe
+
+struct Range {
+  int64_t begin, end;
+};
+
+// out[M, N] (+)= a[M, K] b[K, N], b in its own dtype.
+struct Product {
+  int64_t M, N, K;
+  const void* a;
+  int64_t a_row_stride, a_k_stride;
+  Rows b;
+  void* out;  // rows contiguous
+  bool accumulate;
+};
 
 template <class T, class S>
 struct GatesAt {
@@ -127,138 +142,209 @@ void multiply_few_rows(int64_t n, int64_t K, Strided<T> a, const S* b, int64_t b
   }
 }
 
-// Blocks of b that are copied at once: as many columns as rows of a will use them again.
-struct Blocking {
-  int64_t depth, panels;
-};
-constexpr int64_t kRowStep = 12;            // rows of a that pass by a block's panels together
-constexpr int64_t kBlockBytes = 192 << 10;  // part of a second-level cache
+constexpr int64_t kBlockBytes = 192 << 10;  // panels that are copied at once: part of a second-level cache
+constexpr size_t kStreamBytes = 16 << 20;   // an out from here on is written past the caches
+constexpr int64_t kRowStep = 12;            // rows of a in a step are a multiple of this
+constexpr int64_t kGathered = 6 << 10;      // elements of a in a step: part of the first-level cache
 
 template <class T>
-Blocking blocking(int64_t rows, int64_t K) {
-  constexpr int64_t panel_row = kColumns * sizeof(Vec<T>);
-  const int64_t depth = minimum(K, kBlockK);
-  const int64_t panels = rows <= kRowsAtMost ? kPanelsAtOnce : kBlockBytes / (depth * panel_row);
-  return {depth, panels < 1 ? 1 : panels};
+constexpr int64_t panel_bytes(int64_t depth) {
+  return depth * kColumns * sizeof(Vec<T>);
 }
 
 template <class T>
 constexpr size_t product_workspace_bytes() {
-  constexpr int64_t panel_row = kColumns * sizeof(Vec<T>);
-  const int64_t few = kPanelsAtOnce * kBlockK * panel_row;
-  const int64_t edge = kRowStep * panel_row, rows = kRowStep * kBlockK * sizeof(T);
-  return (few > kBlockBytes ? few : kBlockBytes) + kBlockK * panel_row + edge + rows;
+  const int64_t edge = kRowsAtMost * kColumns * sizeof(Vec<T>), rows = kGathered * sizeof(T);
+  return kBlockBytes + panel_bytes<T>(kBlockK) + edge + rows;
 }
 
-// Copies rows of a that lie across memory to [K][kRowStep]: a step in K would otherwise always meet the same
-// few sets of the first-level cache.
+// What a thread of a product works with.
+template <class T>
+struct ProductBuffers {
+  T *panels, *edge, *rows;
+  explicit ProductBuffers(void* workspace)
+      : panels(static_cast<T*>(workspace)),
+        edge(panels + (kBlockBytes + panel_bytes<T>(kBlockK)) / sizeof(T)),
+        rows(edge + kRowsAtMost * kColumns * Vec<T>::size) {}
+};
+
+// Rows of a that pass by the panels together: a panel is fetched to the first-level cache once for all of
+// them.
+inline int64_t rows_per_step(int64_t depth) {
+  if (depth <= kFewRows) return 2 * kRowStep;  // writing is all there is to do: few rows, written far along
+  const int64_t fit = kGathered / depth / kRowStep * kRowStep;
+  return minimum(fit < kRowStep ? kRowStep : fit, kRowsAtMost);
+}
+
+// Copies rows of a that lie across memory to [K][step]: a step in K would otherwise always meet the same few
+// sets of the first-level cache.
 template <class T>
 Strided<T> gather_rows(int64_t rows, int64_t K, Strided<T> a, T* to) {
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t m = 0; m < rows; ++m) to[k * kRowStep + m] = a.data[m * a.row_stride + k * a.k_stride];
-  return {to, 1, kRowStep};
+  if (a.row_stride == 1) {
+    for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * rows, a.data + k * a.k_stride, rows * sizeof(T));
+  } else {
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t m = 0; m < rows; ++m) to[k * rows + m] = a.data[m * a.row_stride + k * a.k_stride];
+  }
+  return {to, 1, rows};
 }
 
-// The rectangle [row, row + rows) x [column, column + columns) of out; `column` is a multiple of a panel.
-template <class T, class S>
-void multiply_rectangle(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                        T* workspace) {
+// out[rows, columns] (+)= a panel, where the panel is wider than what is left of out.
+template <class T>
+void edge_tiles(int64_t rows, int64_t columns, int64_t K, Strided<T> a, const T* panel, T* out,
+                int64_t out_stride, Into into, T* edge) {
   constexpr int width = kColumns * Vec<T>::size;
+  if (into == Into::add)
+    for (int64_t m = 0; m < rows; ++m)
+      std::memcpy(edge + m * width, out + m * out_stride, columns * sizeof(T));
+  tiles<kColumns>(rows, K, a, panel, width, edge, width, kColumns - 1,
+                  into == Into::add ? into : Into::overwrite);
+  for (int64_t m = 0; m < rows; ++m) std::memcpy(out + m * out_stride, edge + m * width, columns * sizeof(T));
+}
+
+// M <= kRowsAtMost, a's neighbours along K: each panel of b is copied by the first tile that reads it.
+template <class T, class S>
+void multiply_columns(const Product& p, Range columns, void* workspace) {
+  constexpr int width = kColumns * Vec<T>::size, first = kAccumulators / kColumns;
+  const ProductBuffers<T> buffers(workspace);
   const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
-  const S* b = static_cast<const S*>(p.b.data);
-  const Blocking block = blocking<T>(rows, p.K);
-  T* edge = workspace + product_workspace_bytes<T>() / sizeof(T) - kRowStep * (width + kBlockK);
-  T* a_rows = edge + kRowStep * width;
-  for (int64_t j0 = column; j0 < column + columns; j0 += block.panels * width) {
-    const int64_t j1 = minimum(column + columns, j0 + block.panels * width);
-    for (int64_t k = 0; k < p.K; k += block.depth) {
-      const int64_t depth = minimum(block.depth, p.K - k);
-      const bool accumulate = p.accumulate || k > 0;
-      for (int64_t j = j0; j < j1; j += width)
-        pack_panel(depth, minimum(width, j1 - j), width, b + k * p.b.stride + j, p.b.stride,
-                   workspace + (j - j0) * depth);
-      for (int64_t m = row; m < row + rows; m += kRowStep) {
-        const int64_t step = minimum(kRowStep, row + rows - m);
-        const Strided<T> a_step = a.k_stride == 1 ? a.at(m, k) : gather_rows(step, depth, a.at(m, k), a_rows);
-        for (int64_t j = j0; j < j1; j += width) {
-          const T* panel = workspace + (j - j0) * depth;
-          T* out = static_cast<T*>(p.out) + m * p.N + j;
-          const int64_t real = j1 - j;
-          if (real >= width) {
-            tiles<kColumns>(step, depth, a_step, panel, width, out, p.N, kColumns - 1, accumulate);
-            continue;
-          }
-          if (accumulate)
-            for (int64_t r = 0; r < step; ++r) std::memcpy(edge + r * width, out + r * p.N, real * sizeof(T));
-          tiles<kColumns>(step, depth, a_step, panel, width, edge, width, kColumns - 1, accumulate);
-          for (int64_t r = 0; r < step; ++r) std::memcpy(out + r * p.N, edge + r * width, real * sizeof(T));
-        }
+  for (int64_t k = 0; k < p.K; k += kBlockK) {
+    const int64_t depth = minimum(kBlockK, p.K - k);
+    const Into into = p.accumulate || k > 0 ? Into::add : Into::overwrite;
+    for (int64_t j = columns.begin; j < columns.end; j += width) {
+      const S* b = static_cast<const S*>(p.b.data) + k * p.b.stride + j;
+      T* out = static_cast<T*>(p.out) + j;
+      const int64_t real = minimum(width, columns.end - j);
+      if (real < width || p.M < first) {
+        pack_panel(depth, real, width, b, p.b.stride, buffers.panels);
+        edge_tiles(p.M, real, depth, a.at(0, k), buffers.panels, out, p.N, into, buffers.edge);
+        continue;
       }
+      tile<first, kColumns>(depth, a.at(0, k), b, p.b.stride, out, p.N, kColumns - 1, into,
+                            Copy<T>{buffers.panels, p.b.stride});
+      const bool more = j + 2 * width <= columns.end;
+      tiles<kColumns>(p.M - first, depth, a.at(first, k), buffers.panels, width, out + first * p.N, p.N,
+                      kColumns - 1, into, more ? ahead_of(b + width, p.b.stride) : Ahead{});
     }
   }
 }
 
-// M <= kFewRows: stripes of columns.
+// Whether out is written past the caches: it would evict what they hold, and be gone from them itself before
+// it is read.
+template <class T>
+bool streams_out(const Product& p) {
+  const bool aligned = reinterpret_cast<uintptr_t>(p.out) % 64 == 0 && p.N * sizeof(T) % 64 == 0;
+  return aligned && p.K <= kBlockK && static_cast<size_t>(p.M) * p.N * sizeof(T) >= kStreamBytes;
+}
+
+// Rows of out: panels of b are copied some at a time, and all rows of a go past them in steps.
 template <class T, class S>
-void multiply_stripes(const Product& p, bool worth_it, const Parallel& parallel) {
+void multiply_rows(const Product& p, Range rows, void* workspace) {
+  constexpr int width = kColumns * Vec<T>::size;
+  const ProductBuffers<T> buffers(workspace);
   const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
-  parallel(ceil_div(p.N, kStripe), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    T* part = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
-    for (int64_t stripe = begin; stripe < end; ++stripe) {
-      const int64_t j = stripe * kStripe, n = minimum(kStripe, p.N - j);
-      const S* b = static_cast<const S*>(p.b.data) + j;
-      T* out = static_cast<T*>(p.out) + j;
-      switch (p.M) {
-        case 1:
-          multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-          break;
-        case 2:
-          multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-          break;
-        case 3:
-          multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-          break;
-        default:
-          multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
+  const S* b = static_cast<const S*>(p.b.data);
+  const Into first = p.accumulate ? Into::add : streams_out<T>(p) ? Into::stream : Into::overwrite;
+  const int64_t step = rows_per_step(minimum(kBlockK, p.K));
+  const int64_t fit = kBlockBytes / panel_bytes<T>(minimum(kBlockK, p.K)),
+                block = (fit < 1 ? 1 : fit) * width;
+  for (int64_t j0 = 0; j0 < p.N; j0 += block) {
+    const int64_t j1 = minimum(p.N, j0 + block);
+    for (int64_t k = 0; k < p.K; k += kBlockK) {
+      const int64_t depth = minimum(kBlockK, p.K - k);
+      const Into into = k > 0 ? Into::add : first;
+      for (int64_t j = j0; j < j1; j += width)
+        pack_panel(depth, minimum(width, j1 - j), width, b + k * p.b.stride + j, p.b.stride,
+                   buffers.panels + (j - j0) * depth);
+      for (int64_t m = rows.begin; m < rows.end; m += step) {
+        const int64_t count = minimum(step, rows.end - m);
+        const Strided<T> a_step =
+            a.k_stride == 1 ? a.at(m, k) : gather_rows(count, depth, a.at(m, k), buffers.rows);
+        for (int64_t j = j0; j < j1; j += width) {
+          const T* panel = buffers.panels + (j - j0) * depth;
+          T* out = static_cast<T*>(p.out) + m * p.N + j;
+          if (j1 - j < width)
+            edge_tiles(count, j1 - j, depth, a_step, panel, out, p.N, into, buffers.edge);
+          else
+            tiles<kColumns>(count, depth, a_step, panel, width, out, p.N, kColumns - 1, into);
+        }
       }
     }
-  });
+  }
+  stream_fence();
+}
+
+// M <= kFewRows: columns in stripes.
+template <class T, class S>
+void multiply_stripes(const Product& p, Range columns, void* workspace) {
+  const Strided<T> a{static_cast<const T*>(p.a), p.a_row_stride, p.a_k_stride};
+  T* part = static_cast<T*>(workspace);
+  for (int64_t j = columns.begin; j < columns.end; j += kStripe) {
+    const int64_t n = minimum(kStripe, columns.end - j);
+    const S* b = static_cast<const S*>(p.b.data) + j;
+    T* out = static_cast<T*>(p.out) + j;
+    switch (p.M) {
+      case 1:
+        multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
+        break;
+      case 2:
+        multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
+        break;
+      case 3:
+        multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
+        break;
+      default:
+        multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
+    }
+  }
+}
+
+// The part of [0, n), cut in units, that one of `parts` equal shares is.
+inline Range share(int64_t n, int64_t unit, int64_t part, int64_t parts) {
+  const int64_t units = ceil_div(n, unit);
+  return {minimum(n, units * part / parts * unit), minimum(n, units * (part + 1) / parts * unit)};
 }
 
 template <class T, class S>
-void multiply(const Product& p, const Parallel& parallel) {
-  const bool worth_it = p.M * p.N * p.K > kSerialWork;
-  if (p.M <= kFewRows) return multiply_stripes<T, S>(p, worth_it, parallel);
+void multiply(const Product& p, int64_t part, int64_t parts, void* workspace) {
   constexpr int width = kColumns * Vec<T>::size;
-  const bool by_rows = p.M > kRowsAtMost;  // a thread then copies all of b, for rows enough to pay for it
-  const int64_t unit = by_rows ? kRowStep : width;
-  parallel(ceil_div(by_rows ? p.M : p.N, unit), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    T* workspace =
-        reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * product_workspace_bytes<T>());
-    const int64_t first = begin * unit;
-    if (by_rows)
-      multiply_rectangle<T, S>(p, first, minimum(end * unit, p.M) - first, 0, p.N, workspace);
-    else
-      multiply_rectangle<T, S>(p, 0, p.M, first, minimum(end * unit, p.N) - first, workspace);
-  });
+  if (p.M <= kFewRows) {
+    multiply_stripes<T, S>(p, share(p.N, width, part, parts), workspace);
+  } else if (p.M <= kRowsAtMost && p.a_k_stride == 1) {
+    multiply_columns<T, S>(p, share(p.N, width, part, parts), workspace);
+  } else {
+    multiply_rows<T, S>(p, share(p.M, kRowStep, part, parts), workspace);
+  }
+}
+
+// Either gradient may be left out: null.
+template <class T, class S>
+void weight_gradients(const WeightGradients& p, int64_t part, int64_t parts, void* workspace) {
+  const int64_t B = p.batch, R = p.gate_rows;
+  if (p.grad_operand)
+    multiply<T, S>({B, p.size, R, p.grad_gates, R, 1, p.weight, p.grad_operand, p.accumulate}, part, parts,
+                   workspace);
+  if (p.grad_weight)
+    multiply<T, T>({R, p.size, B, p.grad_gates, 1, R, p.operand, p.grad_weight, false}, part, parts,
+                   workspace);
 }
 
 template <class T>
-void sum_rows(int64_t M, int64_t N, const void* a, void* out, const Parallel& parallel) {
+void sum_rows(const RowSum& p, int64_t part, int64_t parts) {
   constexpr int w = Vec<T>::size;
-  parallel(ceil_div(N, w), M * N > kSerialWork, [&](int64_t begin, int64_t end, int) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t j = block * w, n = minimum(w, N - j);
-      const T* from = static_cast<const T*>(a) + j;
-      Vec<T> total(T(0));
-      for (int64_t m0 = 0; m0 < M; m0 += kBlockK) {
-        Vec<T> part(T(0));
-        for (int64_t m = m0; m < minimum(M, m0 + kBlockK); ++m) part = part + Vec<T>::load(from + m * N, n);
-        total = total + part;
-      }
-      total.store(static_cast<T*>(out) + j, n);
+  const Range columns = share(p.N, w, part, parts);
+  for (int64_t j = columns.begin; j < columns.end; j += w) {
+    const int64_t n = minimum(w, p.N - j);
+    const T* from = static_cast<const T*>(p.a) + j;
+    Vec<T> total(T(0));
+    for (int64_t m0 = 0; m0 < p.M; m0 += kBlockK) {
+      Vec<T> block(T(0));
+      for (int64_t m = m0; m < minimum(p.M, m0 + kBlockK); ++m)
+        block = block + Vec<T>::load(from + m * p.N, n);
+      total = total + block;
     }
-  });
+    total.store(static_cast<T*>(p.out) + j, n);
+  }
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "cpu/gemm.h"
+#include "cpu/integer.h"
 #include "cpu/vec_math.h"
 #include "fusednn/rnn_cpu.h"
 #include "math/gates.h"
@@ -25,9 +26,6 @@ constexpr int64_t kRowsAtMost = 96;
 constexpr int64_t kRowBlockBytes = 192 << 10;  // operands of a block of rows: part of a second-level cache
 constexpr int64_t kSerialWork = 64 << 10;      // products below which threads cost more than they save
 constexpr int64_t kChunk = 4096;               // bytes of a weight row at a time
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Slot of the buffer that the last gate of a product adds to; the others come in order.
 template <Cell cell>
@@ -44,7 +42,7 @@ int64_t rows_per_block(const CellWeights& p, int64_t batch) {
 template <class T>
 constexpr size_t forward_workspace_bytes() {
   constexpr int w = Vec<T>::size;
-  return kRowsAtMost * 4 * w * sizeof(T) * 2;  // gates, accumulators
+  return (2 * kRowsAtMost + kBlockK) * 4 * w * sizeof(T);  // gates, accumulators, a panel
 }
 
 constexpr bool kProducts[] = {false, true};  // of the input, of the hidden state
@@ -161,25 +159,6 @@ void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t u
   }
 }
 
-// The panels of one unit block: [I, G w] of weight_ih, then [H, G w] of weight_hh.
-template <Cell cell, class T, class S>
-void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t unit, T* buffer) {
-  constexpr int G = gates_of(cell);
-  constexpr int w = Vec<T>::size;
-  const CellWeights& q = p.weights;
-  const S* panel = static_cast<const S*>(q.packed) + unit / w * (q.input_size + q.hidden_size) * G * w;
-  std::memset(buffer, 0, rows * 4 * w * sizeof(T));
-  for (const bool hidden : kProducts) {
-    const Rows& a = hidden ? p.hx : p.input;
-    const int64_t K = hidden ? q.hidden_size : q.input_size;
-    const Strided<T> x{static_cast<const T*>(a.data) + row * a.stride, a.stride, 1};
-    for (int64_t k = 0; k < K; k += kBlockK)
-      tiles<G>(rows, minimum(kBlockK, K - k), x.at(0, k), panel + k * G * w, G * w, buffer, 4 * w,
-               last_slot<cell>(hidden), true);
-    panel += K * G * w;
-  }
-}
-
 // to[k][u] = from[u][k] for 8 x 8 elements.
 template <class S>
 FUSEDNN_INLINE void transpose_8x8(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
@@ -208,21 +187,90 @@ FUSEDNN_INLINE void transpose_8x8(const float* from, int64_t from_stride, float*
 }
 #endif
 
+// to[k][u] = from[u][k] for N x N elements.
+template <int N, class S>
+FUSEDNN_INLINE void transpose(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
+  for (int u = 0; u < N; u += 8)
+    for (int k = 0; k < N; k += 8)
+      transpose_8x8(from + u * from_stride + k, from_stride, to + k * to_stride + u, to_stride);
+}
+
+#if defined(__AVX512F__)
+// With all lanes chosen, the masked intrinsics are the plain ones, less GCC's false warnings about those.
+template <>
+FUSEDNN_INLINE void transpose<16>(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  for (int k = 0; k < 16; k += 4) {
+    __m512 x[4];  // quarter l of x[i]: columns k..k+3 of row 4 l + i
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const auto row = [&](int l) __attribute__((always_inline)) {
+        return _mm_loadu_ps(from + (4 * l + i) * from_stride + k);
+      };
+      x[i] = _mm512_maskz_broadcast_f32x4(0x000f, row(0));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, row(1));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, row(2));
+      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, row(3));
+    }
+    const auto low = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+      return _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xffff, a, b));
+    };
+    const auto high = [](__m512 a, __m512 b) __attribute__((always_inline)) {
+      return _mm512_castps_pd(_mm512_maskz_unpackhi_ps(0xffff, a, b));
+    };
+    const __m512d a = low(x[0], x[1]), b = high(x[0], x[1]), c = low(x[2], x[3]), d = high(x[2], x[3]);
+    float* out = to + k * to_stride;
+    _mm512_storeu_pd(out, _mm512_maskz_unpacklo_pd(0xff, a, c));
+    _mm512_storeu_pd(out + to_stride, _mm512_maskz_unpackhi_pd(0xff, a, c));
+    _mm512_storeu_pd(out + 2 * to_stride, _mm512_maskz_unpacklo_pd(0xff, b, d));
+    _mm512_storeu_pd(out + 3 * to_stride, _mm512_maskz_unpackhi_pd(0xff, b, d));
+  }
+}
+#endif
+
 // panel[k][slot][u] = weights[slot H + first + u][k], zeros beyond the last unit.
 template <int G, int w, class S>
 void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t stride, S* panel) {
   int64_t k = 0;
-  if (w % 8 == 0 && first + w <= H) {
-    for (; k + 8 <= K; k += 8)
-      for (int slot = 0; slot < G; ++slot)
-        for (int u = 0; u < w; u += 8)
-          transpose_8x8(weights + (slot * H + first + u) * stride + k, stride, panel + (k * G + slot) * w + u,
-                        G * w);
+  if constexpr (w % 8 == 0) {
+    if (first + w <= H)
+      for (; k + w <= K; k += w)
+        for (int slot = 0; slot < G; ++slot)
+          transpose<w>(weights + (slot * H + first) * stride + k, stride, panel + (k * G + slot) * w, G * w);
   }
   for (; k < K; ++k)
     for (int slot = 0; slot < G; ++slot)
       for (int u = 0; u < w; ++u)
         panel[(k * G + slot) * w + u] = first + u < H ? weights[(slot * H + first + u) * stride + k] : S{};
+}
+
+// The panels of one unit block: [I, G w] of weight_ih, then [H, G w] of weight_hh. Where they were not packed
+// beforehand, each is packed into `panel` when its turn comes: the same products in the same order.
+template <Cell cell, class T, class S>
+void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t unit, T* buffer, S* panel) {
+  constexpr int G = gates_of(cell);
+  constexpr int w = Vec<T>::size;
+  const CellWeights& q = p.weights;
+  const S* packed = static_cast<const S*>(q.packed);
+  if (packed) packed += unit / w * (q.input_size + q.hidden_size) * G * w;
+  std::memset(buffer, 0, rows * 4 * w * sizeof(T));
+  for (const bool hidden : kProducts) {
+    const Rows& a = hidden ? p.hx : p.input;
+    const Rows& weight = hidden ? q.weight_hh : q.weight_ih;
+    const int64_t K = hidden ? q.hidden_size : q.input_size;
+    const Strided<T> x{static_cast<const T*>(a.data) + row * a.stride, a.stride, 1};
+    for (int64_t k = 0; k < K; k += kBlockK) {
+      const int64_t depth = minimum(kBlockK, K - k);
+      if (packed) {
+        tiles<G>(rows, depth, x.at(0, k), packed, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add,
+                 ahead_of(packed + kBlockK * G * w, G * w));
+        packed += depth * G * w;
+      } else {
+        pack_units<G, w>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
+                         panel);
+        tiles<G>(rows, depth, x.at(0, k), panel, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add);
+      }
+    }
+  }
 }
 
 template <Cell cell, class T, class S>
@@ -322,11 +370,12 @@ void cell_forward(const CellForward& p, const Parallel& parallel) {
   parallel(ceil_div(H, w) * row_blocks, work > kSerialWork, [&](int64_t begin, int64_t end, int thread) {
     T* buffer = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + thread * forward_workspace_bytes<T>());
     T* partial = buffer + kRowsAtMost * 4 * w;
+    S* panel = reinterpret_cast<S*>(partial + kRowsAtMost * 4 * w);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task / row_blocks * w, row = task % row_blocks * row_step;
       const int64_t units = minimum(w, H - unit), rows = minimum(row_step, p.batch - row);
-      if (q.packed)
-        products_by_panels<cell, T, S>(p, row, rows, unit, buffer);
+      if (p.by_panels)
+        products_by_panels<cell, T, S>(p, row, rows, unit, buffer, panel);
       else
         products_by_rows<cell, T, S>(p, row, rows, unit, units, buffer, partial);
       const Block<T, S> block(p, unit, units);

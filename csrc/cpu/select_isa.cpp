@@ -1,6 +1,7 @@
 // Run-time choice of the instruction set. Compiled for the baseline only.
 #include <atomic>
 
+#include "fusednn/conv_cpu.h"
 #include "fusednn/cpu_features.h"
 #include "fusednn/rnn_cpu.h"
 
@@ -8,14 +9,17 @@ namespace fusednn::cpu {
 
 namespace baseline {
 extern const RnnKernels rnn_table;
-}
+extern const ConvKernels conv_table;
+}  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
 extern const RnnKernels rnn_table;
-}
+extern const ConvKernels conv_table;
+}  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
-}
+extern const ConvKernels conv_table;
+}  // namespace avx512
 #endif
 
 const char* name(Isa isa) {
@@ -59,6 +63,14 @@ const RnnKernels& rnn_kernels() {
   if (current_isa() == Isa::avx2) return avx2::rnn_table;
 #endif
   return baseline::rnn_table;
+}
+
+const ConvKernels& conv_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::conv_table;
+  if (current_isa() == Isa::avx2) return avx2::conv_table;
+#endif
+  return baseline::conv_table;
 }
 
 }  // namespace fusednn::cpu

@@ -5,7 +5,7 @@
 #include "cpu/isa.h"
 #include "fusednn/dtype.h"
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,9 @@ struct Vec {
     return r;
   }
   FUSEDNN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
+  // Past the caches, to memory that nobody reads soon; p is a multiple of the vector. Ends with
+  // stream_fence().
+  FUSEDNN_INLINE void stream(T* p) const;
 
   static FUSEDNN_INLINE Vec load(const BFloat16* p) {
     typename VectorOf<T>::Narrow n;
@@ -64,6 +67,10 @@ struct Vec {
   template <class S>
   static FUSEDNN_INLINE Vec load(const S* p, int64_t n) {
     if (n >= size) return load(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return Vec((Native)_mm512_maskz_loadu_ps((1u << n) - 1, p));
+    if constexpr (sizeof(S) == 8) return Vec((Native)_mm512_maskz_loadu_pd((1u << n) - 1, p));
+#endif
     S buffer[size];
     std::memset(buffer, 0, sizeof(buffer));
     std::memcpy(buffer, p, n * sizeof(S));
@@ -72,6 +79,10 @@ struct Vec {
   template <class S>
   FUSEDNN_INLINE void store(S* p, int64_t n) const {
     if (n >= size) return store(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(S) == 4) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+    if constexpr (sizeof(S) == 8) return _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)v);
+#endif
     S buffer[size];
     store(buffer);
     std::memcpy(p, buffer, n * sizeof(S));
@@ -205,6 +216,26 @@ FUSEDNN_INLINE void Vec<T>::store(Half* p) const {
   }
 #else
   for (int i = 0; i < size; ++i) narrow(wide[i], p + i);
+#endif
+}
+
+template <class T>
+FUSEDNN_INLINE void Vec<T>::stream(T* p) const {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#else
+  store(p);
+#endif
+}
+
+// Makes what this thread has streamed visible to those that wait for it.
+FUSEDNN_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
 #endif
 }
 

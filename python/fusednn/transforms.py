@@ -23,6 +23,12 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def any_requires_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd is to record a call with these arguments."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def needs_torchs_ops(*tensors: Tensor | None) -> bool:
+    """Whether the call is under a transform, or its tensors are not dense (sparse, mkldnn)."""
+    return under_transform(*tensors) or any(t is not None and t.layout != torch.strided for t in tensors)
+
+
+def may_need_backward(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow; torch.jit.trace assumes it, since its check traces without gradients."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return recorded or torch.jit.is_tracing()

@@ -17,7 +17,7 @@ TRAINING = ("separable_conv2d_train_forward", "separable_conv2d_train_backward")
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
 ALL = DEPTHWISE + INFERENCE + TRAINING
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (), "cuda": ALL, "triton": ALL}
+KERNELS: dict[str, tuple[str, ...]] = {"cpu": ALL, "cuda": ALL, "triton": ALL}
 
 # On devices these are torch's products around the depthwise kernels, where there is no kernel of the name.
 COMPOSED = INFERENCE + TRAINING

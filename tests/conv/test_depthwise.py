@@ -210,11 +210,11 @@ def test_odd_values_reach_the_windows_that_hold_them(place, activation, value):
     x[0, 0, 0, 0] = value
     bad = work.with_(input=x)
     actual, expected = run(_fused, bad, ()), run(torch_step, bad, ())
-    if activation == "gelu":  # of +inf PyTorch's vectors make NaN; its scalars and devices +inf
-        z = torch_step(bad.tensors, {"padding": 1})
-        assert not actual["output"][z == torch.inf].isfinite().any()
-        expected["output"][z == torch.inf] = actual["output"][z == torch.inf]
-    torch.testing.assert_close(actual["output"], expected["output"], equal_nan=True)
+    out, torchs = actual["output"], expected["output"]
+    if activation == "gelu":  # torch's vectors make NaN of gelu(inf), its scalars inf
+        assert torch.equal(out.isfinite(), torchs.isfinite())
+        out, torchs = out.where(out.isfinite(), 0), torchs.where(torchs.isfinite(), 0)
+    torch.testing.assert_close(out, torchs, equal_nan=True)
     if value != value:
         assert actual["output"][1, 2, 3:6, 3:6].isnan().all()
         assert int(actual["output"].isnan().sum()) == 9 + 4

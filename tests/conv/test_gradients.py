@@ -61,6 +61,33 @@ def test_of_a_block_without_norms(training_place, acts):
     assert gradgradcheck(function, (*leaves, residual), fast_mode=training_place.slow)
 
 
+@pytest.mark.parametrize("infinite", ["depthwise", "pointwise"])
+def test_infinite_products_without_norms(infinite):
+    """ReLU6 bounds an infinite product, whose gradient is 0: a norm that isn't there makes no NaN of it."""
+    scale1, scale2 = (1e10, 1.0) if infinite == "depthwise" else (1.0, 1e10)
+    acts = ("relu6", None) if infinite == "depthwise" else (None, "relu6")
+    tensors = (
+        torch.full((1, 2, 3, 4), 1e30),
+        torch.full((2, 1, 1, 1), scale1),
+        torch.full((3, 2, 1, 1), scale2),
+    )
+    found, expected = [], []
+    for grads, activations in ((found, acts), (expected, None)):
+        x, w1, w2 = (t.clone().requires_grad_() for t in tensors)
+        if activations is None:
+            relu6, conv2d = torch.nn.functional.relu6, torch.nn.functional.conv2d
+            middle = conv2d(x, w1, groups=2)
+            out = conv2d(relu6(middle) if acts[0] else middle, w2)
+            out = relu6(out) if acts[1] else out
+        else:
+            out = depthwise_separable_conv2d(
+                x, w1, w2, depthwise_activation=acts[0], pointwise_activation=acts[1]
+            )
+        grads += [out, *torch.autograd.grad(out.sum(), (x, w1, w2))]
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_of_a_block_traced_for_inference(training_place):
     """The inference op has a gradient too, should a graph that holds it be differentiated."""
     leaves = leaf(1, 2, 4, 3), leaf(2, 1, 3, 3), leaf(2), leaf(3, 2, 1, 1), leaf(3), leaf(1, 3, 4, 3)

@@ -48,7 +48,10 @@ def test_matches_the_oracle_on_large_shapes(place, cell, dtype, shape):
     batch, input_size, hidden = shape
     if place.slow:
         batch, input_size, hidden = min(batch, 40), min(input_size, 300), min(hidden, 140)
-    check(workload(cell, batch, input_size, hidden, dtype, place.device))
+    # Sums of thousands of products of size 1 would saturate all gates but one or two, and the largest error
+    # would be the luck of one rounding.
+    scale = 1 / 32 if input_size > 1000 else 1.0
+    check(workload(cell, batch, input_size, hidden, dtype, place.device, scale=scale))
 
 
 @every_cell

@@ -1,15 +1,11 @@
 """The CUDA gate kernels and their binding, executed on the CPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gate_checks
+from tests.conftest import NO_EMULATOR, emulated_module, missing
 
-cuda_on_cpu = pytest.importorskip("_cuda_on_cpu", reason="the test module _cuda_on_cpu is not built")
+from . import gate_checks
 
 
 class TestGates(gate_checks.GateLauncherTests):
@@ -17,7 +13,10 @@ class TestGates(gate_checks.GateLauncherTests):
 
     @pytest.fixture
     def launchers(self):
-        return cuda_on_cpu
+        module = emulated_module()
+        if module is None:
+            missing(NO_EMULATOR)
+        return module
 
     @pytest.mark.parametrize("dtype", gate_checks.DTYPES)
     @pytest.mark.parametrize("hidden", [512, 516, 514])

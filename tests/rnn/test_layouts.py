@@ -151,16 +151,19 @@ def test_a_bad_row_keeps_to_itself(place, cell, value, dtype, batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 300, 70), (4, 60, 130), (40, 60, 70)], ids=str)
 def test_repeats_in_every_bit(place, cell, dtype, shape):
-    """Run to run, whatever ran before, and for one thread as for two."""
+    """Run to run and whatever ran before; our own products for one thread as for two.
+
+    The other backends' products are torch's, whose sums may be cut otherwise for each number of threads.
+    """
     work = workload(cell, *shape, dtype, place.device)
-    first = run(fused_step, work)
-    for attempt in range(3):
-        assert_same_bits(run(fused_step, work), first, f"run {attempt + 2}")
-    before = torch.get_num_threads()
+    before, first = torch.get_num_threads(), None
     try:
-        for threads in (1, 2, 3):
+        for threads in (before, 1) if place.slow else (before, 1, 2, 3):
             torch.set_num_threads(threads)
-            assert_same_bits(run(fused_step, work), first, f"{threads} threads")
+            if first is None or place.backend != "cpu":
+                first = run(fused_step, work)
+            for attempt in range(2):
+                assert_same_bits(run(fused_step, work), first, f"{threads} threads, run {attempt + 1}")
+            assert_same_bits(run(fused_step, work.map(torch.clone)), first, f"{threads} threads, elsewhere")
     finally:
         torch.set_num_threads(before)
-    assert_same_bits(run(fused_step, work.map(torch.clone)), first, "the same values elsewhere")

@@ -20,14 +20,14 @@ pytestmark = [
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytestmark.append(pytest.mark.interpreter)
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    import gate_checks
     import numpy
     import torch
     import triton
     import triton.language as tl
 
     from triton_kernels import activations, not_supported_reasons, rnn
+
+    from . import gate_checks
 
     class TestGates(gate_checks.GateLauncherTests):
         """The whole list."""

@@ -1,4 +1,4 @@
-"""The two pytest processes behind `make test`: a failure of either one reaches the exit code."""
+"""The pytest processes behind `make test`: a failure of any one reaches the exit code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ import run_tests
 SUITE = """
 import os, pytest
 
-def test_main(): assert "TRITON_INTERPRET" not in os.environ
+def test_house(): assert "TRITON_INTERPRET" not in os.environ
+
+@pytest.mark.family
+def test_families(): assert "TRITON_INTERPRET" not in os.environ
 
 @pytest.mark.interpreter
 def test_interpreter(): assert os.environ["TRITON_INTERPRET"] == "1"
 """
-INI = "[pytest]\naddopts = -q --strict-markers\nmarkers =\n  interpreter: in its own process\n"
+INI = """[pytest]
+addopts = -q --strict-markers
+markers =
+  interpreter: in its own process
+  family: of a layer
+"""
+NAMES = ["house", "families", "interpreter"]
 
 
 @pytest.fixture
@@ -30,30 +39,65 @@ def suite(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_both_pass(suite, capfd):
+def test_all_pass(suite, capfd):
     (suite / "test_suite.py").write_text(SUITE)
     assert run_tests.main([]) == 0
     said = capfd.readouterr().out
-    assert "passed  main: 1 passed" in said
-    assert "passed  interpreter: 1 passed" in said
+    for name in NAMES:
+        assert f"passed  {name}: 1 passed" in said
 
 
-@pytest.mark.parametrize(("name", "after"), [("main", "test_main"), ("interpreter", "test_interpreter")])
-def test_one_failure_fails_all(suite, capfd, name, after):
-    (suite / "test_suite.py").write_text(SUITE.replace(f"def {after}():", f"def {after}(): assert False;"))
+@pytest.mark.parametrize("name", NAMES)
+def test_one_failure_fails_all_and_is_shown(suite, capfd, name):
+    broken = SUITE.replace(f"def test_{name}():", f"def test_{name}(): assert 6 * 7 == 54;")
+    (suite / "test_suite.py").write_text(broken)
     assert run_tests.main([]) == 1
-    assert f"FAILED  {name}: 1 failed" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert f"FAILED  {name}: 1 failed" in said
+    assert "assert (6 * 7) == 54" in said
+    assert said.count("passed  ") == 2
+
+
+@pytest.mark.parametrize("cores", [1, 8])
+def test_cores_decide_how_many_run_at_once(suite, capfd, monkeypatch, cores):
+    """Each test waits for the other processes, for as long as they can be there at all."""
+    meeting = (
+        "import time\n"
+        "from pathlib import Path\n"
+        "def meet(name):\n"
+        "    here = Path(__file__).parent\n"
+        "    (here / f'{name}.here').touch()\n"
+        "    end = time.monotonic() + (20 if CORES > 1 else 0.5)\n"
+        "    while time.monotonic() < end and len(list(here.glob('*.here'))) < 3: time.sleep(0.02)\n"
+        "    (here / f'{name}.met').write_text(str(len(list(here.glob('*.here')))))\n"
+    ).replace("CORES", str(cores))
+    text = meeting + SUITE
+    for name in NAMES:
+        text = text.replace(f"def test_{name}(): assert", f"def test_{name}(): meet('{name}'); assert")
+    (suite / "test_suite.py").write_text(text)
+    monkeypatch.setattr(run_tests.os, "cpu_count", lambda: cores)
+    assert run_tests.main([]) == 0
+    met = sorted(int((suite / f"{name}.met").read_text()) for name in NAMES)
+    assert met == ([3, 3, 3] if cores > 1 else [1, 2, 3])
+
+
+def test_progress_is_said_now_and_then(suite, capfd, monkeypatch):
+    slow = SUITE.replace("def test_house():", "def test_house(): import time; time.sleep(1.5);")
+    (suite / "test_suite.py").write_text(slow)
+    monkeypatch.setattr(run_tests, "REPORT_SECONDS", 0.3)
+    assert run_tests.main([]) == 0
+    assert "s] house 0%" in capfd.readouterr().out
 
 
 def test_no_interpreter_test_is_a_failure(suite, capfd):
-    (suite / "test_suite.py").write_text(SUITE.split("@pytest")[0])
+    (suite / "test_suite.py").write_text(SUITE.split("@pytest.mark.interpreter")[0])
     assert run_tests.main([]) == 1
-    assert "FAILED  interpreter: 1 deselected" in capfd.readouterr().out
+    assert "FAILED  interpreter: 2 deselected" in capfd.readouterr().out
 
 
 def test_a_selection_may_leave_a_process_without_tests(suite):
     (suite / "test_suite.py").write_text(SUITE)
-    assert run_tests.main(["-k", "test_main"]) == 0
+    assert run_tests.main(["-k", "test_house"]) == 0
 
 
 def test_without_triton_on_linux_the_interpreter_fails(suite, monkeypatch, capfd):

@@ -38,6 +38,7 @@ struct CellForward {
   CellWeights weights;
   int64_t batch;
   bool wide_state;
+  bool by_panels;   // what the kernels' by_panels says; must be so where weights are packed
   Rows input;       // [B, I] float or double
   Rows hx;          // [B, H] float or double
   Rows state;       // [B, H] LSTM: cx; GRU: hx once more, in the state's dtype
@@ -63,22 +64,40 @@ struct GatesBackward {
   void* grad_state;    // [B, H] float or double; LSTM: of cx; GRU: the direct term of hx
 };
 
-// out[M, N] (+)= a[M, K] b[K, N], in float or double; b may be stored narrower.
-struct Product {
-  DType b_dtype;
-  int64_t M, N, K;
+// The gradients that pass through one weight:
+//   grad_operand[B, N] (+)= grad_gates[B, R] weight[R, N]
+//   grad_weight[R, N] = grad_gates^T operand[B, N]
+struct WeightGradients {
+  DType weight_dtype;
+  int64_t batch, gate_rows, size;  // B, R, N
+  const void* grad_gates;          // float or double, as all but the weight
+  Rows weight;
+  Rows operand;        // input or hx; may be null without grad_weight
+  void* grad_operand;  // or null
+  bool accumulate;     // add to grad_operand
+  void* grad_weight;   // or null
+};
+
+// out[N] = sum over rows of a[M, N].
+struct RowSum {
+  int64_t M, N;
   const void* a;
-  int64_t a_row_stride, a_k_stride;
-  Rows b;
-  void* out;  // rows contiguous
-  bool accumulate;
-  void* workspace;  // product_workspace() bytes for each thread
+  void* out;
+};
+
+// What is left of a backward once the gates' gradients are known.
+struct GradientSums {
+  bool wide;  // double, not float
+  int weight_count, row_sum_count;
+  WeightGradients weights[2];
+  RowSum row_sums[2];
+  void* workspace;  // gradient_workspace() bytes for each thread
 };
 
 struct RnnKernels {
-  // Whether such a batch takes packed weights. A matter of shape alone: the two ways round differently, and
-  // the same input must give the same bits whatever was kept from earlier calls.
-  bool (*wants_packed)(const CellWeights&, int64_t batch);
+  // Whether such a batch takes weights in panels, packed beforehand or when their turn comes. A matter of
+  // shape alone: panels and rows round differently, and the same input must give the same bits.
+  bool (*by_panels)(const CellWeights&, int64_t batch);
   size_t (*packed_bytes)(const CellWeights&);
   void (*pack_weights)(const CellWeights&, void* packed, const Parallel&);
 
@@ -86,11 +105,9 @@ struct RnnKernels {
   void (*cell_forward)(const CellForward&, const Parallel&);
 
   void (*gates_backward)(const GatesBackward&, const Parallel&);
-  size_t (*product_workspace)(const Product&);
-  void (*multiply)(const Product&, const Parallel&);
-  // out[N] = sum over rows of a[M, N], float or double (`wide` = double), in an order that threads don't
-  // change.
-  void (*sum_rows)(bool wide, int64_t M, int64_t N, const void* a, void* out, const Parallel&);
+  size_t (*gradient_workspace)(bool wide);
+  // Every sum over K or over rows in an order that the number of threads doesn't change.
+  void (*gradient_sums)(const GradientSums&, const Parallel&);
 
   // out[i] = f(x[i]), f = 0: exp, 1: tanh, 2: sigmoid; for the accuracy tests.
   void (*vector_math)(int function, bool wide, int64_t n, const void* x, void* out);

@@ -57,7 +57,7 @@ def _run_kernels(backend: str, kernels: ModuleType, name: str, args: tuple[Any, 
     """Run the kernel of this name where it can serve; a block beyond it as depthwise kernel and products."""
     composed = name in _COMPOSED
     if not hasattr(kernels, name) or (composed and kernels.separable_conv2d_limits(*args[:2], args[3])):
-        return getattr(_compositions[backend], name)(*args)
+        return reference.without_autocast(getattr(_compositions[backend], name))(*args)
     return getattr(kernels, name)(*args)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dispatch
-from ..transforms import any_requires_grad, under_transform
+from ..transforms import may_need_backward, under_transform
 from . import batch_norm, checks, eligibility, functional
 from .fold_cache import FoldCache
 
@@ -208,7 +208,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             checks.check_residual(name, x, depthwise.weight, self.pointwise.weight, residual, options)
         acts = (eligibility.activation_of(self.activation1), eligibility.activation_of(self.activation2))
         batch1, batch2 = self._batch_norms()
-        if batch1 or batch2 or any_requires_grad(input, *sources):
+        if batch1 or batch2 or may_need_backward(input, *sources):
             weights = self._weights(x.dtype)
             out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:

@@ -23,7 +23,7 @@ from .reference import (
     accumulation_dtype,
     needs_z2,
 )
-from .shapes import output_format
+from .shapes import output_format, saved_format
 
 
 def _activated(z: Tensor, activation: str) -> Tensor:
@@ -58,7 +58,7 @@ class Composite:
         self, input, w1, b1, g1, s1, w2, b2, g2, s2, residual, stride, padding, dilation,
         eps1, eps2, act1, act2, has_norm1, has_norm2,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """As the reference's: the result, both products and their statistics."""
+        """As the reference's: the result, the pointwise product, statistics of both products."""
         dtype, wide = input.dtype, accumulation_dtype(input.dtype)
         kernels = self._kernels(input)
         z1 = kernels.depthwise_conv2d_forward(input, w1, b1, stride, padding, dilation, "none")
@@ -66,18 +66,22 @@ class Composite:
         z2 = F.conv2d(_activated(y1, act1).to(dtype), w2, b2)
         y2, mean2, rstd2 = _normalised_batch(z2.to(wide), g2, s2, eps2, has_norm2)
         out = _activated(y2, act2)
-        fmt = output_format(input, w1, w2)
-        out = (out if residual is None else out + residual).to(dtype).contiguous(memory_format=fmt)
-        kept = z2.contiguous(memory_format=fmt) if needs_z2(has_norm2, act2) else z2.new_empty(0)
-        return out, z1, kept, mean1, rstd1, mean2, rstd2
+        out = (out if residual is None else out + residual).to(dtype)
+        out = _laid_out(out, out, output_format(input, w1, w2))
+        kept = needs_z2(has_norm2, act2)
+        z2 = _laid_out(z2, z2, saved_format(input, w1, w2)) if kept else z2.new_empty(0)
+        return out, z2, mean1, rstd1, mean2, rstd2
 
     def separable_conv2d_train_backward(
-        self, grad_out, input, w1, b1, g1, s1, w2, b2, g2, s2, z1, z2, mean1, rstd1, mean2, rstd2,
+        self, grad_out, input, w1, b1, g1, s1, w2, b2, g2, s2, z2, mean1, rstd1, mean2, rstd2,
         stride, padding, dilation, act1, act2, has_norm1, has_norm2, output_mask: Sequence[bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """As the reference's: gradients of the nine tensors from input to the second norm's bias."""
         dtype, wide = input.dtype, accumulation_dtype(input.dtype)
-        d, u1, u2 = grad_out.to(wide), z1.to(wide), z2.to(wide)
+        kernels = self._kernels(input)
+        geometry: tuple[Any, ...] = (stride, padding, dilation)
+        u1 = kernels.depthwise_conv2d_forward(input, w1, b1, *geometry, "none").to(wide)
+        d, u2 = grad_out.to(wide), z2.to(wide)
         if act2 != "none":
             n2 = _normalised(u2, mean2, rstd2, g2, s2, has_norm2)
             d = ACTIVATIONS[act2][1](d, n2)
@@ -88,8 +92,6 @@ class Composite:
         d_w2 = torch.einsum("nohw,nihw->oi", d, _activated(n1, act1).to(dtype))[:, :, None, None]
         d = ACTIVATIONS[act1][1](F.conv_transpose2d(d, w2).to(wide), n1)
         d, d_g1, d_s1 = _norm_backward(d, u1, mean1, rstd1, g1, has_norm1)
-        kernels = self._kernels(input)
-        geometry: tuple[Any, ...] = (stride, padding, dilation)
         d_x, d_w1, d_b1 = kernels.depthwise_conv2d_backward(
             d.to(dtype), input, w1, b1, *geometry, "none", list(output_mask[:3])
         )

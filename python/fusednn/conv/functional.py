@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transforms import any_requires_grad, under_transform
+from ..transforms import may_need_backward, under_transform
 from . import (
     batch_norm,
     checks,
@@ -210,7 +210,7 @@ def _separable(tensors: Sequence[Any], options: Sequence[Sequence[int]], acts: S
     input, w1, b1, w2, b2, residual = tensors
     if not input.dtype.is_floating_point or under_transform(*tensors):
         return reference.separable_conv2d_forward(input, *tensors[1:], *options, *acts)
-    if not any_requires_grad(*tensors):
+    if not may_need_backward(*tensors):
         return separable_inference(*tensors, *options, *acts)
     return separable_training(input, (w1, b1, w2, b2), None, None, residual, options, acts)
 
@@ -251,7 +251,7 @@ def separable_training(
         batch_norm.check_batch(norm, torch.Size((input.shape[0], w.shape[0], *size)))
     g1, s1, eps1 = (None, None, 0.0) if norm1 is None else (norm1.weight, norm1.bias, norm1.eps)
     g2, s2, eps2 = (None, None, 0.0) if norm2 is None else (norm2.weight, norm2.bias, norm2.eps)
-    out, _z1, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
+    out, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
         input, w1, b1, g1, s1, w2, b2, g2, s2, residual, *options, eps1, eps2, *activations,
         norm1 is not None, norm2 is not None,
     )  # fmt: skip

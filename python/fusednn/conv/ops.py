@@ -1,6 +1,7 @@
 """torch.ops.fusednn.{depthwise,separable}_conv2d_*: schemas, fake kernels, autograd.
 
-The training forward of a block returns what its backward needs beside the result. A gradient that the mask
+The training forward of a block returns what its backward needs beside the result, except the depthwise
+product, which is cheap to make again: so what is kept stays below half of eager's. A gradient that the mask
 leaves out is an empty tensor, since a schema can't return an optional one. Where the backward itself must be
 differentiated, it is autograd's own, through the reference's torch ops.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import settings
 from . import backends, reference
-from .shapes import output_format, output_size
+from .shapes import output_format, output_size, saved_format
 
 _library = torch.library.Library("fusednn", "FRAGMENT")
 
@@ -37,8 +38,8 @@ _SCHEMAS = {
     f"{_GEOMETRY}, {_ACTIVATIONS}) -> Tensor",
     "separable_conv2d_train_forward": f"({_BLOCK}, Tensor? residual, {_GEOMETRY}, float eps1, float eps2, "
     f"{_ACTIVATIONS}, bool has_norm1, bool has_norm2) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "separable_conv2d_train_backward": f"(Tensor grad_out, {_BLOCK}, Tensor z1, Tensor z2, Tensor mean1, "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "separable_conv2d_train_backward": f"(Tensor grad_out, {_BLOCK}, Tensor z2, Tensor mean1, "
     f"Tensor rstd1, Tensor mean2, Tensor rstd2, {_GEOMETRY}, {_ACTIVATIONS}, bool has_norm1, "
     "bool has_norm2, bool[9] output_mask) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -84,17 +85,18 @@ def _(
     input, w1, b1, g1, s1, w2, b2, g2, s2, residual, stride, padding, dilation,
     eps1, eps2, act1, act2, has_norm1, has_norm2,
 ):  # fmt: skip
-    z1 = _fake_output(input, w1, w1.shape[0], stride, padding, dilation)
     out = _fake_output(input, w1, w2.shape[0], stride, padding, dilation, w2)
-    z2 = torch.empty_like(out) if reference.needs_z2(has_norm2, act2) else out.new_empty(0)
+    z2 = out.new_empty(0)
+    if reference.needs_z2(has_norm2, act2):
+        z2 = torch.empty_like(out, memory_format=saved_format(input, w1, w2))
     wide = reference.accumulation_dtype(input.dtype)
     sizes = (w1.shape[0] if has_norm1 else 0, w2.shape[0] if has_norm2 else 0)
-    return out, z1, z2, *(input.new_empty(size, dtype=wide) for size in sizes for _ in ("mean", "rstd"))
+    return out, z2, *(input.new_empty(size, dtype=wide) for size in sizes for _ in ("mean", "rstd"))
 
 
 @torch.library.register_fake("fusednn::separable_conv2d_train_backward", lib=_library)
 def _(
-    grad_out, input, w1, b1, g1, s1, w2, b2, g2, s2, z1, z2, mean1, rstd1, mean2, rstd2,
+    grad_out, input, w1, b1, g1, s1, w2, b2, g2, s2, z2, mean1, rstd1, mean2, rstd2,
     stride, padding, dilation, act1, act2, has_norm1, has_norm2, output_mask,
 ):  # fmt: skip
     return _fake_grads(input, w1, output_mask, (w1, b1, g1, s1, w2, b2, g2, s2))
@@ -167,8 +169,7 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:9]
     ctx.options = inputs[10:]
-    # Not z1: the depthwise product is cheap to make again, and what is kept stays below half of eager's.
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.backend = settings.backend()
@@ -186,8 +187,7 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward
-            z1 = torch.ops.fusednn.depthwise_conv2d_forward(*tensors[:3], stride, padding, dilation, "none")
-            grads = _keep(op(grad, *tensors, z1, *saved, stride, padding, dilation, *rest, needs), needs)
+            grads = _keep(op(grad, *tensors, *saved, stride, padding, dilation, *rest, needs), needs)
     return *grads, grad if ctx.needs_input_grad[9] else None, *nothing
 
 

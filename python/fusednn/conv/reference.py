@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..transforms import autocast_enabled
-from .shapes import output_format
+from .shapes import output_format, saved_format
 
 _aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the dtypes that were chosen: autocast has had its say before the op."""
 
     @functools.wraps(function)
@@ -100,7 +100,7 @@ def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-@_without_autocast
+@without_autocast
 def depthwise_conv2d_forward(
     input: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [C m, 1, kh, kw]
@@ -116,7 +116,7 @@ def depthwise_conv2d_forward(
     return out.to(input.dtype).contiguous(memory_format=output_format(input, weight))
 
 
-@_without_autocast
+@without_autocast
 def depthwise_conv2d_backward(
     grad_output: Tensor,  # [N, C m, H', W']
     input: Tensor,
@@ -152,7 +152,7 @@ def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
     return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_forward(
     input: Tensor,  # [N, C, H, W]
     depthwise_weight: Tensor,  # [C m, 1, kh, kw]
@@ -215,7 +215,7 @@ def _norm_backward(d, z, mean, rstd, weight, has_norm: bool) -> tuple[Tensor, Te
     return d_z * _channels(rstd if weight is None else rstd * weight), d_weight, d_bias
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_train_forward(
     input: Tensor,  # [N, C, H, W]
     depthwise_weight: Tensor,  # [C m, 1, kh, kw]
@@ -237,7 +237,7 @@ def separable_conv2d_train_forward(
     has_norm1: bool,
     has_norm2: bool,
 ) -> tuple[Tensor, ...]:
-    """Return the block's result, both products z1 and z2, and mean and rstd of each.
+    """Return the block's result, the pointwise product z2, and mean and rstd of both products.
 
     Statistics are of this batch; they are empty where there is no norm, and so is z2 where neither a norm nor
     an activation follows it, since no backward needs it.
@@ -265,12 +265,12 @@ def separable_conv2d_train_forward(
     rstd2 = (var2 + eps2).rsqrt()
     out = ACTIVATIONS[pointwise_activation][0](_normalised(z2.to(wide), mean2, rstd2, g2, s2, has_norm2))
     out = (out if r is None else out + r).to(dtype)
-    fmt1 = output_format(input, depthwise_weight)
-    fmt2 = output_format(input, depthwise_weight, pointwise_weight)
-    z2 = z2 if needs_z2(has_norm2, pointwise_activation) else z2.new_empty(0)
-    z2 = z2.contiguous(memory_format=fmt2) if z2.dim() == 4 else z2
-    out = out.contiguous(memory_format=fmt2)
-    return out, z1.contiguous(memory_format=fmt1), z2, mean1, rstd1, mean2, rstd2
+    tensors = (input, depthwise_weight, pointwise_weight)
+    if needs_z2(has_norm2, pointwise_activation):
+        z2 = _laid_out(z2, z2, saved_format(*tensors))
+    else:
+        z2 = z2.new_empty(0)
+    return _laid_out(out, out, output_format(*tensors)), z2, mean1, rstd1, mean2, rstd2
 
 
 def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
@@ -278,7 +278,7 @@ def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
     return has_norm2 or pointwise_activation != "none"
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_train_backward(
     grad_out: Tensor,  # [N, C', H', W']
     input: Tensor,
@@ -290,7 +290,6 @@ def separable_conv2d_train_backward(
     pointwise_bias: Tensor | None,
     norm2_weight: Tensor | None,
     norm2_bias: Tensor | None,
-    z1: Tensor,  # [N, C m, H', W']
     z2: Tensor,  # [N, C', H', W'] or empty
     mean1: Tensor,
     rstd1: Tensor,
@@ -307,21 +306,23 @@ def separable_conv2d_train_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the nine tensors from input to norm2_bias; empty where masked.
 
-    That of the residual is ``grad_out``. y1, between the two products, is made again from z1.
+    That of the residual is ``grad_out``. The depthwise product z1, and y1 behind it, are made again.
     """
-    d, x, w1, g1, s1, w2, g2, s2, u1, u2 = _wide(
-        accumulation_dtype(input.dtype),
+    wide = accumulation_dtype(input.dtype)
+    d, x, w1, b1, g1, s1, w2, g2, s2, u2 = _wide(
+        wide,
         grad_out,
         input,
         depthwise_weight,
+        depthwise_bias,
         norm1_weight,
         norm1_bias,
         pointwise_weight,
         norm2_weight,
         norm2_bias,
-        z1,
         z2,
     )
+    u1 = _depthwise(x, w1, b1, stride, padding, dilation).to(input.dtype).to(wide)  # rounded as the forward's
     if pointwise_activation != "none":
         n2 = _normalised(u2, mean2, rstd2, g2, s2, has_norm2)
         d = ACTIVATIONS[pointwise_activation][1](d, n2)

@@ -31,3 +31,8 @@ def output_format(*tensors: Tensor) -> torch.memory_format:
     """Memory format that torch's convolution gives: channels-last if input or a weight is."""
     last = torch.channels_last
     return last if any(suggest_memory_format(t) == last for t in tensors) else torch.contiguous_format
+
+
+def saved_format(*tensors: Tensor) -> torch.memory_format:
+    """Memory format of what a block's training keeps: the result's; on the CPU the kernels' own."""
+    return torch.channels_last if tensors[0].device.type == "cpu" else output_format(*tensors)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _native, dispatch, settings
-from ..transforms import any_requires_grad, under_transform
+from ..transforms import may_need_backward, needs_torchs_ops
 from . import (
+    flops,  # noqa: F401  registers the formulas
     ops,  # noqa: F401  registers torch.ops.fusednn.*
     reference,
 )
@@ -46,11 +46,14 @@ def lstm_cell(
         RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor, or ``hx`` no pair.
     """
-    if _shortcut_applies() and type(hx) is tuple and len(hx) == 2:
-        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
-            found = _native.extension.cpu.try_lstm_cell(input, *hx, weight_ih, weight_hh, bias_ih, bias_hh)
-            if found is not None:
-                return found
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    tensors = (input, *(hx if isinstance(hx, (tuple, list)) else (hx,)), *parameters)
+    if has_torch_function(tensors):
+        return handle_torch_function(lstm_cell, tensors, input, hx, *parameters)
+    if len(tensors) == 7 and type(hx) is tuple and _shortcut_applies(tensors):
+        found = _native.extension.cpu.try_lstm_cell(*tensors)
+        if found is not None:
+            return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
         raise TypeError(
             f"lstm_cell: expected hx to be a tuple of two tensors (h, c), got {type(hx).__name__}"
@@ -59,13 +62,13 @@ def lstm_cell(
         raise RuntimeError(f"lstm_cell expects two hidden states: got {len(hx)}, expected (h, c)")
     h, c = hx
     states = (("hidden0", h), ("hidden1", c))
-    parameters = _check("lstm_cell", 4, input, states, weight_ih, weight_hh, bias_ih, bias_hh)
+    _check("lstm_cell", 4, input, states, *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
-    if under_transform(input, h, c, *parameters):
+    if needs_torchs_ops(input, h, c, *parameters):
         h, c, _ = reference.lstm_cell_forward(input, h, c, *parameters, save_gates=False)
         return h, c
-    save_gates = any_requires_grad(input, h, c, *parameters)
+    save_gates = may_need_backward(input, h, c, *parameters)
     h, c, _ = torch.ops.fusednn.lstm_cell_forward(input, h, c, *parameters, save_gates)
     return h, c
 
@@ -99,29 +102,36 @@ def gru_cell(
         RuntimeError: a size, a state's rank, dtype or device does not fit; the text names the argument.
         TypeError: an argument is no tensor.
     """
-    if _shortcut_applies():
-        with contextlib.suppress(TypeError):  # an argument is no tensor: the checks below name it
-            found = _native.extension.cpu.try_gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-            if found is not None:
-                return found
-    parameters = _check("gru_cell", 3, input, (("hidden0", hx),), weight_ih, weight_hh, bias_ih, bias_hh)
+    tensors = (input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    if has_torch_function(tensors):
+        return handle_torch_function(gru_cell, tensors, *tensors)
+    if _shortcut_applies(tensors):
+        found = _native.extension.cpu.try_gru_cell(*tensors)
+        if found is not None:
+            return found
+    parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _check("gru_cell", 3, input, (("hidden0", hx),), *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
-    if under_transform(input, hx, *parameters):
+    if needs_torchs_ops(input, hx, *parameters):
         return reference.gru_cell_forward(input, hx, *parameters, save_gates=False)[0]
-    save_gates = any_requires_grad(input, hx, *parameters)
+    save_gates = may_need_backward(input, hx, *parameters)
     h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
     return h
 
 
-def _shortcut_applies() -> bool:
-    """Whether a plain CPU call may go straight to the extension, past the dispatcher."""
+def _shortcut_applies(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a plain CPU call may go straight to the extension, past the dispatcher.
+
+    An argument that is no tensor is left to the checks, which name it.
+    """
     return (
         _native.extension is not None
         and not torch.compiler.is_compiling()
         and settings.backend() in ("auto", "cpu")
         and forward_ad._current_level < 0
         and not dispatch.explaining()
+        and all(t is None or isinstance(t, Tensor) for t in tensors)
     )
 
 
@@ -134,8 +144,8 @@ def _check(
     weight_hh: Tensor,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Check what every cell shares; return the parameters. The texts on sizes are torch's own."""
+) -> None:
+    """Check what every cell shares. The texts on sizes are torch's own."""
     tensors = (("input", input), *states, ("weight_ih", weight_ih), ("weight_hh", weight_hh))
     for argument, tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -174,7 +184,6 @@ def _check(
         if bias is not None and bias.shape != (rows,):
             raise RuntimeError(f"{name}: {argument} has shape {list(bias.shape)}, expected [{rows}]")
     _check_types(name, input, states, (*tensors[-2:], *biases))
-    return weight_ih, weight_hh, bias_ih, bias_hh
 
 
 def _check_types(name, input, states, parameters) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import settings
+from ..transforms import under_transform
 from . import backends, reference
 
 _library = torch.library.Library("fusednn", "FRAGMENT")
@@ -64,10 +65,16 @@ def _(grad_h, input, hx, weight_ih, weight_hh, gates, output_mask):
     return _fake_grads(output_mask, (input, hx, weight_ih, weight_hh, bias, bias))
 
 
+def _watched(*grads) -> bool:
+    """Whether the backward must be seen through: recorded, or its cotangents mapped or with tangents."""
+    return torch.is_grad_enabled() or under_transform(*grads)
+
+
 def _lstm_setup(ctx, inputs, output) -> None:
     *tensors, _save_gates = inputs
     _h, c, gates = output
-    ctx.save_for_backward(*tensors, c, gates)
+    # A copy of c: the caller may write into the result, as with torch's cell.
+    ctx.save_for_backward(*tensors, c.detach().clone(), gates)
     ctx.mark_non_differentiable(gates)
     ctx.set_materialize_grads(False)
     ctx.backend = settings.backend()
@@ -77,7 +84,7 @@ def _lstm_backward(ctx, grad_h, grad_c, _grad_gates):
     *tensors, c, gates = ctx.saved_tensors
     if grad_h is None and grad_c is None:
         return (None,) * 8
-    if torch.is_grad_enabled():
+    if _watched(grad_h, grad_c):
         return *_keep(reference.lstm_cell_gradients((grad_h, grad_c), tensors), ctx.needs_input_grad), None
     if gates.numel() != 4 * c.numel():
         _, c, gates = reference.lstm_cell_forward(*(*tensors, True))
@@ -101,7 +108,7 @@ def _gru_backward(ctx, grad_h, _grad_gates):
     *tensors, gates = ctx.saved_tensors
     if grad_h is None:
         return (None,) * 7
-    if torch.is_grad_enabled():
+    if _watched(grad_h):
         return *_keep(reference.gru_cell_gradients((grad_h,), tensors), ctx.needs_input_grad), None
     if gates.numel() != 4 * tensors[1].numel():
         _, gates = reference.gru_cell_forward(*(*tensors, True))
