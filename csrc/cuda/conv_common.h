@@ -92,12 +92,36 @@ __device__ __forceinline__ void activate_backward(Activation activation, const A
   });
 }
 
+// N neighbours, as one aligned pack or the first `count` of them one by one; the others become 0.
 template <class T, int N>
-__device__ __forceinline__ void store_values(void* data, int64_t offset, const Arithmetic<T> (&values)[N]) {
+__device__ __forceinline__ void load_values(const void* data, int64_t offset, bool packed, int count,
+                                            Arithmetic<T> (&values)[N]) {
+  if (packed) {
+    const Pack<T, N> pack = load<T, N>(data, offset);
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] = pack.get(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      values[j] = j < count ? widen(static_cast<const T*>(data)[offset + j]) : Arithmetic<T>(0);
+    }
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_values(void* data, int64_t offset, bool packed, int count,
+                                             const Arithmetic<T> (&values)[N]) {
   Pack<T, N> pack;
 #pragma unroll
   for (int j = 0; j < N; ++j) pack.set(j, values[j]);
-  store(data, offset, pack);
+  if (packed) {
+    store(data, offset, pack);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (j < count) static_cast<T*>(data)[offset + j] = pack.items[j];
+    }
+  }
 }
 
 }  // namespace fusednn::cuda

@@ -5,18 +5,20 @@
 // With a gradient of out given, the result is that of z: grad act'(z).
 //
 // Three tilings; in each, a thread reads an element of a row once for all the outputs that it makes of it:
-//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread makes 4 x 4 outputs of one plane, holds the
-//            weights in registers and slides down the rows, each of which is read once. Where the padding is
-//            that of "same" and widths are multiples of 4, rows are read in packs of 4.
+//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread slides down 4 columns of one plane, holds the
+//            weights in registers, and the sums of the output rows that the current input row reaches; each
+//            input row is read once, one ahead. Where the padding is that of "same" and widths are multiples
+//            of 4, rows are read in packs of 4.
 //   columns  [N, H, W, C], the same kernels: a thread makes 4 (stride 2: 2) neighbouring outputs of the
-//   channels
-//            that 16 bytes hold. The block's weights lie in shared memory, [taps, channels].
-//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier,
-//   float64.
-// Rows shared by threads one above the other come from the L1 cache.
+//            channels that 16 bytes hold. The block's weights lie in shared memory, [taps, channels].
+//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier, float64.
+// Rows shared by threads one above the other come from the L1 cache. Activations are chosen at run time by
+// a branch that all threads share, in one place of each kernel: a choice at compile time makes 14 of each.
 // Bytes moved: s (in + out) + s |w|, plus s out if a gradient is given; s = item size.
 // Limits: dense images; a dimension, a padding and a reach of the kernel fit in 31 bits. `rows` and `columns`
 // count their tiles with 32 bits; larger problems, of some 2^33 elements at least, are for `any`.
+#include <algorithm>
+
 #include "cuda/conv_common.h"
 #include "cuda/conv_depthwise.h"
 #include "cuda/dtypes.h"
@@ -28,51 +30,61 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers; left to itself ptxas spills for more
 constexpr int64_t kMostTiles = int64_t{1} << 31;  // leaves room for a block that is not full
-constexpr int kTile = 4;                          // outputs along x, in `rows` along y too
+constexpr int kTile = 4;                          // outputs along x, in `rows`
+constexpr int kFewRows = 4, kMostRows = 16;       // outputs along y, in `rows`
+constexpr int64_t kWantedThreads = 65536;
 
+// Stores N neighbours, the first `count` of them where they are no aligned pack.
 template <class T, int N>
-__device__ __forceinline__ void finish(const DepthwiseProduct& p, int64_t offset, Arithmetic<T> (&z)[N]) {
+__device__ __forceinline__ void finish(const DepthwiseProduct& p, int64_t offset, Arithmetic<T> (&z)[N],
+                                       bool packed = true, int count = N) {
   if (p.grad_output == nullptr) {
     activate(p.activation, z);
   } else {
-    const Pack<T, N> pack = load<T, N>(p.grad_output, offset);
     Arithmetic<T> grad[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) grad[j] = pack.get(j);
+    load_values<T>(p.grad_output, offset, packed, count, grad);
     activate_backward(p.activation, grad, z);
   }
-  store_values<T>(p.output, offset, z);
+  store_values<T>(p.output, offset, packed, count, z);
 }
 
 struct RowsTiling {
   unsigned tiles;
   int tiles_x, tiles_y;
-  bool packed_output;
+  int rows;  // outputs of a thread along y
+  bool packed_input, packed_output;
 };
 
-// The part of an input row that kTile outputs need, from column `shift` on.
-template <class T, int K, int S, bool Packed>
+// The part of an input row that kTile outputs need.
+template <class T, int K, int S>
 struct Window {
-  static constexpr int shift = Packed ? kTile - K / 2 : 0;
-  static constexpr int size = Packed ? (S == 1 ? 3 : 4) * kTile : (kTile - 1) * S + K;
-  Arithmetic<T> at[size];
+  static constexpr int size = (kTile - 1) * S + K;
+  T at[size];
 
-  // `x` is the column of at[0].
-  __device__ __forceinline__ void load_row(const T* row, int x, int width, bool present) {
-    constexpr int step = Packed ? kTile : 1;
+  // `x` is the column of at[0]. Packs begin at a multiple of kTile, K / 2 being the padding.
+  __device__ __forceinline__ void load_row(const T* row, int x, int width, bool present, bool packed) {
+    if (packed) {
+      constexpr int shift = kTile - K / 2;
 #pragma unroll
-    for (int i = 0; i < size; i += step) {
-      Pack<T, step> pack;
-      const bool here = present && inside(x + i, width);
-      if (here) pack = load<T, step>(row, x + i);
+      for (int i = 0; i < size + shift; i += kTile) {
+        const int from = x - shift + i;
+        const bool here = present && inside(from, width);
+        const Pack<T, kTile> pack = load_or_zero<T, kTile>(here ? row : nullptr, from);
 #pragma unroll
-      for (int j = 0; j < step; ++j) at[i + j] = here ? pack.get(j) : Arithmetic<T>(0);
+        for (int j = 0; j < kTile; ++j) {
+          if (i + j >= shift && i + j - shift < size) at[i + j - shift] = pack.items[j];
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < size; ++i) at[i] = present && inside(x + i, width) ? row[x + i] : narrow<T>(0);
     }
   }
 };
 
-template <class T, int K, int S, bool Packed>
-__global__ void __launch_bounds__(kThreads) depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned tile = blockIdx.x * kThreads + threadIdx.x;
   if (tile >= tiling.tiles) return;
@@ -80,9 +92,14 @@ __global__ void __launch_bounds__(kThreads) depthwise_rows_kernel(DepthwiseProdu
   const auto [rest, tile_x] = divide(tile, tiling.tiles_x);
   const auto [plane_index, tile_y] = divide(rest, tiling.tiles_y);  // n C + c
   const int c = divide(plane_index, static_cast<int>(s.channels)).remainder;
-  const int64_t plane = plane_index, input_plane = divide(plane_index, s.multiplier).quotient;
+  const int64_t input_plane = divide(plane_index, s.multiplier).quotient;
+  const int x0 = tile_x * kTile, y0 = tile_y * tiling.rows;
+  const int first_x = x0 * S - s.pad_left, first_y = y0 * S - s.pad_top;
   const T* input = static_cast<const T*>(p.input) + input_plane * s.height * s.width;
-  const int x0 = tile_x * kTile, y0 = tile_y * kTile;
+  const auto load_row = [&](Window<T, K, S>& window, int y, bool needed) {
+    window.load_row(input + static_cast<int64_t>(y) * s.width, first_x, s.width, needed && inside(y, s.height),
+                    tiling.packed_input);
+  };
 
   A weight[K * K];
 #pragma unroll
@@ -91,42 +108,44 @@ __global__ void __launch_bounds__(kThreads) depthwise_rows_kernel(DepthwiseProdu
         static_cast<const T*>(p.weight)[static_cast<int64_t>(c) * (K * K) + (p.flipped ? K * K - 1 - i : i)]);
   }
   const A bias = p.bias != nullptr ? widen(static_cast<const T*>(p.bias)[c]) : A(0);
-  A z[kTile][kTile];
+  // In step i, S input rows reach the output rows i, i - 1, ... i - slots + 1 of the tile.
+  constexpr int slots = (K + S - 1) / S;
+  A z[slots][kTile];
 #pragma unroll
-  for (int i = 0; i < kTile * kTile; ++i) z[i / kTile][i % kTile] = bias;
+  for (int i = 0; i < slots * kTile; ++i) z[i / kTile][i % kTile] = bias;
 
-  const int first_x = x0 * S - (Packed ? kTile : s.pad_left), first_y = y0 * S - s.pad_top;
+  int64_t output = (static_cast<int64_t>(plane_index) * s.out_height + y0) * s.out_width + x0;
+  const int rows = min(tiling.rows, s.out_height - y0);
+  const int last_row = (rows - 1) * S + K - 1;  // of the input, from first_y on
+  Window<T, K, S> window, next;
+  load_row(window, first_y, true);
+#pragma unroll 1
+  for (int i = 0; i < rows + slots - 1; ++i) {
 #pragma unroll
-  for (int r = 0; r < (kTile - 1) * S + K; ++r) {
-    Window<T, K, S, Packed> window;
-    const int y = first_y + r;
-    window.load_row(input + static_cast<int64_t>(y) * s.width, first_x, s.width, inside(y, s.height));
+    for (int r = 0; r < S; ++r) {
+      const int row = i * S + r;
+      load_row(next, first_y + row + 1, row < last_row);
 #pragma unroll
-    for (int ty = 0; ty < kTile; ++ty) {
-      const int u = r - ty * S;
-      if (u < 0 || u >= K) continue;
+      for (int j = 0; j < slots; ++j) {
+        const int u = j * S + r;
+        if (u >= K || i < j || i - j >= rows) continue;
 #pragma unroll
-      for (int v = 0; v < K; ++v) {
+        for (int v = 0; v < K; ++v) {
 #pragma unroll
-        for (int tx = 0; tx < kTile; ++tx)
-          z[ty][tx] += weight[u * K + v] * window.at[window.shift + tx * S + v];
+          for (int t = 0; t < kTile; ++t) z[j][t] += weight[u * K + v] * widen(window.at[t * S + v]);
+        }
       }
+      window = next;
     }
-  }
-
-  const int64_t output = plane * s.out_height * s.out_width;
+    if (i >= slots - 1) {
+      finish<T>(p, output, z[slots - 1], tiling.packed_output, s.out_width - x0);
+      output += s.out_width;
+    }
 #pragma unroll
-  for (int ty = 0; ty < kTile; ++ty) {
-    if (y0 + ty >= s.out_height) break;
-    const int64_t offset = output + static_cast<int64_t>(y0 + ty) * s.out_width + x0;
-    if (tiling.packed_output) {
-      finish<T>(p, offset, z[ty]);
-    } else {
+    for (int t = 0; t < kTile; ++t) {
 #pragma unroll
-      for (int tx = 0; tx < kTile; ++tx) {
-        A single[1] = {z[ty][tx]};
-        if (x0 + tx < s.out_width) finish<T>(p, offset + tx, single);
-      }
+      for (int j = slots - 1; j > 0; --j) z[j][t] = z[j - 1][t];
+      z[0][t] = bias;
     }
   }
 }
@@ -173,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int i = 0; i < outputs * V; ++i) z[i / V][i % V] = bias.get(i % V);
 
-#pragma unroll
+#pragma unroll 1
     for (int u = 0; u < K; ++u) {
       const int in_y = y * S - s.pad_top + u;
       if (!inside(in_y, s.height)) continue;
@@ -193,9 +212,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
       }
     }
+    // Not unrolled, lest there be as many copies of all activations: the next one moves up to z[0].
+#pragma unroll 1
+    for (int t = 0; t < outputs && x0 + t < s.out_width; ++t) {
+      finish<T>(p, (row * s.out_width + x0 + t) * C + c, z[0]);
 #pragma unroll
-    for (int t = 0; t < outputs; ++t) {
-      if (x0 + t < s.out_width) finish<T>(p, (row * s.out_width + x0 + t) * C + c, z[t]);
+      for (int i = 0; i < (outputs - 1) * V; ++i) z[i / V][i % V] = z[i / V + 1][i % V];
     }
   }
 }
@@ -262,22 +284,25 @@ cudaError_t launch_rows(const DepthwiseProduct& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   RowsTiling tiling;
   tiling.tiles_x = ceil_divide(s.out_width, kTile);
-  tiling.tiles_y = ceil_divide(s.out_height, kTile);
-  const int64_t tiles = s.batch * s.channels * tiling.tiles_y * tiling.tiles_x;
+  const int64_t columns = s.batch * s.channels * tiling.tiles_x;
+  int rows = kMostRows;
+  while (rows > kFewRows && columns * ceil_divide(s.out_height, rows) < kWantedThreads) rows /= 2;
+  tiling.tiles_y = ceil_divide(s.out_height, rows);
+  tiling.rows = ceil_divide(s.out_height, tiling.tiles_y);
+  const int64_t tiles = columns * tiling.tiles_y;
   if (tiles > kMostTiles) return launch_any<T, 1>(p, stream);
   tiling.tiles = static_cast<unsigned>(tiles);
   constexpr size_t pack_bytes = kTile * sizeof(T);
   tiling.packed_output =
       s.out_width % kTile == 0 && aligned(p.output, pack_bytes) && aligned(p.grad_output, pack_bytes);
-  const bool packed = s.pad_left == K / 2 && s.width % kTile == 0 && aligned(p.input, pack_bytes);
-  const auto kernel = packed ? depthwise_rows_kernel<T, K, S, true> : depthwise_rows_kernel<T, K, S, false>;
-  return launch(kernel, dim3(blocks_for(tiling.tiles)), dim3(kThreads), 0, stream, p, tiling);
+  tiling.packed_input = s.pad_left == K / 2 && s.width % kTile == 0 && aligned(p.input, pack_bytes);
+  return launch(depthwise_rows_kernel<T, K, S>, dim3(blocks_for(tiling.tiles)), dim3(kThreads), 0, stream, p,
+                tiling);
 }
 
 template <class T, int K, int S>
 cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
   constexpr int V = kWidestAccess / sizeof(T);
-  constexpr int64_t wanted_threads = 65536;
   const DepthwiseShape& s = p.shape;
   ColumnsTiling tiling;
   tiling.packs = static_cast<int>(s.channels / V);
@@ -289,8 +314,8 @@ cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
   while (lanes < 32 && lanes < tiling.packs) lanes *= 2;
   const int rows = kThreads / lanes;
   // A block that makes several strips reads its weights once for all of them.
-  const int64_t repeats = strips * tiling.packs / wanted_threads;
-  tiling.repeats = static_cast<int>(repeats < 1 ? 1 : (repeats > 8 ? 8 : repeats));
+  const int64_t repeats = strips * tiling.packs / kWantedThreads;
+  tiling.repeats = static_cast<int>(std::clamp<int64_t>(repeats, 1, 8));
   const int64_t blocks = ceil_divide<int64_t>(strips, static_cast<int64_t>(rows) * tiling.repeats);
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_divide(tiling.packs, lanes)));
   return launch(depthwise_columns_kernel<T, K, S>, grid, dim3(lanes, rows), K * K * lanes * kWidestAccess,

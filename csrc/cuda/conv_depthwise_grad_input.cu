@@ -16,6 +16,7 @@ namespace fusednn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers; left to itself ptxas spills for more
 
 // The output that tap `u` makes of input row `y`, or -1.
 template <int S>
@@ -29,7 +30,7 @@ __device__ __forceinline__ int output_of(int y, int pad, int u, int dilation, in
 
 // S: the stride of both dimensions, 0 for any. V > 1 wants [N, H, W, C] and a multiplier of 1.
 template <class T, int V, int S>
-__global__ void __launch_bounds__(kThreads) depthwise_gather_kernel(DepthwiseGradInput p, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_gather_kernel(DepthwiseGradInput p, int64_t items) {
   using A = Arithmetic<T>;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= items) return;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) depthwise_gather_kernel(DepthwiseGra
       }
     }
   }
-  store_values<T>(p.grad_input, image * in.n + c * in.c + y * in.row + x * in.column, sum);
+  store_values<T>(p.grad_input, image * in.n + c * in.c + y * in.row + x * in.column, true, V, sum);
 }
 
 template <class T, int V>

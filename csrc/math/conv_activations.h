@@ -38,7 +38,7 @@ FUSEDNN_HOST_DEVICE A activated(Activation activation, A z) {
     case Activation::silu:
       return z * sigmoid(z);
     case Activation::hardswish:
-      return z * (z < A(-3) ? A(0) : (z > A(3) ? A(6) : z + A(3))) / A(6);
+      return z * (z < A(-3) ? A(0) : (z > A(3) ? A(6) : z + A(3))) * (A(1) / A(6));
     case Activation::gelu:
       return z * normal_cdf(z);
     case Activation::gelu_tanh:
@@ -62,7 +62,7 @@ FUSEDNN_HOST_DEVICE A activation_gradient(Activation activation, A d, A z) {
       return d * s * (A(1) + z * (A(1) - s));
     }
     case Activation::hardswish:
-      return z <= A(-3) ? A(0) : (z < A(3) ? d * (z / A(3) + A(0.5)) : d);
+      return z <= A(-3) ? A(0) : (z < A(3) ? d * (z * (A(1) / A(3)) + A(0.5)) : d);
     case Activation::gelu: {
       const A density = A(0.39894228040143267794) * exp(A(-0.5) * z * z);
       return d * (normal_cdf(z) + z * density);
