@@ -82,24 +82,19 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
   const int64_t out_c =
       p.shape.channels_last ? 1 : static_cast<int64_t>(p.shape.out_height) * p.shape.out_width;
   const bool packed = tiling.packed_output && !p.shape.channels_last;
-#pragma unroll
-  for (int i = 0; i < TO; ++i) {
-    const int o = thread_o + 16 * i;
-    if (o >= p.out_channels) break;
+  // Not unrolled, lest there be as many copies of all activations: the next sums move up to sums[0].
+#pragma unroll 1
+  for (int o = thread_o; o < p.out_channels; o += 16) {
     const float bias = output_bias<float>(p, o);
+    float z[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums[i][j] += bias;
-    const int64_t first = table[first_position].output;
-    if (packed) {
-      if (first >= 0) finish_outputs<float>(p, first + o * out_c, sums[i]);
-      continue;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float single[1] = {sums[i][j]};
+    for (int j = 0; j < 4; ++j) z[j] = sums[0][j] + bias;
+    finish_outputs<float>(p, packed, z, [&](int j) {
       const int64_t output = table[first_position + j].output;
-      if (output >= 0) finish_outputs<float>(p, output + o * out_c, single);
-    }
+      return output >= 0 ? output + o * out_c : -1;
+    });
+#pragma unroll
+    for (int i = 0; i < (TO - 1) * 4; ++i) sums[i / 4][i % 4] = sums[i / 4 + 1][i % 4];
   }
 }
 

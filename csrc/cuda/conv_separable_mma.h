@@ -80,30 +80,21 @@ __device__ void store_fragment(const SeparableForward& p, bool packed, const Til
   const bool last = p.shape.channels_last;
   const int64_t out_c = last ? 1 : static_cast<int64_t>(p.shape.out_height) * p.shape.out_width;
   const int lane = threadIdx.x % 32, major = lane / 2;
-#pragma unroll
+#pragma unroll 1
   for (int group = 0; group < 8 / V; ++group) {
     const int minor = lane % 2 * 8 + group * V;
+    const int o = first_o + (last ? minor : major), position = first_position + (last ? major : minor);
     float z[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const int o = first_o + (last ? minor + j : major);
-      z[j] = stage[major * StageRow + minor + j] + (o < p.out_channels ? output_bias<T>(p, o) : 0.0f);
+      const int at_o = o + (last ? j : 0);
+      z[j] = stage[major * StageRow + minor + j] + (at_o < p.out_channels ? output_bias<T>(p, at_o) : 0.0f);
     }
-    const int o = first_o + (last ? minor : major), position = first_position + (last ? major : minor);
-    if (packed) {
-      if (o < p.out_channels && table[position].output >= 0) {
-        finish_outputs<T>(p, table[position].output + o * out_c, z);
-      }
-      continue;
-    }
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const int at_o = o + (last ? j : 0), at_position = position + (last ? 0 : j);
-      float single[1] = {z[j]};
-      if (at_o < p.out_channels && table[at_position].output >= 0) {
-        finish_outputs<T>(p, table[at_position].output + at_o * out_c, single);
-      }
-    }
+    finish_outputs<T>(p, packed, z, [&](int j) {
+      const int at_o = o + (last ? j : 0);
+      const int64_t plane = table[position + (last ? 0 : j)].output;
+      return at_o < p.out_channels && plane >= 0 ? plane + at_o * out_c : -1;
+    });
   }
 }
 
@@ -159,17 +150,18 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
 
   float* stage = reinterpret_cast<float*>(shared) + warp * 16 * Shape::stage_row;
   const wmma::layout_t layout = p.shape.channels_last ? wmma::mem_col_major : wmma::mem_row_major;
+  // Not unrolled, lest there be as many copies of all activations.
+#pragma unroll 1
+  for (int f = 0; f < OF * PF; ++f) {
+    const int o = first_o + f / PF * 16, position = first_position + f % PF * 16;
+    if (o >= p.out_channels) break;
 #pragma unroll
-  for (int i = 0; i < OF; ++i) {
-    if (first_o + i * 16 >= p.out_channels) continue;
-#pragma unroll
-    for (int j = 0; j < PF; ++j) {
-      wmma::store_matrix_sync(stage, sums[i][j], Shape::stage_row, layout);
-      __syncwarp();
-      store_fragment<T, Shape::stage_row>(p, tiling.packed_output, table, stage, first_o + i * 16,
-                                          first_position + j * 16);
-      __syncwarp();
+    for (int i = 0; i < OF * PF; ++i) {
+      if (i == f) wmma::store_matrix_sync(stage, sums[i / PF][i % PF], Shape::stage_row, layout);
     }
+    __syncwarp();
+    store_fragment<T, Shape::stage_row>(p, tiling.packed_output, table, stage, o, position);
+    __syncwarp();
   }
 }
 

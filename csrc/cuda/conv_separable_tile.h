@@ -105,17 +105,29 @@ __device__ void depthwise_chunk(const SeparableForward& p, const SeparableTiling
   }
 }
 
-// Activation and residual for N sums that are neighbours in memory, then the store; `offset` is that of the
-// first.
-template <class T, int N>
-__device__ __forceinline__ void finish_outputs(const SeparableForward& p, int64_t offset, float (&z)[N]) {
+// Activation and residual for N sums, then the store. `at(j)` is the place of the j-th, negative for none;
+// `packed`: they are an aligned pack from at(0) on.
+template <class T, int N, class At>
+__device__ __forceinline__ void finish_outputs(const SeparableForward& p, bool packed, float (&z)[N], At&& at) {
   activate(p.pointwise_activation, z);
-  if (p.residual != nullptr) {
-    const Pack<T, N> residual = load<T, N>(p.residual, offset);
+  if (packed) {
+    const int64_t first = at(0);
+    if (first < 0) return;
+    if (p.residual != nullptr) {
+      const Pack<T, N> residual = load<T, N>(p.residual, first);
 #pragma unroll
-    for (int j = 0; j < N; ++j) z[j] += residual.get(j);
+      for (int j = 0; j < N; ++j) z[j] += residual.get(j);
+    }
+    store_values<T>(p.output, first, true, N, z);
+    return;
   }
-  store_values<T>(p.output, offset, z);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const int64_t place = at(j);
+    if (place < 0) continue;
+    if (p.residual != nullptr) z[j] += widen(static_cast<const T*>(p.residual)[place]);
+    static_cast<T*>(p.output)[place] = narrow<T>(z[j]);
+  }
 }
 
 template <class T>
