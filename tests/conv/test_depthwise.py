@@ -113,7 +113,9 @@ def test_matches_the_oracle(place, case, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_31x31(place, dtype):
     """Forward only: beyond the kernels under test, torch's own backward takes minutes here."""
-    work = make((1, 3, 33, 40), (31, 31), dtype=dtype, device=place.device, padding=15)
+    size = (3, 31) if place.name == "triton-interpreted" else (31, 31)
+    padding = size[0] // 2, size[1] // 2
+    work = make((1, 3, 33, 40), size, dtype=dtype, device=place.device, padding=padding)
     check(work, wanted=())
 
 
@@ -230,8 +232,8 @@ def test_repeats_in_every_bit(place, dtype):
     first = run(_fused, work)
     before = torch.get_num_threads()
     try:
-        # PyTorch's own sums depend on the number of threads.
-        for threads in (before, before) if place.backend == "reference" else (1, 2, 3):
+        # PyTorch's own sums depend on the number of threads, and devices know none.
+        for threads in (1, 2, 3) if place.backend == "cpu" else (before,):
             torch.set_num_threads(threads)
             for name, t in run(_fused, work.map(torch.clone)).items():
                 assert t.equal(first[name]), f"{threads} threads: {name}"

@@ -1,4 +1,4 @@
-"""The fused block of the devices: where it ends and the composite begins, wide products, TF32."""
+"""The block on devices: where the fused kernel ends and the composite begins, wide products, TF32, training."""
 
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fusednn.conv import reference
 from fusednn.testing import assert_close_to_oracle
+
+from .test_block import images, pair, step
 
 Block = tuple[Any, ...]  # arguments of separable_conv2d_forward
 
@@ -97,3 +99,25 @@ def test_tf32_where_it_is_allowed(device_place, tf32, outputs, channels_last):
     torch.backends.cuda.matmul.allow_tf32 = False
     exact = torch.ops.fusednn.separable_conv2d_forward(*args)
     assert (exact - oracle).abs().max() > (out - oracle).abs().max()
+
+
+@pytest.mark.parametrize("case", ["mobilenet", "first norm", "second norm", "no norms"])
+def test_training_around_the_depthwise_kernels(device_place, case):
+    block, composite = pair(case, device_place.device, torch.float64)
+    x = images(case, device_place.device, torch.float64, batch=2)
+    torch.testing.assert_close(step(block, x), step(composite, x), rtol=1e-8, atol=1e-9)
+
+
+def test_products_keep_their_dtype_under_autocast(device_place):
+    """It chose the dtypes of the op's arguments; inside the op it has no more say."""
+    x, w1, b1, w2, b2, residual, *geometry, act1, act2 = block(6, 5, 3, torch.float32, device_place.device)
+    tensors = (x, w1, b1, None, None, w2, b2, None, None, residual)
+
+    def trained():
+        op = torch.ops.fusednn.separable_conv2d_train_forward
+        return op(*tensors, *geometry, 1e-5, 1e-5, act1, act2, True, False)
+
+    expected = trained()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        for actual, t in zip(trained(), expected, strict=True):
+            assert actual.equal(t)
