@@ -39,7 +39,7 @@ def _variant(item: pytest.Item) -> tuple[str, str] | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In Triton's interpreter, a test of many cases in every dtype takes each case in one of them, in turn."""
+    """In Triton's interpreter a test of many cases and dtypes takes each case in one dtype, in turn."""
     found = {item: variant for item in items if (variant := _variant(item)) is not None}
     variants: dict[str, dict[str, int]] = {}
     cases: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""The block on devices: where the fused kernel ends and the composite begins, wide products, TF32, training."""
+"""The block on devices: the fused kernel, where it ends and the composite begins, TF32, training."""
 
 from typing import Any
 
