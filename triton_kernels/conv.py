@@ -16,6 +16,7 @@ from .conv_depthwise import (
     depthwise_forward_kernel,
     depthwise_gather_kernel,
     depthwise_grad_weight_kernel,
+    tile_size,
 )
 from .conv_geometry import Convolution
 from .conv_separable import separable_conv2d_forward, separable_conv2d_limits
@@ -29,15 +30,13 @@ __all__ = [
 ]
 
 # An interpreted program takes about the same time whatever its size.
-TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (512, 4096)
+GATHER_TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (512, 4096)
 MOST_TAPS = 16  # of a program of the weight gradient
 WANTED_PROGRAMS = 2048
 MOST_SPLITS = 256
 
 
-def _tile(
-    last: bool, channels: int, positions: int, size: int = TILE, most_positions: int = 512
-) -> dict[str, int]:
+def _tile(last: bool, channels: int, positions: int, size: int, most_positions: int = 512) -> dict[str, int]:
     """Long where memory is contiguous: channels, or positions."""
     channels, positions = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
     if last:
@@ -56,7 +55,8 @@ def _launch_forward(
         return
     channels, multiplier = conv.channels, conv.multiplier
     positions = output.shape[0] * sizes[2] * sizes[3]
-    tile = _tile(conv.last, channels, positions)
+    size = GATHER_TILE if interpreting() else tile_size(conv.weight.shape[3], input.element_size())
+    tile = _tile(conv.last, channels, positions, size)
     grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
     with device_guard(input):
         depthwise_forward_kernel[grid](
@@ -126,7 +126,7 @@ def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
         return out
     channels = conv.input.shape[1]
     positions = conv.input.shape[0] * height * width
-    tile = _tile(conv.last, channels, positions)
+    tile = _tile(conv.last, channels, positions, GATHER_TILE)
     grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
     with device_guard(grad_z):
         depthwise_gather_kernel[grid](

@@ -22,6 +22,11 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 MOST_UNROLLED = 7  # taps of a row
 
 
+def tile_size(kernel_width: int, item_bytes: int) -> int:
+    """Elements of a program: 4 a thread; 2 where doubles or a long row of taps fill the registers."""
+    return 256 if kernel_width > 3 or item_bytes == 8 else 512
+
+
 @triton.jit
 def place(first, count, height, width, BLOCK_P: tl.constexpr):
     """Images (64 bits), rows, columns and mask of the positions first ... first + BLOCK_P - 1 of `count`."""
@@ -205,7 +210,6 @@ _SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "
 _STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
 _STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
 GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
-_TILES = {"last": {"BLOCK_P": 8, "BLOCK_C": 64}, "first": {"BLOCK_P": 512, "BLOCK_C": 1}}
 
 
 def ones_of(layout: str, stride: int) -> dict[str, int]:
@@ -215,30 +219,39 @@ def ones_of(layout: str, stride: int) -> dict[str, int]:
     return dict.fromkeys(ones, 1)
 
 
+def _tile(layout: str, size: int = 512) -> dict[str, int]:
+    return {"BLOCK_P": size // 64, "BLOCK_C": 64} if layout == "last" else {"BLOCK_P": size, "BLOCK_C": 1}
+
+
 def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
     """Run-time integers, and those that are 1."""
     ones = ones_of(layout, stride)
     return {k: v for k, v in GEOMETRY.items() if k not in ones}, ones
 
 
-def _forward_case(layout: str, k: int, stride: int, activation: str, grad: bool, flipped: bool) -> AotCase:
+def _forward_case(
+    layout: str, k: int, stride: int, activation: str, dtype: str, grad: bool = False, flipped: bool = False
+) -> AotCase:
     integers, ones = _geometry(layout, stride)
     absent = () if grad else ("grad",)
     pointers = tuple(p for p in ("input", "weight", "bias", "grad", "output") if p not in absent)
     integers["KH"] = "i32"
     constants = {"KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
-    constants |= {"MOST": MOST_UNROLLED, **_TILES[layout], **ones, **dict.fromkeys(absent)}
-    name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''}"
+    tile = _tile(layout, tile_size(k, int(dtype[2:]) // 8))
+    constants |= {"MOST": MOST_UNROLLED, **tile, **ones, **dict.fromkeys(absent)}
+    name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''} {dtype}"
     divisible = (*pointers, "channels", "in_n", "out_n") if layout == "last" else pointers
-    return AotCase(name, depthwise_forward_kernel, pointers, integers, constants, OPTIONS, divisible)
+    return AotCase(
+        name, depthwise_forward_kernel, pointers, integers, constants, OPTIONS, divisible, (dtype,)
+    )
 
 
-def _gather_case(layout: str, stride: int) -> AotCase:
-    integers, ones = _geometry(layout, stride)
+def _gather_case(layout: str) -> AotCase:
+    integers, ones = _geometry(layout, 2)
     pointers = ("grad", "weight", "output")
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, **_TILES[layout], **ones}
-    name = f"depthwise_gather/{layout}"
-    return AotCase(name, depthwise_gather_kernel, pointers, integers, constants, OPTIONS, pointers)
+    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, **_tile(layout), **ones}
+    name, dtypes = f"depthwise_gather/{layout}", ("fp32", "fp64", "bf16")
+    return AotCase(name, depthwise_gather_kernel, pointers, integers, constants, OPTIONS, pointers, dtypes)
 
 
 def _grad_weight_case(layout: str, dtype: str) -> AotCase:
@@ -260,12 +273,15 @@ def _add_splits_case(dtype: str) -> AotCase:
                    integers, constants, OPTIONS, (), (dtype,))  # fmt: skip
 
 
+_LAYOUTS, _EVERY, _WIDE = ("last", "first"), ("fp32", "fp64", "fp16", "bf16"), ("fp32", "fp64")
+
 AOT_CASES = [
-    *(_forward_case(layout, 3, stride, "silu", False, False) for layout in _TILES for stride in (1, 2)),
-    *(_forward_case(layout, 7, 1, "none", False, True) for layout in _TILES),
-    *(_forward_case(layout, 5, 1, "gelu", True, False) for layout in _TILES),
-    *(_forward_case(layout, 9, 1, "gelu_tanh", False, False) for layout in _TILES),
-    *(_gather_case(layout, 2) for layout in _TILES),
-    *(_grad_weight_case(layout, dtype) for layout in _TILES for dtype in ("fp32", "fp64", "fp16", "bf16")),
-    *(_add_splits_case(dtype) for dtype in ("fp32", "fp64", "fp16", "bf16")),
+    *(_forward_case(layout, 3, 1, "silu", dtype) for layout in _LAYOUTS for dtype in _EVERY),
+    *(_forward_case(layout, 3, 2, "relu6", dtype) for layout, dtype in (("last", "fp16"), ("first", "fp32"))),
+    *(_forward_case(layout, 7, 1, "none", dtype, flipped=True) for layout in _LAYOUTS for dtype in _WIDE),
+    *(_forward_case(layout, 5, 1, "gelu", dtype, grad=True) for layout in _LAYOUTS for dtype in _WIDE),
+    *(_forward_case(layout, 9, 1, "gelu_tanh", "fp64") for layout in _LAYOUTS),
+    *(_gather_case(layout) for layout in _LAYOUTS),
+    *(_grad_weight_case(layout, dtype) for layout in _LAYOUTS for dtype in ("fp32", "fp64", "fp16")),
+    *(_add_splits_case(dtype) for dtype in ("fp64", "fp16")),
 ]

@@ -72,13 +72,11 @@ def separable_forward_kernel(
     store(output, to, sums, mask)
 
 
-def _options(block_o: int) -> dict[str, object]:
-    return {"num_warps": 8 if block_o > 64 else 4, "enable_fp_fusion": True}
-
-
-def _tile(block_o: int) -> dict[str, int]:
-    """Four elements of the depthwise tile a thread, for the loads of a row of taps are all in flight."""
-    return {"BLOCK_P": BLOCK_P, "BLOCK_C": 32 if block_o > 64 else 16, "BLOCK_O": block_o}
+def _plan(block_o: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
+    """Tile and options: four elements of the depthwise tile a thread, all loads of a row being in flight."""
+    wide = block_o > 64 or dtype == torch.float32
+    tile = {"BLOCK_P": BLOCK_P, "BLOCK_C": 32 if wide else 16, "BLOCK_O": block_o}
+    return tile, {"num_warps": 8 if wide else 4, "enable_fp_fusion": True}
 
 
 def separable_conv2d_limits(input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> list[str]:
@@ -140,6 +138,7 @@ def separable_conv2d_forward(
     sizes = (*conv.input.shape[2:], *conv.out_size)
     positions = output.shape[0] * sizes[2] * sizes[3]
     block_o = max(triton.next_power_of_2(outputs), 16)
+    tile, options = _plan(block_o, input.dtype)
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     with device_guard(input):
         separable_forward_kernel[(triton.cdiv(positions, BLOCK_P),)](
@@ -149,25 +148,30 @@ def separable_conv2d_forward(
             *conv.stride, *conv.pad, *conv.dilation,
             KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=conv.multiplier,
             ACTIVATION1=depthwise_activation, ACTIVATION2=pointwise_activation, PRECISION=precision,
-            MOST=MOST_UNROLLED, **_tile(block_o), **_options(block_o),
+            MOST=MOST_UNROLLED, **tile, **options,
         )  # fmt: skip
     return output
 
 
-def _case(layout: str, outputs: int, precision: str, dtypes: tuple[str, ...]) -> AotCase:
+def _case(layout: str, outputs: int, precision: str, dtype: str) -> AotCase:
     ones = ones_of(layout, 1)
     integers = {k: v for k, v in GEOMETRY.items() if k not in ones} | {"outputs": "i32", "KH": "i32"}
     pointers = ("input", "weight1", "bias1", "weight2", "bias2", "residual", "output")
+    tile, options = _plan(outputs, torch.float32 if dtype == "fp32" else torch.float16)
     constants = {"KW": 3, "MULTIPLIER": 1, "ACTIVATION1": "relu6", "ACTIVATION2": "none"}
-    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, **_tile(outputs), **ones}
+    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, **tile, **ones}
     return AotCase(
-        f"separable_forward/{layout} {outputs} {precision}", separable_forward_kernel, pointers, integers,
-        constants, _options(outputs), (*pointers, "channels", "outputs"), dtypes,
+        f"separable_forward/{layout} {outputs} {precision} {dtype}", separable_forward_kernel, pointers,
+        integers, constants, options, (*pointers, "channels", "outputs"), (dtype,),
     )  # fmt: skip
 
 
-AOT_CASES = [
-    *(_case(layout, n, "ieee", ("fp16", "bf16")) for layout in ("last", "first") for n in (64, 256)),
-    *(_case(layout, n, "ieee", ("fp32",)) for layout in ("last", "first") for n in (16, 128)),
-    *(_case(layout, 128, "tf32", ("fp32",)) for layout in ("last", "first")),
-]
+_VARIANTS = (
+    (64, "ieee", "fp16"),
+    (256, "ieee", "bf16"),
+    (16, "ieee", "fp32"),
+    (128, "ieee", "fp32"),
+    (128, "tf32", "fp32"),
+)
+
+AOT_CASES = [_case(layout, *variant) for layout in ("last", "first") for variant in _VARIANTS]
