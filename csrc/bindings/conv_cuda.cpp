@@ -16,13 +16,13 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/cuda_arguments.h"
 #include "fusednn/conv_cuda.h"
 
 namespace fusednn {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Pair = std::array<int64_t, 2>;
 using Padding = std::array<int64_t, 4>;  // top, bottom, left, right
 using cuda::DepthwiseShape;
@@ -36,78 +36,43 @@ Activation activation_named(const char* op, const char* argument, const std::str
                     "', expected none, relu, relu6, silu, hardswish, gelu or gelu_tanh");
 }
 
-DType dtype_of(const Tensor& input) {
-  switch (input.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      TORCH_CHECK(false, "input: got dtype ", input.scalar_type(),
-                  ", expected float32, float64, float16 or bfloat16");
-  }
-}
-
-void succeeded(const char* op, cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, op, ": CUDA error: ", cudaGetErrorString(error));
-}
-
 // A depthwise call's tensors, checked: dense, and all images in the format of the result.
-class Convolution {
+class Convolution : public CudaArguments {
  public:
   Convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
               const Pair& stride, const Padding& padding, const Pair& dilation,
               const OptionalTensor& other_weight = {})
-      : op_(op) {
-    TORCH_CHECK(input.layout() == at::kStrided && input.dim() == 4, op, ": input: got shape ", input.sizes(),
-                ", expected [N, C, H, W]");
+      : CudaArguments(op, "input", input) {
+    TORCH_CHECK(input.dim() == 4, op, ": input: got shape ", input.sizes(), ", expected [N, C, H, W]");
     TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, op,
                 ": weight: got shape ", weight.sizes(), ", expected [C m, 1, kh, kw]");
     const int64_t in_channels = input.size(1), channels = weight.size(0);
     TORCH_CHECK(in_channels > 0 ? channels % in_channels == 0 : channels == 0, op, ": weight: got ", channels,
                 " channels, expected a multiple of the input's ", in_channels);
-    dtype_ = dtype_of(input);
-    options_ = input.options();
     const bool last = is_last(input) || is_last(weight) || (other_weight && is_last(*other_weight));
     format_ = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
     set_shape(input, weight, stride, padding, dilation);
     input_ = input.contiguous(format_);
-    weight_ = checked("weight", weight, weight.sizes()).contiguous();
-    if (bias) bias_ = checked("bias", *bias, {channels}).contiguous();
+    weight_ = dense("weight", weight, weight.sizes());
+    bias_ = dense("bias", bias, {channels});
   }
 
   const DepthwiseShape& shape() const { return shape_; }
-  DType dtype() const { return dtype_; }
   const void* input() const { return input_.const_data_ptr(); }
   const void* weight() const { return weight_.const_data_ptr(); }
-  const void* bias() const { return bias_.defined() ? bias_.const_data_ptr() : nullptr; }
-
-  Tensor checked(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
-    TORCH_CHECK(t.layout() == at::kStrided && t.sizes() == sizes, op_, ": ", name, ": got shape ", t.sizes(),
-                ", expected ", sizes);
-    TORCH_CHECK(t.scalar_type() == options_.dtype(), op_, ": ", name, ": got dtype ", t.scalar_type(),
-                ", expected ", options_.dtype(), " as input");
-    TORCH_CHECK(t.device() == options_.device(), op_, ": ", name, ": got a tensor on ", t.device(),
-                ", expected ", options_.device(), " as input");
-    return t;
-  }
+  const void* bias() const { return data_or_null(bias_); }
 
   // An image of the result's size in its format.
-  Tensor image(const char* name, const Tensor& t, int64_t channels) const {
-    return checked(name, t, {shape_.batch, channels, shape_.out_height, shape_.out_width})
-        .contiguous(format_);
+  template <class MaybeTensor>
+  MaybeTensor image(const char* name, const MaybeTensor& t, int64_t channels) const {
+    return dense(name, t, {shape_.batch, channels, shape_.out_height, shape_.out_width}, format_);
   }
 
   Tensor empty_image(int64_t channels) const {
-    return at::empty({shape_.batch, channels, shape_.out_height, shape_.out_width}, options_, format_);
+    return at::empty({shape_.batch, channels, shape_.out_height, shape_.out_width}, options(), format_);
   }
 
-  Tensor empty_input() const { return at::empty_like(input_, options_, format_); }
-  at::TensorOptions options() const { return options_; }
+  Tensor empty_input() const { return at::empty_like(input_, options(), format_); }
 
  private:
   static bool is_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
@@ -115,7 +80,7 @@ class Convolution {
   int small(const char* name, int64_t value) const {
     constexpr int64_t most =
         std::numeric_limits<int>::max() / 4;  // sums of a few of them are computed in int
-    TORCH_CHECK(value >= 0 && value <= most, op_, ": ", name, ": got ", value, ", expected 0 to ", most);
+    TORCH_CHECK(value >= 0 && value <= most, op(), ": ", name, ": got ", value, ", expected 0 to ", most);
     return static_cast<int>(value);
   }
 
@@ -132,14 +97,14 @@ class Convolution {
     s.dilation_h = small("dilation", dilation[0]), s.dilation_w = small("dilation", dilation[1]);
     s.pad_top = small("padding", padding[0]), s.pad_left = small("padding", padding[2]);
     s.channels_last = format_ == at::MemoryFormat::ChannelsLast;
-    TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0, op_, ": stride: got ", at::IntArrayRef(stride),
+    TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0, op(), ": stride: got ", at::IntArrayRef(stride),
                 ", expected at least 1");
-    TORCH_CHECK(s.dilation_h > 0 && s.dilation_w > 0, op_, ": dilation: got ", at::IntArrayRef(dilation),
+    TORCH_CHECK(s.dilation_h > 0 && s.dilation_w > 0, op(), ": dilation: got ", at::IntArrayRef(dilation),
                 ", expected at least 1");
     const auto outputs = [&](int64_t size, int64_t pad, int64_t kernel, int64_t step, int64_t spread) {
       const int64_t reach = spread * (kernel - 1) + 1;
       small("dilated kernel", reach);
-      TORCH_CHECK(size + pad >= reach, op_, ": input: got ", size + pad,
+      TORCH_CHECK(size + pad >= reach, op(), ": input: got ", size + pad,
                   " rows or columns with padding, expected at least the kernel's ", reach);
       return small("output's size", (size + pad - reach) / step + 1);
     };
@@ -147,17 +112,15 @@ class Convolution {
         outputs(s.height, padding[0] + small("padding", padding[1]), s.kernel_h, s.stride_h, s.dilation_h);
     s.out_width =
         outputs(s.width, padding[2] + small("padding", padding[3]), s.kernel_w, s.stride_w, s.dilation_w);
-    TORCH_CHECK(s.batch * std::max(s.height, s.out_height) <= std::numeric_limits<int>::max(), op_,
+    TORCH_CHECK(s.batch * std::max(s.height, s.out_height) <= std::numeric_limits<int>::max(), op(),
                 ": input: got ", s.batch, " images of ", s.height,
                 " rows, expected less than 2^31 rows together");
   }
 
-  const char* op_;
-  DType dtype_;
   DepthwiseShape shape_{};
   at::MemoryFormat format_;
-  at::TensorOptions options_;
-  Tensor input_, weight_, bias_;
+  Tensor input_, weight_;
+  OptionalTensor bias_;
 };
 
 Tensor depthwise_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& weight,
@@ -167,23 +130,23 @@ Tensor depthwise_conv2d_forward(StreamOf stream_of, const Tensor& input, const T
   const c10::DeviceGuard guard(input.device());
   const Convolution conv(op, input, weight, bias, stride, padding, dilation);
   Tensor out = conv.empty_image(conv.shape().channels);
-  succeeded(
-      op, cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(op, "activation", activation),
-                                   conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
-                                  stream_of(input)));
+  conv.succeeded(
+      cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(op, "activation", activation),
+                               conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
+                              stream_of(input)));
   return out;
 }
 
 // The gradient of the convolution's result before its activation.
-Tensor grad_before_activation(const char* op, const Convolution& conv, const Tensor& grad_output,
-                              Activation activation, CUstream_st* stream) {
+Tensor grad_before_activation(const Convolution& conv, const Tensor& grad_output, Activation activation,
+                              CUstream_st* stream) {
   const Tensor grad = conv.image("grad_output", grad_output, conv.shape().channels);
   if (activation == Activation::none) return grad;
   Tensor grad_z = conv.empty_image(conv.shape().channels);
-  succeeded(op, cuda::depthwise_activation_backward(
-                    {conv.dtype(), conv.shape(), activation, grad.const_data_ptr(), conv.input(),
-                     conv.weight(), conv.bias(), grad_z.mutable_data_ptr()},
-                    stream));
+  conv.succeeded(cuda::depthwise_activation_backward(
+      {conv.dtype(), conv.shape(), activation, grad.const_data_ptr(), conv.input(), conv.weight(),
+       conv.bias(), grad_z.mutable_data_ptr()},
+      stream));
   return grad_z;
 }
 
@@ -204,12 +167,12 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of,
   const DepthwiseShape& shape = conv.shape();
   CUstream_st* stream = stream_of(input);
   const Tensor grad_z =
-      grad_before_activation(op, conv, grad_output, activation_named(op, "activation", activation), stream);
+      grad_before_activation(conv, grad_output, activation_named(op, "activation", activation), stream);
   if (needs_input) {
     grad_input = conv.empty_input();
-    succeeded(op, cuda::depthwise_grad_input({conv.dtype(), shape, grad_z.const_data_ptr(), conv.weight(),
-                                              grad_input.mutable_data_ptr()},
-                                             stream));
+    conv.succeeded(cuda::depthwise_grad_input(
+        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.weight(), grad_input.mutable_data_ptr()},
+        stream));
   }
   if (needs_weight || needs_bias) {
     const int splits = cuda::depthwise_grad_weight_splits(shape);
@@ -217,11 +180,11 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of,
     Tensor partials = at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, wide);
     Tensor dense = at::empty(weight.sizes(), conv.options());
     if (needs_bias) grad_bias = at::empty({shape.channels}, conv.options());
-    succeeded(op, cuda::depthwise_grad_weight(
-                      {conv.dtype(), shape, grad_z.const_data_ptr(), conv.input(), splits,
-                       partials.mutable_data_ptr(), needs_weight ? dense.mutable_data_ptr() : nullptr,
-                       needs_bias ? grad_bias.mutable_data_ptr() : nullptr},
-                      stream));
+    conv.succeeded(cuda::depthwise_grad_weight(
+        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.input(), splits, partials.mutable_data_ptr(),
+         needs_weight ? dense.mutable_data_ptr() : nullptr,
+         needs_bias ? grad_bias.mutable_data_ptr() : nullptr},
+        stream));
     if (needs_weight) {
       grad_weight = at::empty_like(weight);
       if (grad_weight.is_contiguous()) {
@@ -244,7 +207,7 @@ std::vector<std::string> separable_conv2d_limits(const Tensor& input, const Tens
                                  input.scalar_type()));
     }
   };
-  limit("output channels", pointwise_weight.size(0), cuda::separable_most_outputs(dtype_of(input)));
+  limit("output channels", pointwise_weight.size(0), cuda::separable_most_outputs(dtype_of(input, "input")));
   limit("taps", depthwise_weight.size(2) * depthwise_weight.size(3), cuda::kSeparableMostTaps);
   return reasons;
 }
@@ -264,19 +227,17 @@ Tensor separable_conv2d_forward(StreamOf stream_of, const Tensor& input, const T
   }
   const int64_t outputs = pointwise_weight.size(0);
   const Tensor pointwise =
-      conv.checked("pointwise_weight", pointwise_weight, {outputs, conv.shape().channels, 1, 1}).contiguous();
-  const Tensor bias =
-      pointwise_bias ? conv.checked("pointwise_bias", *pointwise_bias, {outputs}).contiguous() : Tensor();
-  const Tensor added = residual ? conv.image("residual", *residual, outputs) : Tensor();
+      conv.dense("pointwise_weight", pointwise_weight, {outputs, conv.shape().channels, 1, 1});
+  const OptionalTensor bias = conv.dense("pointwise_bias", pointwise_bias, {outputs});
+  const OptionalTensor added = conv.image("residual", residual, outputs);
   Tensor out = conv.empty_image(outputs);
-  succeeded(op, cuda::separable_forward({conv.dtype(), conv.shape(), static_cast<int>(outputs),
-                                         activation_named(op, "depthwise_activation", depthwise_activation),
-                                         activation_named(op, "pointwise_activation", pointwise_activation),
-                                         conv.input(), conv.weight(), conv.bias(), pointwise.const_data_ptr(),
-                                         bias.defined() ? bias.const_data_ptr() : nullptr,
-                                         added.defined() ? added.const_data_ptr() : nullptr,
-                                         out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
-                                        stream_of(input)));
+  conv.succeeded(cuda::separable_forward(
+      {conv.dtype(), conv.shape(), static_cast<int>(outputs),
+       activation_named(op, "depthwise_activation", depthwise_activation),
+       activation_named(op, "pointwise_activation", pointwise_activation), conv.input(), conv.weight(),
+       conv.bias(), pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
+       out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
+      stream_of(input)));
   return out;
 }
 

@@ -21,6 +21,10 @@ struct ImageStrides {
     row = column * width;
     n = channels * height * width;
   }
+
+  __host__ __device__ int64_t offset(int64_t image, int channel, int y, int x) const {
+    return image * n + channel * c + y * row + x * column;
+  }
 };
 
 struct Division {
@@ -43,6 +47,27 @@ struct Division32 {
 __device__ __forceinline__ Division32 divide(unsigned a, int b) {
   const unsigned quotient = a / static_cast<unsigned>(b);
   return {quotient, static_cast<int>(a - quotient * b)};
+}
+
+struct ImagePlace {
+  int64_t image;
+  int c, y, x;
+};
+
+// Where the `item`-th pack of V channels of an image lies, counted in the order of memory.
+template <int V>
+__device__ __forceinline__ ImagePlace image_place(int64_t item, int channels, int height, int width,
+                                                  bool channels_last) {
+  if (channels_last) {
+    const auto [position, pack] = divide(item, channels / V);
+    const auto [row, x] = divide(position, width);
+    const auto [image, y] = divide(row, height);
+    return {image, pack * V, y, x};
+  }
+  const auto [row, x] = divide(item, width);
+  const auto [plane, y] = divide(row, height);
+  const auto [image, c] = divide(plane, channels);
+  return {image, c, y, x};
 }
 
 template <class A>

@@ -5,13 +5,15 @@
 // With a gradient of out given, the result is that of z: grad act'(z).
 //
 // Three tilings; in each, a thread reads an element of a row once for all the outputs that it makes of it:
-//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread slides down 4 columns of one plane, holds the
+//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread slides down 4 columns of one plane, holds
+//   the
 //            weights in registers, and the sums of the output rows that the current input row reaches; each
 //            input row is read once, one ahead. Where the padding is that of "same" and widths are multiples
 //            of 4, rows are read in packs of 4.
 //   columns  [N, H, W, C], the same kernels: a thread makes 4 (stride 2: 2) neighbouring outputs of the
 //            channels that 16 bytes hold. The block's weights lie in shared memory, [taps, channels].
-//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier, float64.
+//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier,
+//   float64.
 // Rows shared by threads one above the other come from the L1 cache. Activations are chosen at run time by
 // a branch that all threads share, in one place of each kernel: a choice at compile time makes 14 of each.
 // Bytes moved: s (in + out) + s |w|, plus s out if a gradient is given; s = item size.
@@ -97,8 +99,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int first_x = x0 * S - s.pad_left, first_y = y0 * S - s.pad_top;
   const T* input = static_cast<const T*>(p.input) + input_plane * s.height * s.width;
   const auto load_row = [&](Window<T, K, S>& window, int y, bool needed) {
-    window.load_row(input + static_cast<int64_t>(y) * s.width, first_x, s.width, needed && inside(y, s.height),
-                    tiling.packed_input);
+    window.load_row(input + static_cast<int64_t>(y) * s.width, first_x, s.width,
+                    needed && inside(y, s.height), tiling.packed_input);
   };
 
   A weight[K * K];
@@ -231,20 +233,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(Depthw
   const DepthwiseShape& s = p.shape;
   const ImageStrides in(s.channels / s.multiplier, s.height, s.width, s.channels_last);
   const ImageStrides out(s.channels, s.out_height, s.out_width, s.channels_last);
-  int64_t image;
-  int c, y, x;
-  if (s.channels_last) {
-    const auto [position, pack] = divide(item, static_cast<int>(s.channels / V));
-    const auto [row, column] = divide(position, s.out_width);
-    const auto [n, line] = divide(row, s.out_height);
-    image = n, c = pack * V, y = line, x = column;
-  } else {
-    const auto [row, column] = divide(item, s.out_width);
-    const auto [plane, line] = divide(row, s.out_height);
-    const auto [n, channel] = divide(plane, static_cast<int>(s.channels));
-    image = n, c = channel, y = line, x = column;
-  }
-  const int64_t in_plane = image * in.n + c / s.multiplier * in.c;
+  const auto [image, c, y, x] =
+      image_place<V>(item, static_cast<int>(s.channels), s.out_height, s.out_width, s.channels_last);
+  const int in_c = c / s.multiplier;
   const int taps = s.kernel_h * s.kernel_w;
   const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(c) * taps;
   const Pack<T, V> bias = load_or_zero<T, V>(p.bias, c);
@@ -257,13 +248,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(Depthw
     for (int v = 0; v < s.kernel_w; ++v) {
       const int in_x = x * s.stride_w - s.pad_left + v * s.dilation_w;
       if (!inside(in_x, s.width)) continue;
-      const Pack<T, V> value = load<T, V>(p.input, in_plane + in_y * in.row + in_x * in.column);
+      const Pack<T, V> value = load<T, V>(p.input, in.offset(image, in_c, in_y, in_x));
       const int tap = u * s.kernel_w + v, from = p.flipped ? taps - 1 - tap : tap;
 #pragma unroll
       for (int j = 0; j < V; ++j) z[j] += widen(weight[static_cast<int64_t>(j) * taps + from]) * value.get(j);
     }
   }
-  finish<T>(p, image * out.n + c * out.c + y * out.row + x * out.column, z);
+  finish<T>(p, out.offset(image, c, y, x), z);
 }
 
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }

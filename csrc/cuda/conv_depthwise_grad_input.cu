@@ -30,7 +30,8 @@ __device__ __forceinline__ int output_of(int y, int pad, int u, int dilation, in
 
 // S: the stride of both dimensions, 0 for any. V > 1 wants [N, H, W, C] and a multiplier of 1.
 template <class T, int V, int S>
-__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_gather_kernel(DepthwiseGradInput p, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    depthwise_gather_kernel(DepthwiseGradInput p, int64_t items) {
   using A = Arithmetic<T>;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= items) return;
@@ -38,19 +39,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_gather_kernel(Dep
   const int channels = static_cast<int>(s.channels / s.multiplier);
   const ImageStrides in(channels, s.height, s.width, s.channels_last);
   const ImageStrides out(s.channels, s.out_height, s.out_width, s.channels_last);
-  int64_t image;
-  int c, y, x;
-  if (s.channels_last) {
-    const auto [position, pack] = divide(item, channels / V);
-    const auto [row, column] = divide(position, s.width);
-    const auto [n, line] = divide(row, s.height);
-    image = n, c = pack * V, y = line, x = column;
-  } else {
-    const auto [row, column] = divide(item, s.width);
-    const auto [plane, line] = divide(row, s.height);
-    const auto [n, channel] = divide(plane, channels);
-    image = n, c = channel, y = line, x = column;
-  }
+  const auto [image, c, y, x] = image_place<V>(item, channels, s.height, s.width, s.channels_last);
   const int64_t taps = static_cast<int64_t>(s.kernel_h) * s.kernel_w;
   A sum[V] = {};
   for (int u = 0; u < s.kernel_h; ++u) {
@@ -59,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_gather_kernel(Dep
     for (int v = 0; v < s.kernel_w; ++v) {
       const int out_x = output_of<S>(x, s.pad_left, v, s.dilation_w, s.stride_w, s.out_width);
       if (out_x < 0) continue;
-      const int64_t place = image * out.n + out_y * out.row + out_x * out.column;
+      const int64_t place = out.offset(image, 0, out_y, out_x);
       const int64_t tap = static_cast<int64_t>(u) * s.kernel_w + v;
       for (int k = 0; k < s.multiplier; ++k) {
         const int64_t channel = static_cast<int64_t>(c) * s.multiplier + k;
@@ -71,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_gather_kernel(Dep
       }
     }
   }
-  store_values<T>(p.grad_input, image * in.n + c * in.c + y * in.row + x * in.column, true, V, sum);
+  store_values<T>(p.grad_input, in.offset(image, c, y, x), true, V, sum);
 }
 
 template <class T, int V>

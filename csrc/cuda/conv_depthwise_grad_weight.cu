@@ -165,14 +165,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const unsigned end = c < s.channels ? share.strips : 0;
   for (unsigned strip = threadIdx.x / tiling.lanes; strip < end; strip += step) {
     const Position at = share.at(strip, tiling, s.out_height);
-    const int64_t place = at.image * out.n + c * out.c + at.y * out.row + at.x * out.column;
+    const int64_t place = out.offset(at.image, static_cast<int>(c), at.y, at.x);
     const A d = widen(static_cast<const T*>(p.grad_z)[place]);
     sums[kTapGroup][0] += d;
 #pragma unroll
     for (int i = 0; i < kTapGroup; ++i) {
       const int in_y = at.y * s.stride_h + tap_y[i], in_x = at.x * s.stride_w + tap_x[i];
       if (first_tap + i >= taps || !inside(in_y, s.height) || !inside(in_x, s.width)) continue;
-      const int64_t from = at.image * in.n + in_c * in.c + in_y * in.row + in_x * in.column;
+      const int64_t from = in.offset(at.image, static_cast<int>(in_c), in_y, in_x);
       sums[i][0] += d * widen(static_cast<const T*>(p.input)[from]);
     }
   }

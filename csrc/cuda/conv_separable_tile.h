@@ -34,7 +34,7 @@ __device__ void fill_positions(const SeparableForward& p, const SeparableTiling&
     const int64_t position = static_cast<int64_t>(blockIdx.x) * P + i;
     const auto [row, x] = divide(position, s.out_width);
     const auto [image, y] = divide(row, s.out_height);
-    const int64_t output = image * out.n + y * out.row + x * out.column;
+    const int64_t output = out.offset(image, 0, y, x);
     table[i] = {image * in.n, position < tiling.positions ? output : -1, y * s.stride_h - s.pad_top,
                 x * s.stride_w - s.pad_left};
   }
@@ -108,7 +108,8 @@ __device__ void depthwise_chunk(const SeparableForward& p, const SeparableTiling
 // Activation and residual for N sums, then the store. `at(j)` is the place of the j-th, negative for none;
 // `packed`: they are an aligned pack from at(0) on.
 template <class T, int N, class At>
-__device__ __forceinline__ void finish_outputs(const SeparableForward& p, bool packed, float (&z)[N], At&& at) {
+__device__ __forceinline__ void finish_outputs(const SeparableForward& p, bool packed, float (&z)[N],
+                                               At&& at) {
   activate(p.pointwise_activation, z);
   if (packed) {
     const int64_t first = at(0);

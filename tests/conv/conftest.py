@@ -30,7 +30,7 @@ INTERPRETED = "triton-interpreted"
 def _variant(item: pytest.Item) -> tuple[str, str] | None:
     """Values of the crossed parameters and of the others, of a test in Triton's interpreter."""
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    places = [p[0] for p in params.values() if isinstance(p, tuple) and isinstance(p[0], suite.Place)]
+    places = [p[0] for p in params.values() if isinstance(p, tuple) and p and isinstance(p[0], suite.Place)]
     if item.path.parent != Path(__file__).parent or not any(place.name == INTERPRETED for place in places):
         return None
     crossed = {name: p for name, p in params.items() if name in CROSSED}
