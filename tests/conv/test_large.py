@@ -10,7 +10,7 @@ WINDOWS, KERNEL = 6, 3
 
 @pytest.fixture(params=FORMATS, ids=["nchw", "nhwc"])
 def large(request, tmp_path):
-    """Return a function of a place: an input of zeros, a view of the windows a convolution reads, the stride."""
+    """Return a function of a place: zeros, a view of the windows that a convolution reads, the stride."""
     channels, side, stride = FORMATS[request.param]
     assert ((WINDOWS - 1) * stride + KERNEL - 1) * (side + 1) * channels > 1 << 32
 
