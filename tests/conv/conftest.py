@@ -22,16 +22,16 @@ KERNELS: dict[str, tuple[str, ...]] = {"cpu": ALL, "cuda": ALL, "triton": ALL}
 # On devices these are torch's products around the depthwise kernels, where there is no kernel of the name.
 COMPOSED = INFERENCE + TRAINING
 
-# Parameters of which a test in Triton's interpreter takes one combination for each of its cases.
+# Parameters of which a test in Triton takes one combination for each of its cases: a call takes a second in
+# the interpreter, and as long to compile on a device.
 CROSSED = ("dtype", "mode", "last")
-INTERPRETED = "triton-interpreted"
 
 
 def _variant(item: pytest.Item) -> tuple[str, str] | None:
-    """Values of the crossed parameters and of the others, of a test in Triton's interpreter."""
+    """Values of the crossed parameters and of the others, of a test in Triton."""
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     places = [p[0] for p in params.values() if isinstance(p, tuple) and p and isinstance(p[0], suite.Place)]
-    if item.path.parent != Path(__file__).parent or not any(place.name == INTERPRETED for place in places):
+    if item.path.parent != Path(__file__).parent or not any(place.backend == "triton" for place in places):
         return None
     crossed = {name: p for name, p in params.items() if name in CROSSED}
     others = {name: p for name, p in params.items() if name not in CROSSED}
@@ -39,7 +39,7 @@ def _variant(item: pytest.Item) -> tuple[str, str] | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In Triton's interpreter a test of many cases and dtypes takes each case in one dtype, in turn."""
+    """In Triton a test of many cases and dtypes takes each case in one dtype, in turn."""
     found = {item: variant for item in items if (variant := _variant(item)) is not None}
     variants: dict[str, dict[str, int]] = {}
     cases: dict[str, dict[str, int]] = {}
@@ -74,7 +74,7 @@ def _params(names: tuple[str, ...]) -> list:
     def belongs(place: suite.Place) -> bool:
         if place.backend == "reference":
             return True
-        if place.name == INTERPRETED and names == TRAINING:
+        if place.backend == "triton" and names == TRAINING:
             return False  # minutes: test_device_block.py has a few cases of it
         return set(names) <= set(KERNELS[place.backend]) or all(_found(place, n) for n in names)
 

@@ -180,7 +180,7 @@ def _generated(place, examples: int) -> None:
 
 
 def test_generated(place):
-    _generated(place, 12 if place.name == "triton-interpreted" else 150)
+    _generated(place, 12 if place.backend == "triton" else 150)
 
 
 def test_extended_oracle_is_torchs_convolution():
