@@ -241,6 +241,18 @@ def test_repeats_in_every_bit(place, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+def test_more_work_than_threads(place, last):
+    """CUDA threads then make more rows, or more strips, each."""
+    if place.backend != "cuda":
+        pytest.skip("a matter of the CUDA kernels")
+    x = torch.randn(64, 128, 17, 29, device=place.device)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weight, bias = torch.randn(128, 1, 3, 3, device=place.device), torch.randn(128, device=place.device)
+    expected = F.conv2d(x, weight, bias, padding=1, groups=128)
+    torch.testing.assert_close(depthwise_conv2d(x, weight, bias, padding=1), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_more_elements_than_32_bits_count():
     """Sizes beyond 2³¹ elements, of memory that does not exist."""
     x = torch.empty(1 << 12, 64, 96, 96, device="meta")
