@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _native
 from ..dispatch import Implementation, Operation, Reasons, no_plan, no_reasons
 from . import reference
+from .composite import Composite
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,32 @@ def _against_cpu(name: str, input: Tensor) -> Reasons:
     return _against_dtype(input)
 
 
+# Operations of a block that are made of the depthwise kernels and torch's products, and of which kernels.
+_FORWARD, _BACKWARD = "depthwise_conv2d_forward", "depthwise_conv2d_backward"
+_COMPOSED = {
+    "separable_conv2d_forward": _FORWARD,
+    "separable_conv2d_train_forward": _FORWARD,
+    "separable_conv2d_train_backward": _BACKWARD,
+}
+
+
+def _cuda_kernels(input: Tensor) -> ModuleType:
+    return _native.cuda_modules[input.device.type]
+
+
+_compositions = {"cuda": Composite(_cuda_kernels), "triton": Composite(lambda _input: _triton_kernels())}
+
+
+def _run_kernels(backend: str, kernels: ModuleType, name: str, args: tuple[Any, ...]) -> Any:
+    """Run the kernel of this name where it can serve; a block beyond it as depthwise kernel and products."""
+    composed = name in _COMPOSED
+    if not hasattr(kernels, name) or (composed and kernels.separable_conv2d_limits(*args[:2], args[3])):
+        return reference.without_autocast(getattr(_compositions[backend], name))(*args)
+    return getattr(kernels, name)(*args)
+
+
 def _against_cuda(name: str, input: Tensor) -> Reasons:
+    name = _COMPOSED.get(name, name)
     if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
         return [f"this build has no CUDA kernel for {name}"]
     if not hasattr(_native.cuda_modules.get(input.device.type), name):
@@ -50,7 +76,7 @@ def _against_triton(name: str, input: Tensor) -> Reasons:
         support, kernels = importlib.import_module("fusednn.triton_kernels"), _triton_kernels()
     except ImportError as error:
         return [f"there is no Triton kernel for {name}: {error}"]
-    if not hasattr(kernels, name):
+    if not hasattr(kernels, _COMPOSED.get(name, name)):
         return [f"there is no Triton kernel for {name}"]
     return support.not_supported_reasons(input.device, input.dtype) or _against_dtype(input)
 
@@ -105,7 +131,7 @@ def _operation(
         return args[input_position]
 
     def cuda(*args: Any) -> Any:
-        return getattr(_native.cuda_modules[input_of(args).device.type], name)(*args)
+        return _run_kernels("cuda", _cuda_kernels(input_of(args)), name, args)
 
     return Operation(
         name,
@@ -120,7 +146,7 @@ def _operation(
             Implementation("cuda", cuda, lambda *args: _against_cuda(name, input_of(args))),
             Implementation(
                 "triton",
-                lambda *args: getattr(_triton_kernels(), name)(*args),
+                lambda *args: _run_kernels("triton", _triton_kernels(), name, args),
                 lambda *args: _against_triton(name, input_of(args)),
             ),
             Implementation("reference", getattr(reference, name)),

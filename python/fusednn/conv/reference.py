@@ -45,7 +45,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the dtypes that were chosen: autocast has had its say before the op."""
 
     @functools.wraps(function)
@@ -100,7 +100,7 @@ def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-@_without_autocast
+@without_autocast
 def depthwise_conv2d_forward(
     input: Tensor,  # [N, C, H, W]
     weight: Tensor,  # [C m, 1, kh, kw]
@@ -116,7 +116,7 @@ def depthwise_conv2d_forward(
     return out.to(input.dtype).contiguous(memory_format=output_format(input, weight))
 
 
-@_without_autocast
+@without_autocast
 def depthwise_conv2d_backward(
     grad_output: Tensor,  # [N, C m, H', W']
     input: Tensor,
@@ -152,7 +152,7 @@ def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
     return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_forward(
     input: Tensor,  # [N, C, H, W]
     depthwise_weight: Tensor,  # [C m, 1, kh, kw]
@@ -215,7 +215,7 @@ def _norm_backward(d, z, mean, rstd, weight, has_norm: bool) -> tuple[Tensor, Te
     return d_z * _channels(rstd if weight is None else rstd * weight), d_weight, d_bias
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_train_forward(
     input: Tensor,  # [N, C, H, W]
     depthwise_weight: Tensor,  # [C m, 1, kh, kw]
@@ -278,7 +278,7 @@ def needs_z2(has_norm2: bool, pointwise_activation: str) -> bool:
     return has_norm2 or pointwise_activation != "none"
 
 
-@_without_autocast
+@without_autocast
 def separable_conv2d_train_backward(
     grad_out: Tensor,  # [N, C', H', W']
     input: Tensor,
