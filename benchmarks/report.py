@@ -33,6 +33,7 @@ def markdown(document: Document) -> str:
     for mode in dict.fromkeys(case.mode for case in document.cases):
         cases = [case for case in document.cases if case.mode == mode]
         parts += [f"### {mode.capitalize()}", "\n".join(table(cases, document)), "\n".join(mean_table(cases))]
+        parts.append("\n".join(memory_table(cases)))
     notes = footnotes(document.cases)
     if notes:
         parts.append("\n".join(notes))
@@ -80,6 +81,20 @@ def mean_table(cases: Sequence[CaseResult]) -> list[str]:
     for m in found:
         unclear = m.cases - m.faster - m.slower
         lines.append(_row([m.peer, times(m.geometric_mean), str(m.faster), str(m.slower), str(unclear)]))
+    return lines
+
+
+def memory_table(cases: Sequence[CaseResult]) -> list[str]:
+    """Return a markdown table of how far a call raises memory, where that was measured."""
+    measured = [case for case in cases if any(peer.peak_bytes is not None for peer in case.peers)]
+    if not measured:
+        return []
+    names = timed_peers(measured)
+    lines = [_row(["peak memory of a call, MiB", *names]), _row(["---", *["---:"] * len(names)])]
+    for case in measured:
+        found = [peer.peak_bytes if (peer := case.peer(name)) else None for name in names]
+        cells = ["–" if size is None else f"{size / 2**20:.1f}" for size in found]
+        lines.append(_row([f"{operation(case)} {shape_text(case)}", *cells]))
     return lines
 
 

@@ -69,7 +69,12 @@ def run(cases: Sequence[Case], peers: Sequence[str], device: torch.device, args:
     for case in cases:
         progress.start(case.name)
         result = run_case(
-            case, peers, device, rounds=rounds, min_sample_s=args.min_sample_ms * 1e-3, memory=args.memory
+            case,
+            peers,
+            device,
+            rounds=rounds,
+            min_sample_s=args.min_sample_ms * 1e-3,
+            memory=args.memory or (args.memory is None and case.family == "conv" and case.mode == "training"),
         )
         results.append(result)
         progress.finish([*case_lines(result, ceilings[case.dtype]), ""])
@@ -171,7 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=0, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}"
     )
     parser.add_argument("--min-sample-ms", type=float, default=MIN_SAMPLE_S * 1e3, help="default %(default)g")
-    parser.add_argument("--memory", action="store_true", help="peak memory too (CPU: a process per peer)")
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="peak memory too (CPU: a process per peer); default: for training steps of convolutions",
+    )
     parser.add_argument("--device", default="", choices=("cpu", "cuda"), help="default: cuda if available")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's own number")
     parser.add_argument(

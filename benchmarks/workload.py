@@ -71,8 +71,8 @@ class ModuleWorkload:
         arrange: turns inputs by name into the module's positional arguments.
         output_names: a name for each tensor that the module returns, in order.
 
-    Inference is a call under ``no_grad`` in ``eval`` mode. Training is a forward, the sum of all outputs, and
-    a backward to the parameters and every input; gradients are ``None`` at its start.
+    Inference is a call under ``no_grad`` in ``eval`` mode. Training is a forward and a backward to the
+    parameters and every input; gradients are ``None`` at its start.
 
     """
 
@@ -114,6 +114,10 @@ class ModuleWorkload:
         if peer in (ONNXRUNTIME, OPENVINO):
             return self._exported(peer)
         raise ValueError(f"peer: got {peer!r}, expected one of {', '.join(PEERS)}")
+
+    def make_backward(self) -> Callable[[list[Tensor]], None]:
+        """Return what takes one peer's outputs backwards: the default, from the sum of them all."""
+        return _backward_of_sum
 
     def _copy(self) -> nn.Module:
         return copy.deepcopy(self.module).to(self.device)
@@ -174,6 +178,7 @@ class ModuleWorkload:
         inputs = {k: v.to(device, dtype, copy=True).requires_grad_(training) for k, v in self.inputs.items()}
         arguments = self.arrange(inputs)
         leaves = {**inputs, **dict(module.named_parameters())}
+        backward = self.make_backward()
 
         def reset() -> None:
             for leaf in leaves.values():
@@ -182,11 +187,7 @@ class ModuleWorkload:
         def step() -> object:
             reset()
             result = callee(*arguments)
-            total = flatten(result)
-            loss = total[0].sum()
-            for tensor in total[1:]:
-                loss = loss + tensor.sum()
-            loss.backward()
+            backward(flatten(result))
             return result
 
         def outputs(result: object) -> Outputs:
@@ -206,6 +207,13 @@ class ModuleWorkload:
     def _run(self, peer: Peer) -> Outputs:
         with peer.context():
             return peer.outputs(peer.call())
+
+
+def _backward_of_sum(outputs: list[Tensor]) -> None:
+    loss = outputs[0].sum()
+    for tensor in outputs[1:]:
+        loss = loss + tensor.sum()
+    loss.backward()
 
 
 def gradient(name: str, leaf: Tensor) -> Tensor:

@@ -111,15 +111,22 @@ def test_unknown_names(name):
         fusednn.use_backend(name)
 
 
-def test_the_fallback_is_said_once(operation, caplog):
+def test_the_fallback_is_said_once(caplog):
+    refusing = Implementation("cpu", abs, lambda x: [] if isinstance(x, float) else ["no float"])
+    fallible = Operation("double", (refusing, Implementation("reference", abs)))
     with caplog.at_level(logging.WARNING, "fusednn"):
         for _ in range(3):
-            operation(1)
-        operation(1.0)
+            fallible(1)
+        fallible(1.0)
     assert [r.getMessage() for r in caplog.records] == [
-        "double: falls back to the reference, correct but slower (said once): "
-        "cpu: no float; triton: slower here"
+        "double: falls back to the reference, correct but slower (said once): cpu: no float"
     ]
+
+
+def test_a_reference_that_was_measured_to_be_faster_is_no_fallback(operation, caplog):
+    with caplog.at_level(logging.WARNING, "fusednn"):
+        assert operation(1)[0] == "reference"
+    assert not caplog.records
 
 
 def test_explain_without_a_choice(operation):
@@ -143,6 +150,25 @@ def test_explain_with_a_choice(operation):
         text = str(operation.explain(1))
     assert text.startswith("double: no backend (asked for: cpu)\n")
     assert "  not cpu: no float" in text
+
+
+def test_explain_shows_the_plan_of_the_backend_that_is_taken():
+    plan = {"path": "two kernels", "tasks": 3}
+    operation = Operation(
+        "double",
+        (
+            Implementation("cpu", float, lambda x: [] if x > 0 else ["not positive"], plan=lambda x: plan),
+            Implementation("reference", float),
+        ),
+    )
+    assert str(operation.explain(1)) == (
+        "double: cpu (asked for: auto)\n"
+        "  plan: path two kernels, tasks 3\n"
+        "  not reference: cpu comes first\n"
+        "  not cuda: double has no cuda implementation\n"
+        "  not triton: double has no triton implementation"
+    )
+    assert operation.explain(-1).plan == {}
 
 
 def test_explain_a_model():

@@ -26,9 +26,15 @@ def _rounded_to_bfloat16(x):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """The float x in a narrower type, rounded to nearest."""
+    # Triton's interpreter truncates on the way to bfloat16, where devices round.
+    if INTERPRETING and dtype == tl.bfloat16:
+        x = _rounded_to_bfloat16(x)
+    return x.to(dtype)
+
+
+@triton.jit
 def store(ptr, offsets, x, mask):
     """Stores x in the pointer's type, rounded to nearest."""
-    # Triton's interpreter truncates on the way to bfloat16, where devices round.
-    if INTERPRETING and ptr.dtype.element_ty == tl.bfloat16:
-        x = _rounded_to_bfloat16(x)
-    tl.store(ptr + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offsets, rounded(x, ptr.dtype.element_ty), mask=mask)

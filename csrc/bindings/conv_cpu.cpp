@@ -5,6 +5,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/conv_cpu.h"
+#include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
 #include "bindings/torch_parallel.h"
 #include "bindings/weight_cache.h"
@@ -75,33 +76,49 @@ DenseImage::DenseImage(const Tensor& t) {
 
 cpu::Image DenseImage::image() const { return {const_cast<void*>(tensor.const_data_ptr()), last}; }
 
-namespace {
-
-// Weights as one matrix each, and the biases, in the layout of the kernels.
-Tensor packed_separable(const cpu::ConvKernels& kernels, DType dtype, const DepthwiseShape& shape,
-                        const Tensor& depthwise_weight, const OptionalTensor& depthwise_bias,
-                        const Tensor& pointwise_weight, const OptionalTensor& pointwise_bias) {
+Tensor pack_separable(const DepthwiseShape& shape, const Tensor& depthwise_weight,
+                      const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
+                      const OptionalTensor& pointwise_bias) {
+  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const DType dtype = dtype_of(depthwise_weight, "depthwise weight");
   const int64_t out_channels = pointwise_weight.size(0);
-  std::vector<Tensor> parts{depthwise_weight.contiguous().view({shape.channels, -1}),
-                            pointwise_weight.contiguous().view({out_channels, shape.channels})};
-  for (const OptionalTensor& bias : {depthwise_bias, pointwise_bias})
-    if (bias) parts.push_back(bias->contiguous());
-  const auto bias_data = [&](const OptionalTensor& bias, size_t i) {
-    return bias ? parts[i].const_data_ptr() : nullptr;
-  };
-  // Numbers of its own beside those of the recurrent cells.
-  const int variant = 64 + static_cast<int>(cpu::current_isa()) + 4 * (depthwise_bias.has_value() ? 1 : 0);
-  const auto pack = [&] {
-    Tensor packed =
-        at::empty({static_cast<int64_t>(kernels.packed_bytes(dtype, shape, out_channels))}, at::kByte);
-    kernels.pack_separable(dtype, shape, out_channels, parts[0].const_data_ptr(),
-                           bias_data(depthwise_bias, 2), parts[1].const_data_ptr(),
-                           bias_data(pointwise_bias, depthwise_bias ? 3 : 2), packed.mutable_data_ptr(),
-                           torch_parallel());
-    return packed;
-  };
-  const Tensor kept = WeightCache::instance().find(parts, variant, pack);
-  return kept.defined() ? kept : pack();
+  const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
+  const Tensor w1 = depthwise_weight.contiguous(), w2 = pointwise_weight.contiguous();
+  const OptionalTensor b1 = dense(depthwise_bias), b2 = dense(pointwise_bias);
+  Tensor packed =
+      at::empty({static_cast<int64_t>(kernels.packed_bytes(dtype, shape, out_channels))}, at::kByte);
+  kernels.pack_separable(dtype, shape, out_channels, w1.const_data_ptr(), data_or_null(b1),
+                         w2.const_data_ptr(), data_or_null(b2), packed.mutable_data_ptr(), torch_parallel());
+  return packed;
+}
+
+Tensor run_separable(const SeparableCall& call, const Tensor& input, const Tensor& packed,
+                     const OptionalTensor& residual) {
+  const DepthwiseShape& shape = call.shape;
+  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  const DType dtype = dtype_of(input, "input");
+  Tensor out = at::empty({shape.batch, call.out_channels, shape.out_height, shape.out_width}, input.options(),
+                         call.format);
+  const DenseImage in(input);
+  const bool last = call.format == at::MemoryFormat::ChannelsLast;
+  const Tensor add = residual ? residual->contiguous(call.format) : Tensor();
+  const cpu::ConvPlan plan =
+      kernels.separable_plan(dtype, shape, call.out_channels, residual.has_value(), threads.threads);
+  const Scratch scratch(plan.thread_bytes * threads.threads + plan.shared_bytes);
+  kernels.separable_forward({dtype,
+                             shape,
+                             call.out_channels,
+                             call.activation1,
+                             call.activation2,
+                             packed.const_data_ptr(),
+                             in.image(),
+                             {add.defined() ? const_cast<void*>(add.const_data_ptr()) : nullptr, last},
+                             {out.mutable_data_ptr(), last},
+                             plan,
+                             scratch.data()},
+                            threads);
+  return out;
 }
 
 Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_weight,
@@ -110,45 +127,32 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
                                 const Pair& stride, const Padding& padding, const Pair& dilation,
                                 const std::string& depthwise_activation,
                                 const std::string& pointwise_activation) {
-  const DepthwiseShape shape = depthwise_shape(input, depthwise_weight, stride, padding, dilation);
+  const SeparableCall call{depthwise_shape(input, depthwise_weight, stride, padding, dilation),
+                           pointwise_weight.size(0), conv_format(input, {depthwise_weight, pointwise_weight}),
+                           activation_named(depthwise_activation, "depthwise_activation"),
+                           activation_named(pointwise_activation, "pointwise_activation")};
+  const DepthwiseShape& shape = call.shape;
   const auto type = input.scalar_type();
-  const DType dtype = dtype_of(input, "input");
-  const int64_t out_channels = pointwise_weight.size(0);
   check(depthwise_bias, "depthwise_bias", {shape.channels}, type);
-  check(pointwise_weight, "pointwise_weight", {out_channels, shape.channels, 1, 1}, type);
-  check(pointwise_bias, "pointwise_bias", {out_channels}, type);
-  const at::DimVector out_sizes{shape.batch, out_channels, shape.out_height, shape.out_width};
+  check(pointwise_weight, "pointwise_weight", {call.out_channels, shape.channels, 1, 1}, type);
+  check(pointwise_bias, "pointwise_bias", {call.out_channels}, type);
+  const at::DimVector out_sizes{shape.batch, call.out_channels, shape.out_height, shape.out_width};
   check(residual, "residual", out_sizes, type);
-  const Activation act1 = activation_named(depthwise_activation, "depthwise_activation"),
-                   act2 = activation_named(pointwise_activation, "pointwise_activation");
+  if (c10::multiply_integers(out_sizes) == 0) return at::empty(out_sizes, input.options(), call.format);
 
-  const auto format = conv_format(input, {depthwise_weight, pointwise_weight});
-  Tensor out = at::empty(out_sizes, input.options(), format);
-  if (out.numel() == 0) return out;
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  const DenseImage in(input);
-  const bool last = format == at::MemoryFormat::ChannelsLast;
-  const Tensor add = residual ? residual->contiguous(format) : Tensor();
-  const Tensor packed = packed_separable(kernels, dtype, shape, depthwise_weight, depthwise_bias,
-                                         pointwise_weight, pointwise_bias);
-  const cpu::ConvPlan plan =
-      kernels.separable_plan(dtype, shape, out_channels, residual.has_value(), threads.threads);
-  const Tensor scratch = at::empty({plan.thread_bytes * threads.threads + plan.shared_bytes}, at::kByte);
-  kernels.separable_forward({dtype,
-                             shape,
-                             out_channels,
-                             act1,
-                             act2,
-                             packed.const_data_ptr(),
-                             in.image(),
-                             {add.defined() ? const_cast<void*>(add.const_data_ptr()) : nullptr, last},
-                             {out.mutable_data_ptr(), last},
-                             plan,
-                             scratch.mutable_data_ptr()},
-                            threads);
-  return out;
+  const auto pack = [&] {
+    return pack_separable(shape, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias);
+  };
+  std::vector<Tensor> parts{depthwise_weight, pointwise_weight};
+  for (const OptionalTensor& bias : {depthwise_bias, pointwise_bias})
+    if (bias) parts.push_back(*bias);
+  // Numbers of its own beside those of the recurrent cells.
+  const int variant = 64 + static_cast<int>(cpu::current_isa()) + 4 * (depthwise_bias.has_value() ? 1 : 0);
+  const Tensor kept = WeightCache::instance().find(parts, variant, pack);
+  return run_separable(call, input, kept.defined() ? kept : pack(), residual);
 }
+
+namespace {
 
 // How separable_conv2d_forward would go about such a call: numbers for `explain`.
 pybind11::dict separable_conv2d_plan(const Tensor& input, const Tensor& depthwise_weight,

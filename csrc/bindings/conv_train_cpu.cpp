@@ -89,17 +89,17 @@ struct Pointwise {
   }
 };
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
-SixTensors separable_conv2d_train_forward(const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
-                                          const OptionalTensor& norm1_weight,
-                                          const OptionalTensor& norm1_bias, const Tensor& w2,
-                                          const OptionalTensor& b2, const OptionalTensor& norm2_weight,
-                                          const OptionalTensor& norm2_bias, const OptionalTensor& residual,
-                                          const Pair& stride, const Padding& padding, const Pair& dilation,
-                                          double eps1, double eps2, const std::string& depthwise_activation,
-                                          const std::string& pointwise_activation, bool has_norm1,
-                                          bool has_norm2) {
+BlockForward separable_conv2d_train_forward(const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
+                                            const OptionalTensor& norm1_weight,
+                                            const OptionalTensor& norm1_bias, const Tensor& w2,
+                                            const OptionalTensor& b2, const OptionalTensor& norm2_weight,
+                                            const OptionalTensor& norm2_bias, const OptionalTensor& residual,
+                                            const Pair& stride, const Padding& padding, const Pair& dilation,
+                                            double eps1, double eps2, const std::string& depthwise_activation,
+                                            const std::string& pointwise_activation, bool has_norm1,
+                                            bool has_norm2) {
   const Depthwise conv(input, w1, b1, stride, padding, dilation);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
@@ -166,7 +166,7 @@ SixTensors separable_conv2d_train_forward(const Tensor& input, const Tensor& w1,
           norm2.rstd};
 }
 
-using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+namespace {
 
 struct NormGradients {
   Tensor weight, bias, coefficients;
@@ -183,16 +183,16 @@ struct NormGradients {
   }
 };
 
-NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor& input, const Tensor& w1,
-                                            const OptionalTensor& b1, const OptionalTensor& norm1_weight,
-                                            const OptionalTensor& norm1_bias, const Tensor& w2,
-                                            const OptionalTensor& b2, const OptionalTensor& norm2_weight,
-                                            const OptionalTensor& norm2_bias, const Tensor& z2_,
-                                            const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2,
-                                            const Tensor& rstd2, const Pair& stride, const Padding& padding,
-                                            const Pair& dilation, const std::string& depthwise_activation,
-                                            const std::string& pointwise_activation, bool has_norm1,
-                                            bool has_norm2, const std::array<bool, 9>& mask) {
+}  // namespace
+
+BlockGradients separable_conv2d_train_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
+    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, const Tensor& w2,
+    const OptionalTensor& b2, const OptionalTensor& norm2_weight, const OptionalTensor& norm2_bias,
+    const Tensor& z2_, const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2, const Tensor& rstd2,
+    const Pair& stride, const Padding& padding, const Pair& dilation, const std::string& depthwise_activation,
+    const std::string& pointwise_activation, bool has_norm1, bool has_norm2,
+    const std::array<bool, 9>& mask) {
   const Depthwise conv(input, w1, b1, stride, padding, dilation);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
@@ -298,8 +298,6 @@ NineTensors separable_conv2d_train_backward(const Tensor& grad_out, const Tensor
           as_bias(6, grad_b2, b2),           as_bias(7, g2.weight, norm2_weight),
           as_bias(8, g2.bias, norm2_bias)};
 }
-
-}  // namespace
 
 void bind_conv_train_cpu(pybind11::module_& m) {
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();

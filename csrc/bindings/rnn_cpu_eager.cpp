@@ -1,62 +1,18 @@
 // The eager shortcut of LSTM and GRU cells on CPU tensors; see rnn_cpu.h and
 // docs/design/006-eager-shortcut.md.
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
-
+#include "bindings/eager_call.h"
 #include "bindings/rnn_cpu.h"
 
 namespace fusednn {
 namespace {
 
 using at::Tensor;
-using c10::DispatchKey;
-using c10::DispatchKeySet;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool subset(DispatchKeySet keys, DispatchKeySet allowed) {
-  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
-}
-
-// No mode, transform, tracer, autocast or profiler that would want to see the op.
-bool nobody_listens() {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const DispatchKeySet usual =
-      DispatchKeySet(DispatchKey::BackendSelect) | DispatchKeySet(DispatchKey::ADInplaceOrView);
-  return subset(tls.included_, usual) && !at::autocast::is_autocast_enabled(at::kCPU) && !at::hasCallbacks();
-}
-
-// A dense CPU tensor: no subclass, no wrapper.
-bool plain(const Tensor& t) {
-  const DispatchKeySet allowed =
-      DispatchKeySet(DispatchKey::CPU) | DispatchKeySet(DispatchKey::ADInplaceOrView) |
-      DispatchKeySet(DispatchKey::AutogradCPU) | DispatchKeySet(DispatchKey::AutocastCPU);
-  return t.defined() && subset(t.key_set(), allowed);
-}
-
-struct Plain {
-  at::ScalarType dtype;
-  bool ok = true;
-  bool requires_grad = false;
-
-  // Folds one argument in: plain, of the common dtype and of this shape.
-  void operator()(const Tensor& t, at::IntArrayRef sizes) {
-    ok = ok && plain(t) && t.scalar_type() == dtype && t.sizes() == sizes;
-    requires_grad = requires_grad || t.requires_grad();
-  }
-  void operator()(const OptionalTensor& t, at::IntArrayRef sizes) {
-    if (t) (*this)(*t, sizes);
-  }
-};
-
-bool supported(at::ScalarType t) {
-  return t == at::kFloat || t == at::kDouble || t == at::kHalf || t == at::kBFloat16;
-}
 
 // Whether this is a plain call of consistent shapes; `requires_grad` says if it is to be recorded.
 bool plain_call(int gates, const Tensor& input, std::initializer_list<Tensor> states, const Tensor& weight_ih,
@@ -65,7 +21,7 @@ bool plain_call(int gates, const Tensor& input, std::initializer_list<Tensor> st
   if (input.dim() != 2 || weight_hh.dim() != 2 || !supported(input.scalar_type()) || !nobody_listens())
     return false;
   const int64_t batch = input.size(0), hidden = weight_hh.size(1), rows = gates * hidden;
-  Plain plain{input.scalar_type()};
+  PlainCall plain{input.scalar_type()};
   plain(input, input.sizes());
   for (const Tensor& state : states) plain(state, {batch, hidden});
   plain(weight_ih, {rows, input.size(1)});
@@ -73,19 +29,7 @@ bool plain_call(int gates, const Tensor& input, std::initializer_list<Tensor> st
   plain(bias_ih, {rows});
   plain(bias_hh, {rows});
   requires_grad = plain.requires_grad && at::GradMode::is_enabled();
-  const bool below_autograd =
-      c10::impl::tls_local_dispatch_key_set().excluded_.has(DispatchKey::AutogradFunctionality);
-  return plain.ok && !(requires_grad && below_autograd);
-}
-
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-Tensor or_undefined(const OptionalTensor& t) { return t ? *t : Tensor(); }
-
-// Whether the backward must be seen through: it is recorded, or its cotangents are mapped or have tangents.
-bool watched(const variable_list& grads) {
-  return at::GradMode::is_enabled() || std::any_of(grads.begin(), grads.end(), [](const Tensor& g) {
-           return g.defined() && (!plain(g) || g._fw_grad(0).defined());
-         });
+  return plain.ok && !(requires_grad && below_autograd());
 }
 
 // The backward as the reference writes it, in torch ops that can be differentiated again.

@@ -12,89 +12,44 @@
 #include <tuple>
 
 #include "bindings/bindings.h"
+#include "bindings/cuda_arguments.h"
 #include "fusednn/rnn_cuda.h"
 
 namespace fusednn {
 namespace {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-DType dtype_of(const char* op, const char* name, const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kHalf:
-      return DType::f16;
-    case at::kBFloat16:
-      return DType::bf16;
-    default:
-      TORCH_CHECK(false, op, ": ", name, ": got dtype ", t.scalar_type(),
-                  ", expected float32, float64, float16 or bfloat16");
-  }
-}
-
-// Checks the other arguments of one call against its first, which sets dtype, device and sizes.
-class Arguments {
+// A call of whose tensors the first is [B, multiple * H].
+class Arguments : public CudaArguments {
  public:
-  // `like` is [B, multiple * H].
   Arguments(const char* op, const char* name, const at::Tensor& like, int64_t multiple)
-      : op_(op), like_name_(name), like_(like) {
-    TORCH_CHECK(like.defined() && like.layout() == at::kStrided, op, ": ", name,
-                ": expected a strided tensor");
+      : CudaArguments(op, name, like) {
     TORCH_CHECK(like.dim() == 2, op, ": ", name, ": got shape ", like.sizes(), ", expected 2 dimensions");
     TORCH_CHECK(like.size(1) % multiple == 0, op, ": ", name, ": got shape ", like.sizes(),
                 ", expected a multiple of ", multiple, " columns");
-    dtype_ = dtype_of(op, name, like);
     batch_ = like.size(0);
     hidden_ = like.size(1) / multiple;
   }
 
-  DType dtype() const { return dtype_; }
   int64_t batch() const { return batch_; }
   int64_t hidden() const { return hidden_; }
 
-  at::Tensor rows(const char* name, const at::Tensor& t, int64_t multiple) const {
-    return checked(name, t, {batch_, multiple * hidden_});
-  }
-
-  OptionalTensor rows(const char* name, const OptionalTensor& t, int64_t multiple) const {
-    return t ? OptionalTensor(rows(name, *t, multiple)) : std::nullopt;
+  template <class MaybeTensor>
+  MaybeTensor rows(const char* name, const MaybeTensor& t, int64_t multiple) const {
+    return dense(name, t, {batch_, multiple * hidden_});
   }
 
   OptionalTensor bias(const char* name, const OptionalTensor& t, int64_t multiple) const {
-    return t ? OptionalTensor(checked(name, *t, {multiple * hidden_})) : std::nullopt;
+    return dense(name, t, {multiple * hidden_});
   }
 
-  at::Tensor empty_rows(int64_t multiple) const {
-    return at::empty({batch_, multiple * hidden_}, like_.options());
-  }
-
-  void succeeded(cudaError_t error) const {
-    TORCH_CHECK(error == cudaSuccess, op_, ": CUDA error: ", cudaGetErrorString(error));
-  }
+  at::Tensor empty_rows(int64_t multiple) const { return at::empty({batch_, multiple * hidden_}, options()); }
 
  private:
-  at::Tensor checked(const char* name, const at::Tensor& t, at::IntArrayRef shape) const {
-    TORCH_CHECK(t.defined() && t.layout() == at::kStrided, op_, ": ", name, ": expected a strided tensor");
-    TORCH_CHECK(t.sizes() == shape, op_, ": ", name, ": got shape ", t.sizes(), ", expected ", shape);
-    TORCH_CHECK(t.scalar_type() == like_.scalar_type(), op_, ": ", name, ": got dtype ", t.scalar_type(),
-                ", expected ", like_.scalar_type(), " as ", like_name_);
-    TORCH_CHECK(t.device() == like_.device(), op_, ": ", name, ": got a tensor on ", t.device(),
-                ", expected ", like_.device(), " as ", like_name_);
-    return t.contiguous();
-  }
-
-  const char* op_;
-  const char* like_name_;
-  const at::Tensor& like_;
-  DType dtype_;
   int64_t batch_, hidden_;
 };
 
 const void* data(const at::Tensor& t) { return t.const_data_ptr(); }
-const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+const void* data(const OptionalTensor& t) { return data_or_null(t); }
 
 std::tuple<at::Tensor, at::Tensor> lstm_gates_forward(const at::Tensor& gates, const OptionalTensor& bias_ih,
                                                       const OptionalTensor& bias_hh, const at::Tensor& cx,

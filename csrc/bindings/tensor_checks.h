@@ -22,7 +22,8 @@ inline DType dtype_of(const at::Tensor& t, const char* name) {
     case at::kBFloat16:
       return DType::bf16;
     default:
-      TORCH_CHECK(false, name, ": got ", t.scalar_type(), ", expected float32, float64, bfloat16 or float16");
+      TORCH_CHECK(false, name, ": got dtype ", t.scalar_type(),
+                  ", expected float32, float64, bfloat16 or float16");
   }
 }
 

@@ -54,16 +54,22 @@ bool WeightIdentity::same_content(const WeightIdentity& other) const {
   return version_ == other.version_ && fingerprint_ == other.fingerprint_;
 }
 
+bool WeightCache::may_keep(const std::vector<at::Tensor>& weights) const {
+  return keeps_ && std::all_of(weights.begin(), weights.end(), counts_writes);
+}
+
 at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant,
-                             const std::function<at::Tensor()>& pack) {
-  if (!keeps_ || !std::all_of(weights.begin(), weights.end(), counts_writes)) return {};
+                             const std::function<at::Tensor()>& pack, const std::vector<double>& constants) {
+  if (!may_keep(weights)) return {};
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
     return std::equal(entry.weights.begin(), entry.weights.end(), identities.begin(), identities.end(), test);
   };
   const std::lock_guard<std::mutex> lock(mutex_);
   for (Entry& entry : entries_) {
-    if (entry.variant != variant || !all(entry, std::mem_fn(&WeightIdentity::same_place))) continue;
+    if (entry.variant != variant || entry.constants != constants ||
+        !all(entry, std::mem_fn(&WeightIdentity::same_place)))
+      continue;
     if (all(entry, std::mem_fn(&WeightIdentity::same_content))) {
       if (!entry.packed.defined()) entry.packed = pack();
       return entry.packed;
@@ -76,7 +82,7 @@ at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant
     return std::any_of(entry.weights.begin(), entry.weights.end(), std::mem_fn(&WeightIdentity::expired));
   });
   if (entries_.size() == kMostEntries) entries_.erase(entries_.begin());
-  entries_.push_back({std::move(identities), variant, {}});
+  entries_.push_back({std::move(identities), variant, constants, {}});
   return {};
 }
 

@@ -35,10 +35,13 @@ class WeightCache {
  public:
   static WeightCache& instance();  // the process's
 
+  // Whether a packing of these weights may outlive a call.
+  bool may_keep(const std::vector<at::Tensor>& weights) const;
   // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
   // same weights and then kept; undefined at the first: what is used once is not worth the memory.
+  // `constants`: numbers that the packing depends on too.
   at::Tensor find(const std::vector<at::Tensor>& weights, int variant,
-                  const std::function<at::Tensor()>& pack);
+                  const std::function<at::Tensor()>& pack, const std::vector<double>& constants = {});
   void keep(bool on) { keeps_ = on; }  // off: find() finds nothing
   void clear();
   int64_t packed_entries();
@@ -47,6 +50,7 @@ class WeightCache {
   struct Entry {
     std::vector<WeightIdentity> weights;
     int variant;
+    std::vector<double> constants;
     at::Tensor packed;
   };
   static constexpr size_t kMostEntries = 256;

@@ -326,7 +326,7 @@ void depthwise_backward(const DepthwiseBackward& p, const Parallel& parallel) {
         pass, Arena{pass.shared.next + thread * pass.thread_bytes()});
     buffers.in.clear();
     buffers.dz.clear();
-    for (int64_t task = begin; task < end; ++task) pass.run_task(buffers, task);
+    for (int64_t task = end; task-- > begin;) pass.run_task(buffers, task);
   });
   if (p.grad_weight) pass.add_up(parallel);
 }

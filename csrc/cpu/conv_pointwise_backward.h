@@ -13,16 +13,19 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-// c[M][V][w] += a^T b over `count` pixels: M of a block's channels times V blocks of b.
+// c[M][V][w] (+)= a^T b over `count` pixels: M of a block's channels times V blocks of b.
 template <int M, int V, class T>
-void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, int64_t c_stride) {
+void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, int64_t c_stride,
+                bool accumulate) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
+  prefetch_tile<M, V>(c, c_stride);
   for (int64_t i = 0; i < count; ++i) {
+    __builtin_prefetch(a + b_block + i * w);
     Vec<T> y[V];
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) y[v] = Vec<T>::load(b + v * b_block + i * w);
@@ -38,14 +41,14 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       T* to = c + m * c_stride + v * w;
-      (Vec<T>::load(to) + acc[m][v]).store(to);
+      (accumulate ? Vec<T>::load(to) + acc[m][v] : acc[m][v]).store(to);
     }
 }
 
-// c [O padded][C padded] += a^T b, both by blocks.
+// c [O padded][C padded] (+)= a^T b, both by blocks.
 template <class T>
 void outer_product(int64_t count, const T* a, int64_t a_blocks, const T* b, int64_t b_blocks, int64_t pitch,
-                   T* c) {
+                   T* c, bool accumulate) {
   constexpr int w = Vec<T>::size;
   constexpr int M = kAccumulators == 24 && w >= 8 ? 8 : w >= 4 ? 4 : 2;
   constexpr int V = 3;
@@ -55,11 +58,11 @@ void outer_product(int64_t count, const T* a, int64_t a_blocks, const T* b, int6
       const T* rows = a + i / w * pitch + i % w;
       T* to = c + i * stride + j * w;
       if (b_blocks - j >= 3)
-        outer_tile<M, 3>(count, rows, b + j * pitch, pitch, to, stride);
+        outer_tile<M, 3>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
       else if (b_blocks - j == 2)
-        outer_tile<M, 2>(count, rows, b + j * pitch, pitch, to, stride);
+        outer_tile<M, 2>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
       else
-        outer_tile<M, 1>(count, rows, b + j * pitch, pitch, to, stride);
+        outer_tile<M, 1>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
     }
   }
 }
@@ -127,7 +130,7 @@ struct PointwiseBackwardPass {
   void load_dz2(const RowStrips::Strip& t, T* dz2, T* bias) const {
     with_activation(p.activation2, [&]<Activation A>() {
       int64_t c = 0;
-      constexpr int V = 2;
+      constexpr int V = 4;
       for (; grad.channels_last && c + V * w <= p.out_channels; c += V * w, dz2 += V * pitch)
         dz2_columns<A, V>(z2.at(t.n, t.first, c), grad.at(t.n, t.first, c), p.out_channels, c, t.count, dz2,
                           bias);
@@ -176,7 +179,6 @@ struct PointwiseBackwardPass {
     T* dz2 = arena.take<T>(blocks2 * pitch);
     T* block = arena.take<T>(strips.pixels() * kPanel * w);
     const Panels<T> panels{channels, blocks2, packed};
-    std::memset(partial, 0, partial_size * sizeof(T));
     std::memset(bias, 0, bias_size * sizeof(T));
     ring.clear();
     for (int64_t task = begin; task < end; ++task) {
@@ -184,7 +186,7 @@ struct PointwiseBackwardPass {
       load_dz2(t, dz2, bias);
       source.make_strip(ring, taps, t.n, t.row, t.rows, z1, pitch);
       activate_strip(p.activation1, p.norm1, channels, t.count, pitch, z1, y1);
-      outer_product(t.count, dz2, blocks2, y1, blocks1, pitch, partial);
+      outer_product(t.count, dz2, blocks2, y1, blocks1, pitch, partial, task > begin);
       PrefetchPair ahead;
       if (task + 1 < end)
         look_ahead(s, source.in, ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
@@ -205,7 +207,7 @@ struct PointwiseBackwardPass {
     T *weight = static_cast<T*>(p.grad_weight), *bias = static_cast<T*>(p.grad_bias);
     const auto of = [&](int64_t t) { return reinterpret_cast<const T*>(threads + t * thread_bytes()); };
     const int64_t bias_at = Arena::bytes<T>(partial_size) / sizeof(T);
-    parallel(p.out_channels, partial_size > 65536, [&](int64_t begin, int64_t end, int) {
+    parallel(p.out_channels, partial_size > 16384, [&](int64_t begin, int64_t end, int) {
       for (int64_t o = begin; o < end; ++o) {
         for (int64_t c = 0; c < channels; c += w) {
           Vec<T> total(T(0));

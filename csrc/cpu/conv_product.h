@@ -103,15 +103,20 @@ template <int V, class T>
 void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, const T* b, T* c,
                    PrefetchPair& ahead) {
   constexpr int w = Vec<T>::size;
-  const int64_t out_lines = ceil_div(ahead.out.lines(), ceil_div(pixels, kTilePixels));
   constexpr int64_t step = kBlockK / w;
+  const int64_t all_tiles = ceil_div(pixels, kTilePixels);
+  const int64_t out_lines = ceil_div(ahead.out.lines(), all_tiles * ceil_div(blocks, step));
   for (int64_t k = 0; k < blocks; k += step) {
     const int64_t depth = minimum(step, blocks - k);
-    int64_t tiles = ceil_div(pixels, kTilePixels);
+    int64_t tiles = all_tiles;
+    Prefetch next{reinterpret_cast<const char*>(b + (k + depth) * V * w * w), 0,
+                  depth * V * w * w * int64_t{sizeof(T)}, 1};
+    const int64_t next_lines = ceil_div(next.lines(), all_tiles);
     for (int64_t p = 0; p < pixels; --tiles) {
       const int64_t rows = ceil_div(pixels - p, tiles);
       ahead.out.some(out_lines);
       ahead.in.some(ahead.in_lines);
+      next.some(next_lines);
       switch (rows) {
 #define FUSEDNN_CASE(M)                                                                                     \
   case M:                                                                                                   \

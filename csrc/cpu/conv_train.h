@@ -152,7 +152,7 @@ void norm_activation(const NormActivation& p, const Parallel& parallel) {
         Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
         T* block = mine.take<T>(strips.pixels * w);
         with_activation(p.activation, [&]<Activation A>() {
-          for (int64_t task = begin; task < end; ++task) {
+          for (int64_t task = end; task-- > begin;) {
             const auto [n, first, count] = strips.at(task);
             if (out.channels_last && p.channels % w == 0) {
               activate_pixels<A, T>(p, z.at(n, first, 0), residual.data ? residual.at(n, first, 0) : nullptr,
@@ -210,7 +210,7 @@ void norm_sums(const NormSums& p, const Parallel& parallel) {
              Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
              T* block = mine.take<T>(strips.pixels() * w);
              with_activation(p.activation, [&]<Activation A>() {
-               for (int64_t task = begin; task < end; ++task) {
+               for (int64_t task = end; task-- > begin;) {
                  const auto t = strips.at(task);
                  T* record = static_cast<T*>(p.sums) + task * 2 * padded_channels(p.channels);
                  int64_t c = 0;

@@ -6,9 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/dtypes.h"
 #include "cuda/launch.h"
 #include "cuda/vector_access.h"
-#include "fusednn/dtype.h"
 
 namespace fusednn::cuda {
 
@@ -54,11 +54,6 @@ int access_bytes(int item_bytes, int64_t batch, int64_t hidden, const Pointers*.
   return bytes;
 }
 
-template <class T>
-struct TypeTag {
-  using type = T;
-};
-
 template <int N>
 struct PackWidth {
   static constexpr int value = N;
@@ -79,17 +74,7 @@ cudaError_t visit_packs(DType dtype, int64_t batch, int64_t hidden, Visit&& visi
   const auto with = [&]<class T>(TypeTag<T>) {
     return visit_width<T>(access_bytes(sizeof(T), batch, hidden, pointers...), visit);
   };
-  switch (dtype) {
-    case DType::f32:
-      return with(TypeTag<float>{});
-    case DType::f64:
-      return with(TypeTag<double>{});
-    case DType::f16:
-      return with(TypeTag<__half>{});
-    case DType::bf16:
-      return with(TypeTag<__nv_bfloat16>{});
-  }
-  return cudaErrorInvalidValue;
+  return visit_dtype(dtype, with);
 }
 
 template <int N>

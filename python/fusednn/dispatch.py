@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import settings
@@ -20,8 +20,14 @@ logger = logging.getLogger("fusednn")
 Reasons = list[str]
 
 
-def _no_reasons(*_args: Any) -> Reasons:
+def no_reasons(*_args: Any) -> Reasons:
+    """Nothing speaks against any call."""
     return []
+
+
+def no_plan(*_args: Any) -> dict[str, Any]:
+    """What a backend has to tell that plans nothing."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -29,27 +35,32 @@ class Implementation:
     """One backend's version of an operation.
 
     ``unsupported`` returns why it can't serve a call; ``unprofitable`` why ``auto`` should leave the call to
-    another one, a matter of measurement that a backend asked for by name ignores.
+    another one, a matter of measurement that a backend asked for by name ignores. ``plan`` returns how it
+    would go about a call that it serves, values by name, for :func:`explain`.
     """
 
     backend: str
     run: Callable[..., Any]
-    unsupported: Callable[..., Reasons] = _no_reasons
-    unprofitable: Callable[..., Reasons] = _no_reasons
+    unsupported: Callable[..., Reasons] = no_reasons
+    unprofitable: Callable[..., Reasons] = no_reasons
+    plan: Callable[..., dict[str, Any]] = no_plan
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that one call of an operation takes, and the reasons against each other one."""
+    """The backend that one call of an operation takes, its plan, and the reasons against each other one."""
 
     operation: str
     requested: str
     backend: str | None
     passed_over: dict[str, tuple[str, ...]]
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Lay the choice out as a line, then a line per backend that was passed over."""
+        """Lay the choice out as a line, one for the plan, and a line per backend that was passed over."""
         lines = [f"{self.operation}: {self.backend or 'no backend'} (asked for: {self.requested})"]
+        if self.plan:
+            lines.append("  plan: " + ", ".join(f"{name} {value}" for name, value in self.plan.items()))
         for name, reasons in self.passed_over.items():
             lines += [f"  not {name}: {reason}" for reason in reasons]
         return "\n".join(lines)
@@ -119,10 +130,14 @@ class Operation:
                 raise RuntimeError(_refusal(self.name, requested, reasons))
             return self._by_backend[requested]
         passed_over: list[str] = []
+        by_choice = False  # the reference is then no fallback: it was measured to be faster
         for implementation in self.implementations:
-            reasons = implementation.unsupported(*args) or implementation.unprofitable(*args)
+            reasons = implementation.unsupported(*args)
             if not reasons:
-                if passed_over and implementation.backend == "reference":
+                reasons = implementation.unprofitable(*args)
+                by_choice = by_choice or bool(reasons)
+            if not reasons:
+                if passed_over and implementation.backend == "reference" and not by_choice:
                     self._say_once(passed_over)
                 return implementation
             passed_over += [f"{implementation.backend}: {reason}" for reason in reasons]
@@ -149,7 +164,8 @@ class Operation:
             else:
                 reasons = reasons or [f"{requested} was asked for"]
             passed_over[backend] = tuple(reasons)
-        return Explanation(self.name, requested, chosen, passed_over)
+        plan = self._by_backend[chosen].plan(*args) if chosen is not None else {}
+        return Explanation(self.name, requested, chosen, passed_over, plan)
 
     def _auto_order(self) -> Iterable[str]:
         own = [i.backend for i in self.implementations]

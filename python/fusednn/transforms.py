@@ -63,12 +63,14 @@ def gradients_by_autograd(
     `grads` holds a gradient or None for each result. Aliases stand for the tensors, so that one that was
     computed from another is not followed back to it.
     """
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
-    results = forward(*aliases)
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [a for a, needed in zip(aliases, needs, strict=True) if needed]
+        results = forward(*aliases)
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
     if not pairs:
         return (None,) * len(needs)
     outputs, cotangents = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=recorded, allow_unused=True))
     return tuple(next(found) if needed else None for needed in needs)

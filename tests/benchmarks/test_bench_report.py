@@ -74,6 +74,16 @@ def test_markdown_has_every_row_and_every_reason(document):
     assert torch.__version__ in text
 
 
+def test_peak_memory_has_a_table_where_it_was_measured(document):
+    assert "peak memory" not in markdown(document)
+    for peer, size in (("eager", 3 * 2**20), ("fusednn", 2**19)):
+        document.cases[2].peer(peer).peak_bytes = size
+    text = markdown(document)
+    assert "| peak memory of a call, MiB | eager | fusednn |" in text
+    assert "| double N=7 | 3.0 | 0.5 |" in text
+    assert text.count("peak memory") == 1
+
+
 def test_readme_table_is_square(document):
     lines = [line for line in readme(document).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import fusednn
+from fusednn import _native
+from fusednn.conv import shortcut
 
 SOURCES = [f"{c}.{n}" for c in ("depthwise", "pointwise") for n in ("weight", "bias")] + [
     f"norm{i}.{n}" for i in (1, 2) for n in ("weight", "bias", "running_mean", "running_var")
@@ -23,12 +25,30 @@ def assert_current(block: nn.Module) -> None:
         torch.testing.assert_close(block(X), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+def packed_weights() -> int:
+    if _native.extension is None:
+        return 0
+    return _native.extension.cpu.packed_weights()
+
+
+@pytest.fixture(params=["shortcut", "general"])
+def way(request, monkeypatch) -> str:
+    """Keep folds where the extension's shortcut does, or where the general way does."""
+    if request.param == "general":
+        monkeypatch.setattr(shortcut, "applies", lambda input: False)
+    elif _native.extension is None:
+        pytest.skip("the shortcut is the extension's: tests/test_native.py demands one")
+    return request.param
+
+
 @pytest.fixture
-def block():
+def block(way):
     made = fusednn.DepthwiseSeparableConv2d(6, 40, 3, padding=1, bias=True).eval()
-    for _ in range(2):
-        assert_current(made)
-    assert made._folds._entry is not None, "nothing was kept: these tests would prove nothing"
+    assert_current(made)
+    seen_once = packed_weights()
+    assert_current(made)
+    kept = packed_weights() > seen_once if way == "shortcut" else made._folds._entry is not None
+    assert kept, "nothing was kept: these tests would prove nothing"
     return made
 
 
@@ -143,6 +163,17 @@ def test_inference_mode(block):
     assert_current(block)
 
 
+@pytest.mark.parametrize("way", ["shortcut"], indirect=True)
+def test_packed_folds_are_used_again(block):
+    kept = packed_weights()
+    assert_current(block)
+    assert packed_weights() == kept
+    in_place(block, "norm2.bias")
+    assert_current(block)
+    assert packed_weights() == kept - 1  # until the new ones are seen a second time
+
+
+@pytest.mark.parametrize("way", ["general"], indirect=True)
 def test_a_fold_is_used_again(block):
     entry = block._folds._entry
     assert_current(block)
@@ -163,6 +194,7 @@ def test_a_model_made_in_inference_mode():
         torch.testing.assert_close(made(X), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["general"], indirect=True)
 def test_switched_off(monkeypatch, block):
     monkeypatch.setenv("FUSEDNN_WEIGHT_CACHE", "0")
     fresh = copy.deepcopy(block)

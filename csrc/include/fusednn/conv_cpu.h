@@ -9,12 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fusednn/activation.h"
 #include "fusednn/dtype.h"
 #include "fusednn/parallel.h"
 
 namespace fusednn::cpu {
 
-enum class Activation : int { none, relu, relu6, silu, hardswish, gelu, gelu_tanh };
+using fusednn::Activation;
 
 struct Image {
   void* data;

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
-from .. import dispatch
+from .. import _native, dispatch
 from ..transforms import may_need_backward, under_transform
-from . import batch_norm, checks, eligibility, functional
+from . import batch_norm, checks, eligibility, functional, shortcut
 from .fold_cache import FoldCache
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -152,16 +153,43 @@ class DepthwiseSeparableConv2d(nn.Module):
         self.training = modes != {False}
         self.residual = residual
         self._folds = FoldCache()
+        self._shortcut = shortcut.Shortcut()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the block's result."""
         children = {name: self._modules[name] for name in _CHILDREN}
+        if shortcut.applies(input):
+            out = self._plain(input, children)
+            if out is not None:
+                return out
         reasons = eligibility.against_children(children)
         sources = () if reasons else self._sources()
         if not reasons and under_transform(input, *sources):
             reasons = ["a torch.func transform or forward-mode AD is active, which sees torch's ops only"]
         reasons = reasons or eligibility.against_input(input, *children.values())
         return self._composite(input, reasons) if reasons else self._fused(input, sources)
+
+    def _plain(self, input: Tensor, children: dict[str, nn.Module | None]) -> Tensor | None:
+        """Return the result of a plain CPU call, past the dispatcher; None for any other call."""
+        options = self._shortcut.options(children, self.residual)
+        if options is None:
+            return None
+        norms = (eligibility.norm_of(self.norm1), eligibility.norm_of(self.norm2))
+        batch_norms, sources = self._batch_norms(), self._sources()
+        if has_torch_function((input, *sources)):
+            return None
+        recorded = may_need_backward(input, *sources)
+        cpu, depthwise, pointwise = _native.extension.cpu, self.depthwise, self.pointwise
+        if batch_norms == norms and (recorded or any(norms)):
+            function = cpu.try_separable_training
+        elif not recorded and not any(batch_norms):
+            function = cpu.try_separable_inference
+        else:
+            return None
+        norm1, norm2 = map(shortcut.batch_norm_fields, norms, map(bool, batch_norms))
+        return function(
+            options, input, depthwise.weight, depthwise.bias, norm1, pointwise.weight, pointwise.bias, norm2
+        )
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""

@@ -18,7 +18,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def activation_of(module: nn.Module | None) -> str | None:
@@ -85,7 +85,7 @@ def against_children(children: Mapping[str, nn.Module | None]) -> list[str]:
 
 def _against_calls(child: nn.Module) -> list[str]:
     """What attached to a child would be passed over."""
-    if any(getattr(child, hooks) for hooks in _HOOKS):
+    if any(getattr(child, hooks) for hooks in HOOKS):
         return ["has hooks, which only a call of it runs"]
     if "forward" in vars(child) or "_conv_forward" in vars(child):
         return ["has a forward that was assigned on the instance"]
@@ -144,8 +144,9 @@ def against_input(input, depthwise, norm1, _activation1, pointwise, norm2, _acti
         return ["got an input that is no batch of images"]
     if not input.dtype.is_floating_point:
         return [f"got input of {input.dtype}"]
-    if input.shape[1] != depthwise.weight.shape[0] // max(1, depthwise.weight.shape[0] // input.shape[1]):
-        return [f"got input of {input.shape[1]} channels"]
+    groups, filters = depthwise.groups, depthwise.weight.shape[0]
+    if input.shape[1] != groups or filters % groups:
+        return [f"got input of {input.shape[1]} channels, {filters} filters and {groups} groups"]
     dtype = checks.cast_dtype(input)
     for name, conv in (("depthwise", depthwise), ("pointwise", pointwise)):
         reasons = _against_tensors(name, (conv.weight, conv.bias), input, dtype, cast=True)

@@ -155,6 +155,21 @@ def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *grads, grad if ctx.needs_input_grad[5] else None, *(None,) * len(ctx.options)
 
 
+def separable_gradients(
+    tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool], options: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of the training forward; the extension's autograd node calls it too.
+
+    Args:
+        tensors: input, and each product's weight and bias with its norm's.
+        grad: of the result.
+        needs: which gradients to return; the others are None.
+        options: the op's arguments after the residual.
+    """
+    forward = reference.separable_conv2d_train_forward
+    return gradients_by_autograd(lambda *t: forward(*t, None, *options)[:1], tensors, (grad,), needs)
+
+
 def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = inputs[:9]
     ctx.options = inputs[10:]
@@ -168,12 +183,11 @@ def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ..
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return *(None,) * 10, *nothing
-    tensors, saved, needs = ctx.saved_tensors[:9], ctx.saved_tensors[9:], ctx.needs_input_grad[:9]
+    kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:9]  # asked for once: checkpoint allows no more
+    tensors, saved = kept[:9], kept[9:]
     stride, padding, dilation, _eps1, _eps2, *rest = ctx.options
     if torch.is_grad_enabled():
-        forward = reference.separable_conv2d_train_forward
-        run = lambda *t: forward(*t, None, *ctx.options)[:1]  # noqa: E731
-        grads = gradients_by_autograd(run, tensors, (grad,), needs)
+        grads = separable_gradients(tensors, grad, needs, ctx.options)
     else:
         with settings.use_backend(ctx.backend):
             op = torch.ops.fusednn.separable_conv2d_train_backward

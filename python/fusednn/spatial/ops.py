@@ -3,7 +3,7 @@
 A forward returns what its backward needs beside the inputs: the map, and for the recurrence its gates and
 cell states. A gradient that the mask leaves out is an empty tensor, since a schema can't return an optional
 one. Where the backward itself must be differentiated, it is autograd's own, through the reference's torch
-ops. docs/design/011-spatial-attention.md argues the contract; reference.py and recurrence.py have all shapes.
+ops. docs/design/012-spatial-attention.md argues the contract; reference.py and recurrence.py have all shapes.
 """
 
 from __future__ import annotations
