@@ -43,8 +43,8 @@ const bool* bools(const OptionalTensor& mask) { return mask ? mask->const_data_p
 
 void* data_if(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
-// A call's tensors, checked and dense in the layout that its kernel takes. Additive scores and a flat result are
-// made from planes.
+// A call's tensors, checked and dense in the layout that its kernel takes. Additive scores and a flat result
+// are made from planes.
 struct AttentionCall {
   cpu::SpatialShape shape;
   DType dtype;
@@ -57,7 +57,9 @@ struct AttentionCall {
   AttentionCall(const Tensor& f, const Tensor& w, const OptionalTensor& term, const OptionalTensor& v_,
                 const OptionalTensor& m, const OptionalTensor& learned, double fixed,
                 const std::string& output, bool backward = false)
-      : dtype(dtype_of(f, "features")), flat(output == "flatten"), temperature(temperature_of(learned, fixed)) {
+      : dtype(dtype_of(f, "features")),
+        flat(output == "flatten"),
+        temperature(temperature_of(learned, fixed)) {
     const auto type = f.scalar_type();
     TORCH_CHECK(f.dim() == 4 && f.device().is_cpu(), "features: got ", f.dim(), "D on ", f.device(),
                 ", expected 4D [N, C, H, W] on cpu");
@@ -74,7 +76,14 @@ struct AttentionCall {
     check(m, "mask", {n, area}, at::kBool);
     format = f.suggest_memory_format();
     layout = flat || v_ ? MemoryFormat::Contiguous : format;
-    shape = {n,    c, f.size(2), f.size(3), glimpses, rows, v_.has_value(), layout == MemoryFormat::ChannelsLast,
+    shape = {n,
+             c,
+             f.size(2),
+             f.size(3),
+             glimpses,
+             rows,
+             v_.has_value(),
+             layout == MemoryFormat::ChannelsLast,
              output_named(output)};
     features = f.contiguous(layout);
     weight = w.contiguous();
@@ -158,7 +167,8 @@ SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
   double grad_temperature = 0;
   if (call.shape.batch > 0) {
     const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
-    const OptionalTensor grad = grad_attended ? OptionalTensor(grad_attended->contiguous(layout)) : std::nullopt;
+    const OptionalTensor grad =
+        grad_attended ? OptionalTensor(grad_attended->contiguous(layout)) : std::nullopt;
     const OptionalTensor of_map = dense(grad_map);
     const Tensor dense_map = map.contiguous();
     const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
@@ -179,9 +189,9 @@ SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
     grad_weight.zero_();
     grad_v.zero_();
   }
-  const Tensor of_temperature =
-      output_mask[4] ? at::full(learned_temperature->sizes(), grad_temperature, learned_temperature->options())
-                     : at::empty({0}, features.options());
+  const Tensor of_temperature = output_mask[4] ? at::full(learned_temperature->sizes(), grad_temperature,
+                                                          learned_temperature->options())
+                                               : at::empty({0}, features.options());
   return {output_mask[0] ? grad_features.contiguous(call.format) : grad_features, grad_weight, grad_term,
           grad_v, of_temperature};
 }
@@ -257,9 +267,9 @@ std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_m
     b.grad_temperature = output_mask[1] ? &grad_temperature : nullptr;
     kernels.softmax_backward(b, threads);
   }
-  return {grad, output_mask[1] ? at::full(learned_temperature->sizes(), grad_temperature,
-                                          learned_temperature->options())
-                               : at::empty({0}, map.options())};
+  return {grad, output_mask[1]
+                    ? at::full(learned_temperature->sizes(), grad_temperature, learned_temperature->options())
+                    : at::empty({0}, map.options())};
 }
 
 }  // namespace

@@ -18,10 +18,12 @@ std::tuple<at::Tensor, at::Tensor> spatial_attention_forward(
 
 using SpatialGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-SpatialGradients spatial_attention_backward(
-    const OptionalTensor& grad_attended, const OptionalTensor& grad_map, const at::Tensor& features,
-    const at::Tensor& weight, const OptionalTensor& hidden_term, const OptionalTensor& v,
-    const OptionalTensor& mask, const OptionalTensor& learned_temperature, double temperature,
-    const std::string& output, const at::Tensor& map, const std::array<bool, 5>& output_mask);
+SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
+                                            const OptionalTensor& grad_map, const at::Tensor& features,
+                                            const at::Tensor& weight, const OptionalTensor& hidden_term,
+                                            const OptionalTensor& v, const OptionalTensor& mask,
+                                            const OptionalTensor& learned_temperature, double temperature,
+                                            const std::string& output, const at::Tensor& map,
+                                            const std::array<bool, 5>& output_mask);
 
 }  // namespace fusednn

@@ -1,6 +1,6 @@
-// The eager shortcut of SpatialAttention on CPU tensors, as docs/design/006-eager-shortcut.md has it: one call
-// into the extension for the state's projection, the attention and one autograd node for both. Nothing is returned
-// where any condition fails; the caller then takes the general way, which also words the errors.
+// The eager shortcut of SpatialAttention on CPU tensors, as docs/design/006-eager-shortcut.md has it: one
+// call into the extension for the state's projection, the attention and one autograd node for both. Nothing
+// is returned where any condition fails; the caller then takes the general way, which also words the errors.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -27,7 +27,8 @@ struct Layer {
 
 bool plain_layer(const Layer& l, bool& record) {
   if (!nobody_listens() || !plain(l.features) || !supported(l.features.scalar_type())) return false;
-  if (l.features.dim() != 4 || l.features.numel() == 0 || l.hidden.dim() != 2 || l.score.dim() != 4) return false;
+  if (l.features.dim() != 4 || l.features.numel() == 0 || l.hidden.dim() != 2 || l.score.dim() != 4)
+    return false;
   const int64_t n = l.features.size(0), size = l.hidden.size(1),
                 terms = l.score.size(0) * l.features.size(2) * l.features.size(3);
   PlainCall call{l.features.scalar_type()};
@@ -132,8 +133,6 @@ std::optional<std::tuple<Tensor, Tensor>> try_spatial_attention(const Tensor& fe
 
 }  // namespace
 
-void bind_spatial_cpu_eager(pybind11::module_& m) {
-  m.def("try_spatial_attention", &try_spatial_attention);
-}
+void bind_spatial_cpu_eager(pybind11::module_& m) { m.def("try_spatial_attention", &try_spatial_attention); }
 
 }  // namespace fusednn

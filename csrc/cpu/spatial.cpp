@@ -12,7 +12,8 @@ namespace {
 template <template <class, class, template <class> class> class Kernel, class Call, class F>
 void with_kernel(const Call& call, const SpatialForward& p, int threads, Carver& shared, const F& f) {
   with_types(p.dtype, [&]<class T, class S>() {
-    with_layout(p.shape, [&]<template <class> class Image>() { f(Kernel<T, S, Image>(call, threads, shared)); });
+    with_layout(p.shape,
+                [&]<template <class> class Image>() { f(Kernel<T, S, Image>(call, threads, shared)); });
   });
 }
 
@@ -92,7 +93,7 @@ void softmax_backward(const SpatialSoftmaxBackward& b, const Parallel& parallel)
     const T t = usable_temperature<T>(p.temperature);
     parallel(p.rows, p.rows * area > kSerialElements, [&](int64_t begin, int64_t end, int thread) {
       T *const d = room.row(thread, 0), *const a = room.row(thread, 1),
-              *const keep = p.mask ? room.row(thread, 2) : nullptr;
+               *const keep = p.mask ? room.row(thread, 2) : nullptr;
       for (int64_t r = begin; r < end; ++r) {
         widen_row(static_cast<const S*>(p.map) + r * area, area, a);
         if (keep) expand_mask(p.mask + r * area, area, keep);
@@ -121,7 +122,8 @@ void softmax_backward(const SpatialSoftmaxBackward& b, const Parallel& parallel)
 }  // namespace
 
 extern const SpatialKernels spatial_table = {
-    forward_workspace, forward, backward_workspace, backward, softmax_workspace, softmax_forward, softmax_backward,
+    forward_workspace, forward,         backward_workspace, backward,
+    softmax_workspace, softmax_forward, softmax_backward,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

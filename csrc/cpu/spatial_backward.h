@@ -5,10 +5,9 @@
 //   additive: e = tanh(W f + U h) is made again; d v = sum d s e, and d s above is (v^T d s) (1 - e^2), whose
 //   sum over p is the hidden term's gradient
 //
-// Tiling: spatial_parts.h. d weight and d v are summed per record (a few samples or, apart, a block), and records
-// in order at the end.
-// Bytes at least: features, gradient of the result and map read once, gradients written once. A sample's features
-// and gradient are touched twice, the second time in cache if they fit.
+// Tiling: spatial_parts.h. d weight and d v are summed per record (a few samples or, apart, a block), and
+// records in order at the end. Bytes at least: features, gradient of the result and map read once, gradients
+// written once. A sample's features and gradient are touched twice, the second time in cache if they fit.
 #pragma once
 
 #include "cpu/spatial_parts.h"

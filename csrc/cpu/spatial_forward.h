@@ -1,9 +1,9 @@
 // Spatial attention, forward: s = scores(f), a = softmax(s / T), attended = f a, sum f a or sum (x, y) a.
 //
-// Tiling: spatial_parts.h. The scores of a sample are rows of P numbers in the workspace; the softmax turns them
-// into the map, which is written once.
-// Bytes at least: features, hidden term, weight, result and map once. A sample's features are touched twice; the
-// second time they come from cache, as long as a sample (or, apart, all that a thread has of it) fits there.
+// Tiling: spatial_parts.h. The scores of a sample are rows of P numbers in the workspace; the softmax turns
+// them into the map, which is written once. Bytes at least: features, hidden term, weight, result and map
+// once. A sample's features are touched twice; the second time they come from cache, as long as a sample (or,
+// apart, all that a thread has of it) fits there.
 #pragma once
 
 #include "cpu/spatial_parts.h"
@@ -30,9 +30,7 @@ struct AttentionForward : Attention<T, S, Image> {
     rooms = shared.take<T>(threads * this->energy_size());
   }
 
-  int64_t sample_size() const {
-    return rows_size + keep_size + sums_size * (parts.apart ? parts.blocks : 1);
-  }
+  int64_t sample_size() const { return rows_size + keep_size + sums_size * (parts.apart ? parts.blocks : 1); }
   Sample sample(int64_t slot) const {
     T* const at = samples + slot * sample_size();
     return {at, keep_size ? at + rows_size : nullptr, at + rows_size + keep_size};

@@ -1,9 +1,9 @@
 // How a call of spatial attention is cut into tasks, and what its forward and backward share.
 //
-// A sample is cut into blocks of positions by its shape alone. With enough samples for the threads a task is whole
-// samples, pass after pass, so that what the first pass loads the last one finds in cache. Otherwise (`apart`) a
-// pass is a parallel region over the blocks of all samples. Sums over positions are made per block and added in
-// order, so that both ways give the same bits for any number of threads.
+// A sample is cut into blocks of positions by its shape alone. With enough samples for the threads a task is
+// whole samples, pass after pass, so that what the first pass loads the last one finds in cache. Otherwise
+// (`apart`) a pass is a parallel region over the blocks of all samples. Sums over positions are made per
+// block and added in order, so that both ways give the same bits for any number of threads.
 #pragma once
 
 #include "cpu/spatial_pixels.h"
@@ -11,10 +11,11 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int64_t kBlockElements = 128 << 10;   // of the features in a block
-constexpr int64_t kEnergyElements = 32 << 10;   // of tanh(W f + U h) in a block: they stay in the second-level cache
-constexpr int64_t kSerialElements = 32 << 10;   // below this, threads cost more than they save
-constexpr int64_t kRecords = 32;                // partial sums of a weight's gradient, at most
+constexpr int64_t kBlockElements = 128 << 10;  // of the features in a block
+constexpr int64_t kEnergyElements =
+    32 << 10;  // of tanh(W f + U h) in a block: they stay in the second-level cache
+constexpr int64_t kSerialElements = 32 << 10;  // below this, threads cost more than they save
+constexpr int64_t kRecords = 32;               // partial sums of a weight's gradient, at most
 
 struct Run {  // a block: positions [first, first + length) of sample n
   int64_t n, block, first, length;

@@ -1,5 +1,5 @@
-// The passes of spatial_planes.h over images [P, C] (channels last), whose vectors lie along channels. A masked
-// position is passed over.
+// The passes of spatial_planes.h over images [P, C] (channels last), whose vectors lie along channels. A
+// masked position is passed over.
 #pragma once
 
 #include "cpu/spatial_planes.h"
@@ -45,8 +45,7 @@ template <class T, class S>
 void project(const Pixels<const S>& f, Rows<const T> k, Rows<T> s) {
   for (int64_t r = 0; r < k.count; ++r) {
     const T* row = k.row(r);
-    dot_pixels(
-        f, [&](int64_t, int64_t c, int64_t left) { return Vec<T>::load(row + c, left); }, s.row(r));
+    dot_pixels(f, [&](int64_t, int64_t c, int64_t left) { return Vec<T>::load(row + c, left); }, s.row(r));
   }
 }
 

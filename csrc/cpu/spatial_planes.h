@@ -6,9 +6,9 @@
 //   scale      o[g, c, p] = a[g, p] f[c, p]
 //   expand     o[c, p] = sum_g e[g, c, p] a[g, p] + sum_r k[r, c] z[r, p]      d f
 //
-// k, s, z and q are of the accumulator's type T, images of the storage type S. f is read once for all rows, a few
-// channels at a time, and never where the mask is not set (`keep`; what project and contract find there is dropped
-// by the softmax or its backward).
+// k, s, z and q are of the accumulator's type T, images of the storage type S. f is read once for all rows, a
+// few channels at a time, and never where the mask is not set (`keep`; what project and contract find there
+// is dropped by the softmax or its backward).
 #pragma once
 
 #include "cpu/spatial_rows.h"
@@ -78,7 +78,8 @@ void contract(const Planes<const S>& f, const Planes<const S>& e, Rows<T> s) {
         V found = V::load(s.row(g) + i);
 #pragma GCC unroll 4
         for (int j = 0; j < K; ++j)
-          found = found + V::load(f.plane(c + j) + i, left) * V::load(e.plane(g * f.channels + c + j) + i, left);
+          found =
+              found + V::load(f.plane(c + j) + i, left) * V::load(e.plane(g * f.channels + c + j) + i, left);
         found.store(s.row(g) + i);
       });
   });
@@ -115,8 +116,7 @@ template <class T, class S>
 void reduce(const Planes<const S>& f, Rows<const T> z, const T* keep, Rows<T> q) {
   for_channels<4>(f.channels, [&]<int K>(int64_t c) {
     int64_t r = 0;
-    for (; r + 4 <= z.count; r += 4)
-      reduce_tile<4, K>(f, c, {z.row(r), z.pitch, 4}, keep, q.row(r), q.pitch);
+    for (; r + 4 <= z.count; r += 4) reduce_tile<4, K>(f, c, {z.row(r), z.pitch, 4}, keep, q.row(r), q.pitch);
     for (; r < z.count; ++r) reduce_tile<1, K>(f, c, {z.row(r), z.pitch, 1}, keep, q.row(r), q.pitch);
   });
 }

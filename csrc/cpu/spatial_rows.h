@@ -1,7 +1,8 @@
-// What the kernels of spatial attention do to rows of P positions, in float or double: softmax and its backward.
+// What the kernels of spatial attention do to rows of P positions, in float or double: softmax and its
+// backward.
 //
-// A row in the workspace begins on a cache line and ends in zeros, up to a whole number of vectors, so that only
-// tensors have ends to mind.
+// A row in the workspace begins on a cache line and ends in zeros, up to a whole number of vectors, so that
+// only tensors have ends to mind.
 #pragma once
 
 #include "cpu/integer.h"
@@ -87,7 +88,8 @@ T usable_temperature(double t) {
   return static_cast<T>(t < least ? least : t);  // NaN stays
 }
 
-// a = softmax(s / t) in the place of the scores; 0 where the mask is, and everywhere if no score is above -inf.
+// a = softmax(s / t) in the place of the scores; 0 where the mask is, and everywhere if no score is above
+// -inf.
 template <class T>
 void softmax_row(int64_t count, const T* keep, T t, T* s) {
   using V = Vec<T>;
@@ -116,8 +118,7 @@ void softmax_row(int64_t count, const T* keep, T t, T* s) {
     total = total + weight;
   });
   const T found = sum(total), divisor = found == T(0) ? T(1) : found;
-  for_vectors<T>(count,
-                 [&](int64_t i, int64_t) { kept(V::load(s + i) / V(divisor), keep, i).store(s + i); });
+  for_vectors<T>(count, [&](int64_t i, int64_t) { kept(V::load(s + i) / V(divisor), keep, i).store(s + i); });
   zero_end(count, s);
 }
 
@@ -146,9 +147,7 @@ void softmax_backward_row(int64_t count, const T* keep, const T* a, T t, T* d, d
     dot = dot + x * V::load(a + i);
   });
   const V mean(sum(dot));
-  for_vectors<T>(count, [&](int64_t i, int64_t) {
-    (V::load(a + i) * (V::load(d + i) - mean)).store(d + i);
-  });
+  for_vectors<T>(count, [&](int64_t i, int64_t) { (V::load(a + i) * (V::load(d + i) - mean)).store(d + i); });
   zero_end(count, d);
   if (d_temperature) *d_temperature = temperature_term(count, d, a);
   if (t != T(1)) {

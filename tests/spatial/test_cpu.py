@@ -75,7 +75,9 @@ def both_ways(module, x, h, monkeypatch):
         else:
             assert shortcut.attend(module, x, h) is not None
         out, a = module(x, h)
-        grads = torch.autograd.grad((out, a), (x, h, *module.parameters()), (out.detach().cos(), a.detach().sin()))
+        grads = torch.autograd.grad(
+            (out, a), (x, h, *module.parameters()), (out.detach().cos(), a.detach().sin())
+        )
         found.append((out, a, *grads))
     return found
 

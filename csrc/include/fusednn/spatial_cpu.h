@@ -1,8 +1,8 @@
 // CPU kernels of spatial attention and of the softmax over positions. No torch here.
 //
-// N = batch, C = channels, P = H W positions, G = maps of a sample (glimpses), A = rows of an additive score's
-// weight. `dtype` is that of every tensor but the mask and the temperature's gradient; scores, maps and sums are
-// float, or double for f64. The formulas are those of python/fusednn/spatial/reference.py.
+// N = batch, C = channels, P = H W positions, G = maps of a sample (glimpses), A = rows of an additive
+// score's weight. `dtype` is that of every tensor but the mask and the temperature's gradient; scores, maps
+// and sums are float, or double for f64. The formulas are those of python/fusednn/spatial/reference.py.
 #pragma once
 
 #include <cstddef>
@@ -17,9 +17,9 @@ enum class SpatialOutput : int { scale, sum, coordinates };
 
 struct SpatialShape {
   int64_t batch, channels, height, width, glimpses;
-  int64_t rows;          // of `weight`: G for positional scores, A for additive ones
-  bool additive;         // with v
-  bool channels_last;    // features, and what has their shape, are [N, P, C]; positional scores only
+  int64_t rows;        // of `weight`: G for positional scores, A for additive ones
+  bool additive;       // with v
+  bool channels_last;  // features, and what has their shape, are [N, P, C]; positional scores only
   SpatialOutput output;
   int64_t area() const { return height * width; }
 };
