@@ -4,21 +4,25 @@
 #include "fusednn/conv_cpu.h"
 #include "fusednn/cpu_features.h"
 #include "fusednn/rnn_cpu.h"
+#include "fusednn/spatial_cpu.h"
 
 namespace fusednn::cpu {
 
 namespace baseline {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
+extern const SpatialKernels spatial_table;
 }  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
+extern const SpatialKernels spatial_table;
 }  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
+extern const SpatialKernels spatial_table;
 }  // namespace avx512
 #endif
 
@@ -71,6 +75,14 @@ const ConvKernels& conv_kernels() {
   if (current_isa() == Isa::avx2) return avx2::conv_table;
 #endif
   return baseline::conv_table;
+}
+
+const SpatialKernels& spatial_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::spatial_table;
+  if (current_isa() == Isa::avx2) return avx2::spatial_table;
+#endif
+  return baseline::spatial_table;
 }
 
 }  // namespace fusednn::cpu

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional
+from . import checks, functional, shortcut
 from .reference import OUTPUTS
 
 SCORES = ("positional", "additive")
@@ -113,6 +113,10 @@ class SpatialAttention(nn.Module):
         self, features: Tensor, hidden: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the attended features and the map; `hidden` None stands for zeros, mask True: takes part."""
+        if mask is None and shortcut.applies(features):
+            found = shortcut.attend(self, features, hidden)
+            if found is not None:
+                return found
         checks.check_images("SpatialAttention", "features", features, "[N, C, H, W]")
         self.check_size(features)
         return functional.spatial_attention(
