@@ -23,7 +23,6 @@ using cpu::Cell;
 constexpr int kGradients = 12;
 using Gradients = std::array<Tensor, kGradients>;
 
-OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* data(Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
@@ -40,8 +39,9 @@ double temperature_of(const OptionalTensor& learned, double fixed) {
                : std::numeric_limits<double>::quiet_NaN();
 }
 
-// The operands, checked and dense.
+// The operands, checked, dense and in the arithmetic's dtype.
 struct Operands {
+  at::ScalarType storage, wide;
   Tensor features, score_weight, hidden_weight, weight_ih, weight_hh;
   OptionalTensor hidden_bias, v, lengths;
   AttentionLstm q;
@@ -55,11 +55,12 @@ struct Operands {
     TORCH_CHECK(score_weight_.dim() == 2, "score_weight: got ", score_weight_.dim(), "D, expected 2D");
     TORCH_CHECK(weight_hh_.dim() == 2, "weight_hh: got ", weight_hh_.dim(), "D, expected 2D");
     const auto type = features_.scalar_type();
-    TORCH_CHECK(type == at::kFloat || type == at::kDouble, "features: got ", type,
-                ", expected float32 or float64");
     q = {};
     q.cell = choice(cell, "cell", "lstm", "gru") ? Cell::lstm : Cell::gru;
-    q.dtype = dtype_of(features_, "features");
+    dtype_of(features_, "features");
+    storage = type;
+    wide = type == at::kDouble ? at::kDouble : at::kFloat;
+    q.dtype = wide == at::kDouble ? DType::f64 : DType::f32;
     q.flatten = choice(output, "output", "flatten", "sum");
     q.hoisted = choice(form, "form", "hoisted", "direct");
     q.additive = v_.has_value();
@@ -83,14 +84,14 @@ struct Operands {
     TORCH_CHECK(c0.has_value() == (q.cell == Cell::lstm), "c0: got ", c0 ? "a tensor" : "None",
                 ", expected one of an LSTM alone");
     check(c0, "c0", {q.batch, H}, type);
-    features = features_.contiguous();
-    score_weight = score_weight_.contiguous();
-    hidden_weight = hidden_weight_.contiguous();
-    weight_ih = weight_ih_.contiguous();
-    weight_hh = weight_hh_.contiguous();
+    features = dense(features_);
+    score_weight = dense(score_weight_);
+    hidden_weight = dense(hidden_weight_);
+    weight_ih = dense(weight_ih_);
+    weight_hh = dense(weight_hh_);
     hidden_bias = dense(hidden_bias_);
     v = dense(v_);
-    lengths = dense(lengths_);
+    if (lengths_) lengths = lengths_->contiguous();
     q.features = data(features);
     q.score_weight = data(score_weight);
     q.hidden_weight = data(hidden_weight);
@@ -106,10 +107,13 @@ struct Operands {
     return q.batch * q.steps * q.channels * q.positions * q.hidden_size * q.energies == 0;
   }
   Tensor make(at::IntArrayRef sizes) const { return at::empty(sizes, features.options()); }
+  Tensor dense(const Tensor& t) const { return t.to(wide).contiguous(); }
+  OptionalTensor dense(const OptionalTensor& t) const { return t ? OptionalTensor(dense(*t)) : t; }
+  Tensor stored(const Tensor& t) const { return t.defined() ? t.to(storage) : make({0}).to(storage); }
   // A state of [B, H] that a kernel may write to.
   Tensor state(const Tensor& t, const char* name) const {
-    check(t, name, {q.batch, q.hidden_size}, features.scalar_type());
-    return t.clone(at::MemoryFormat::Contiguous);
+    check(t, name, {q.batch, q.hidden_size}, storage);
+    return t.to(wide, false, true, at::MemoryFormat::Contiguous);
   }
 };
 
@@ -124,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
   const AttentionLstm& q = o.q;
   check(bias_ih_, "bias_ih", {q.gate_rows()}, features.scalar_type());
   check(bias_hh_, "bias_hh", {q.gate_rows()}, features.scalar_type());
-  const OptionalTensor bias_ih = dense(bias_ih_), bias_hh = dense(bias_hh_);
+  const OptionalTensor bias_ih = o.dense(bias_ih_), bias_hh = o.dense(bias_hh_);
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size;
   Tensor h = o.state(h0, "h0"), c = c0 ? o.state(*c0, "c0") : Tensor();
   Tensor hidden = o.make({B, T, H}), maps = o.make({B, T, 1, features.size(3), features.size(4)});
@@ -137,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
                      data(maps), data(gates), data(cells), scratch.data()},
                     threads);
   }
-  const auto or_none = [&](const Tensor& t) { return t.defined() ? t : o.make({0}); };
-  return {hidden, maps, h, or_none(c), or_none(gates), or_none(cells)};
+  const auto saved = [&](const Tensor& t) { return t.defined() ? t : o.make({0}); };
+  return {o.stored(hidden), o.stored(maps), o.stored(h), o.stored(c), saved(gates), saved(cells)};
 }
 
 // What the steps of the backward leave behind.
@@ -148,7 +152,8 @@ struct StepGradients {
 
 struct Saved {
   Tensor h0, hidden, maps, gates;
-  OptionalTensor c0, cells;
+  OptionalTensor c0;
+  Tensor cells;
 };
 
 StepGradients walk_back(const Operands& o, const Saved& saved, const OptionalTensor& grad_hidden,
@@ -174,8 +179,8 @@ StepGradients walk_back(const Operands& o, const Saved& saved, const OptionalTen
   const Scratch scratch(kernels.backward_workspace(q, threads.threads));
   kernels.backward(
       {q, data(saved.h0), data_or_null(saved.c0), data(saved.hidden), data(saved.maps), data(saved.gates),
-       lstm ? data_or_null(saved.cells) : nullptr, data_or_null(grad_hidden), data_or_null(grad_maps),
-       data(d.h), data(d.c), data(d.x), lstm ? nullptr : data(d.r), data(d.scaled), data(d.products),
+       lstm ? data(saved.cells) : nullptr, data_or_null(grad_hidden), data_or_null(grad_maps), data(d.h),
+       data(d.c), data(d.x), lstm ? nullptr : data(d.r), data(d.scaled), data(d.products),
        q.additive ? data(d.terms) : nullptr, data(d.v), data(d.attended), scratch.data()},
       threads);
   return d;
@@ -204,7 +209,10 @@ Tensor frame_gradient(const Operands& o, const StepGradients& d, const Tensor& m
   Tensor grad = q.flatten ? attended.mul_(map) : attended.mul(map);  // [B T, C, P]
   grad.baddbmm_(o.score_weight.t().expand({frames, C, q.energies}), d.products.view({frames, q.energies, P}));
   const auto format = features.select(1, 0).suggest_memory_format();
-  return grad.view({frames, C, features.size(3), features.size(4)}).contiguous(format).view(features.sizes());
+  return o.stored(grad)
+      .view({frames, C, features.size(3), features.size(4)})
+      .contiguous(format)
+      .view(features.sizes());
 }
 
 // -sum(d z log map) / T, with the map's largest as the unit of the logarithm (formulas.temperature_gradient).
@@ -232,16 +240,14 @@ std::vector<Tensor> attention_lstm_backward(
   check(h0, "h0", {B, H}, type);
   check(hidden, "hidden", {B, T, H}, type);
   check(maps, "maps", map_sizes, type);
-  check(gates, "gates", {B, T, 4 * H}, type);
-  if (c0) check(cells, "cells", {B, T, H}, type);
+  check(gates, "gates", {B, T, 4 * H}, o.wide);
+  if (c0) check(cells, "cells", {B, T, H}, o.wide);
   check(grad_hidden_, "grad_hidden", {B, T, H}, type);
   check(grad_maps_, "grad_maps", map_sizes, type);
   TORCH_CHECK(!wanted[6] || v, "output_mask: got True for v, which is None");
   TORCH_CHECK(!wanted[7] || learned, "output_mask: got True for the temperature, which is not learned");
-  const Saved saved{h0.contiguous(),   hidden.contiguous(),
-                    maps.contiguous(), gates.contiguous(),
-                    dense(c0),         c0 ? OptionalTensor(cells.contiguous()) : std::nullopt};
-  const OptionalTensor grad_hidden = dense(grad_hidden_), grad_maps = dense(grad_maps_);
+  const Saved saved{o.dense(h0), o.dense(hidden), o.dense(maps), o.dense(gates), o.dense(c0), o.dense(cells)};
+  const OptionalTensor grad_hidden = o.dense(grad_hidden_), grad_maps = o.dense(grad_maps_);
   const StepGradients d = walk_back(o, saved, grad_hidden, grad_maps, grad_h, grad_c);
 
   const Tensor map = saved.maps.view({frames, 1, q.positions});
@@ -267,7 +273,7 @@ std::vector<Tensor> attention_lstm_backward(
   if (wanted[1]) g[1] = d.h;
   if (wanted[2]) g[2] = d.c;
   std::vector<Tensor> found;
-  for (const Tensor& t : g) found.push_back(t.defined() ? t : o.make({0}));
+  for (const Tensor& t : g) found.push_back(o.stored(t));
   return found;
 }
 

@@ -43,8 +43,6 @@ def _against_cpu(name: str, input: Tensor) -> Reasons:
         return [f"this build's CPU kernels lack {name}"]
     if input.device.type != "cpu":
         return [f"got tensors on {input.device}, expected cpu"]
-    if name.startswith("attention_lstm") and input.dtype not in _FLOATS[:2]:
-        return [f"got tensors of {input.dtype}, expected float32 or float64"]
     return _against_dtype(input)
 
 
