@@ -1,6 +1,7 @@
 // Run-time choice of the instruction set. Compiled for the baseline only.
 #include <atomic>
 
+#include "fusednn/attention_lstm_cpu.h"
 #include "fusednn/conv_cpu.h"
 #include "fusednn/cpu_features.h"
 #include "fusednn/rnn_cpu.h"
@@ -12,17 +13,20 @@ namespace baseline {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
+extern const AttentionLstmKernels attention_lstm_table;
 }  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
+extern const AttentionLstmKernels attention_lstm_table;
 }  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
+extern const AttentionLstmKernels attention_lstm_table;
 }  // namespace avx512
 #endif
 
@@ -83,6 +87,14 @@ const SpatialKernels& spatial_kernels() {
   if (current_isa() == Isa::avx2) return avx2::spatial_table;
 #endif
   return baseline::spatial_table;
+}
+
+const AttentionLstmKernels& attention_lstm_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::attention_lstm_table;
+  if (current_isa() == Isa::avx2) return avx2::attention_lstm_table;
+#endif
+  return baseline::attention_lstm_table;
 }
 
 }  // namespace fusednn::cpu

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native
 from ..dispatch import Implementation, Operation, Reasons
-from . import reference
+from . import plan, reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -25,6 +25,15 @@ def _against_dtype(input: Tensor) -> Reasons:
 
 def _triton_kernels() -> ModuleType:
     return importlib.import_module("fusednn.triton_kernels.spatial")
+
+
+def _with_form(args: tuple[Any, ...], features: int) -> tuple[Any, ...]:
+    """Return a recurrence's arguments, the features at index `features`, with ``auto`` resolved."""
+    f, w_ih = args[features], args[features + 9]
+    form = -2 if features == 0 else -6
+    output = args[form - 2]
+    found = plan.resolve(args[form], f.shape, w_ih.shape[0], output, f.element_size())
+    return (*args[:form], found, *args[form + 1 :])
 
 
 def _against_cpu(name: str, input: Tensor) -> Reasons:
@@ -55,8 +64,22 @@ def _against_triton(name: str, input: Tensor) -> Reasons:
     return support.not_supported_reasons(input.device, input.dtype) or _against_dtype(input)
 
 
-def _operation(name: str, features_of: Callable[..., Tensor]) -> Operation:
-    """Make the operation `name`; `features_of` picks the tensor that decides on device and dtype."""
+def _unchanged(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args
+
+
+def _operation(
+    name: str,
+    features_of: Callable[..., Tensor],
+    cpu_arguments: Callable[[tuple[Any, ...]], tuple[Any, ...]] = _unchanged,
+) -> Operation:
+    """Make the operation `name`; `features_of` picks the tensor that decides on device and dtype.
+
+    `cpu_arguments` makes those of the CPU kernel from the op's.
+    """
+
+    def cpu(*args: Any) -> Any:
+        return getattr(_native.extension.cpu, name)(*cpu_arguments(args))
 
     def cuda(*args: Any) -> Any:
         return getattr(_native.cuda_modules[features_of(*args).device.type], name)(*args)
@@ -64,11 +87,7 @@ def _operation(name: str, features_of: Callable[..., Tensor]) -> Operation:
     return Operation(
         name,
         (
-            Implementation(
-                "cpu",
-                lambda *args: getattr(_native.extension.cpu, name)(*args),
-                lambda *args: _against_cpu(name, features_of(*args)),
-            ),
+            Implementation("cpu", cpu, lambda *args: _against_cpu(name, features_of(*args))),
             Implementation("cuda", cuda, lambda *args: _against_cuda(name, features_of(*args))),
             Implementation(
                 "triton",
@@ -84,5 +103,9 @@ spatial_softmax_forward = _operation("spatial_softmax_forward", lambda logits, *
 spatial_softmax_backward = _operation("spatial_softmax_backward", lambda *args: args[5])
 spatial_attention_forward = _operation("spatial_attention_forward", lambda features, *_: features)
 spatial_attention_backward = _operation("spatial_attention_backward", lambda *args: args[2])
-attention_lstm_forward = _operation("attention_lstm_forward", lambda features, *_: features)
-attention_lstm_backward = _operation("attention_lstm_backward", lambda *args: args[4])
+attention_lstm_forward = _operation(
+    "attention_lstm_forward", lambda features, *_: features, lambda args: _with_form(args, features=0)
+)
+attention_lstm_backward = _operation(
+    "attention_lstm_backward", lambda *args: args[4], lambda args: _with_form(args, features=4)
+)
