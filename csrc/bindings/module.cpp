@@ -44,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");
   fusednn::bind_rnn_cuda(cuda, &fusednn::current_cuda_stream);
   fusednn::bind_conv_cuda(cuda, &fusednn::current_cuda_stream);
+  fusednn::bind_spatial_cuda(cuda, &fusednn::current_cuda_stream);
 #endif
 }

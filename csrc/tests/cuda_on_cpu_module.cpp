@@ -12,4 +12,5 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.doc() = "CUDA kernels of fusednn, executed on the CPU for tests.";
   fusednn::bind_rnn_cuda(m, &only_stream);
   fusednn::bind_conv_cuda(m, &only_stream);
+  fusednn::bind_spatial_cuda(m, &only_stream);
 }
