@@ -11,6 +11,8 @@
 // is dropped by the softmax or its backward).
 #pragma once
 
+#include <array>
+
 #include "cpu/spatial_rows.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
@@ -38,22 +40,55 @@ FUSEDNN_INLINE void for_channels(int64_t channels, const F& body) {
   for (; c < channels; ++c) body.template operator()<1>(c);
 }
 
+// What one row s gets from the channels, K at a time: `of(c)(i, left)` is their sum at a vector of positions.
+// kGroup channels are added up before they are added to the others, which bounds the sum's rounding.
+template <int K, class T, class Of>
+FUSEDNN_INLINE void sum_channels(int64_t channels, int64_t length, T* s, const Of& of) {
+  using V = Vec<T>;
+  constexpr int64_t kGroup = 64, kPart = 1024;
+  alignas(64) T group[kPart];
+  for (int64_t first = 0; first < length; first += kPart) {
+    const int64_t count = minimum(kPart, length - first);
+    for (int64_t begin = 0; begin < channels; begin += kGroup) {
+      T* const to = begin == 0 ? s + first : group;
+      const auto some = [&]<int N>(int64_t c, bool more) {
+        const auto sum = of.template operator()<N>(c);
+        for_vectors<T>(count, [&](int64_t i, int64_t left) {
+          const V found = sum(first + i, left);
+          (more ? V::load(to + i) + found : found).store(to + i);
+        });
+      };
+      const int64_t end = minimum(channels, begin + kGroup);
+      bool more = begin == 0;
+      int64_t c = begin;
+      for (; c + K <= end; c += K, more = true) some.template operator()<K>(c, more);
+      for (; c < end; ++c, more = true) some.template operator()<1>(c, more);
+      if (begin == 0) continue;
+      for_vectors<T>(count, [&](int64_t i, int64_t) {
+        (V::load(s + first + i) + V::load(group + i)).store(s + first + i);
+      });
+    }
+  }
+}
+
 template <class T, class S>
 void project(const Planes<const S>& f, Rows<const T> k, Rows<T> s) {
   using V = Vec<T>;
-  for_channels<8>(f.channels, [&]<int K>(int64_t c) {
-    if (k.count == 1) {
-      V coefficients[K];
+  if (k.count == 1) {
+    sum_channels<8>(f.channels, f.length, s.data, [&]<int K>(int64_t c) {
+      std::array<V, K> coefficients;
 #pragma GCC unroll 8
       for (int j = 0; j < K; ++j) coefficients[j] = V(k.data[c + j]);
-      for_vectors<T>(f.length, [&](int64_t i, int64_t left) {
+      return [&f, c, coefficients](int64_t i, int64_t left) __attribute__((always_inline)) {
         V found = V::load(f.plane(c) + i, left) * coefficients[0];
 #pragma GCC unroll 8
         for (int j = 1; j < K; ++j) found = found + V::load(f.plane(c + j) + i, left) * coefficients[j];
-        (V::load(s.data + i) + found).store(s.data + i);
-      });
-      return;
-    }
+        return found;
+      };
+    });
+    return;
+  }
+  for_channels<8>(f.channels, [&]<int K>(int64_t c) {
     for_vectors<T>(f.length, [&](int64_t i, int64_t left) {
       V x[K];
 #pragma GCC unroll 8
@@ -72,17 +107,16 @@ void project(const Planes<const S>& f, Rows<const T> k, Rows<T> s) {
 template <class T, class S>
 void contract(const Planes<const S>& f, const Planes<const S>& e, Rows<T> s) {
   using V = Vec<T>;
-  for_channels<4>(f.channels, [&]<int K>(int64_t c) {
-    for (int64_t g = 0; g < s.count; ++g)
-      for_vectors<T>(f.length, [&](int64_t i, int64_t left) {
-        V found = V::load(s.row(g) + i);
-#pragma GCC unroll 4
-        for (int j = 0; j < K; ++j)
-          found =
-              found + V::load(f.plane(c + j) + i, left) * V::load(e.plane(g * f.channels + c + j) + i, left);
-        found.store(s.row(g) + i);
-      });
-  });
+  for (int64_t g = 0; g < s.count; ++g)
+    sum_channels<8>(f.channels, f.length, s.row(g), [&]<int K>(int64_t c) {
+      return [&f, &e, c, of_map = g * f.channels](int64_t i, int64_t left) __attribute__((always_inline)) {
+        V found(T(0));
+#pragma GCC unroll 8
+        for (int64_t j = c; j < c + K; ++j)
+          found = found + V::load(f.plane(j) + i, left) * V::load(e.plane(of_map + j) + i, left);
+        return found;
+      };
+    });
 }
 
 // q[M, K] of M rows and K channels, each in a register.

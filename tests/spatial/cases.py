@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusednn
-from fusednn.testing import assert_close_to_oracle, error_budget
+from fusednn.testing import assert_close_to_oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")
@@ -86,27 +85,12 @@ def make(
     return Work({"features": features, **tensors, "temperature": t}, mask, output, grads)
 
 
-def directly(s: Tensor) -> Tensor:
-    """Softmax over the last dimension."""
-    return s.softmax(-1)
-
-
-def by_logarithm(s: Tensor) -> Tensor:
-    """A softmax over the last dimension that rounds otherwise than torch's own."""
-    return s.log_softmax(-1).exp()
-
-
-def torch_softmax(
-    s: Tensor,
-    mask: Tensor | None,
-    temperature: Any,
-    softmax: Callable[..., Tensor] = directly,
-) -> Tensor:
+def torch_softmax(s: Tensor, mask: Tensor | None, temperature: Any) -> Tensor:
     """Softmax over all positions of [N, G, H, W]."""
     s = s / temperature
     if mask is not None:
         s = s.masked_fill(~mask, -torch.inf)
-    return softmax(s.flatten(2)).view_as(s)
+    return s.flatten(2).softmax(-1).view_as(s)
 
 
 def torch_coordinates(a: Tensor) -> Tensor:
@@ -131,22 +115,15 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None])
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """The same by a matrix product, which rounds otherwise."""
-    return (weight @ x.flatten(2)).unflatten(2, x.shape[2:])
-
-
-def torch_step(
-    work: Work, tensors: dict[str, Tensor | None], conv: Callable[..., Tensor] = convolution, **softmax: Any
-) -> tuple[Tensor, Tensor]:
+def torch_step(work: Work, tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """PyTorch's own operations."""
     features, weight, term, v, temperature = tensors.values()
-    s = conv(features, weight)
+    s = convolution(features, weight)
     if v is not None:
-        s = conv((s if term is None else s + term[:, :, None, None]).tanh(), v)
+        s = convolution((s if term is None else s + term[:, :, None, None]).tanh(), v)
     elif term is not None:
         s = s + term.view_as(s)
-    a = torch_softmax(s, work.mask, 1.0 if temperature is None else temperature, **softmax)
+    a = torch_softmax(s, work.mask, 1.0 if temperature is None else temperature)
     return torch_attend(features, a, work.output), a
 
 
@@ -178,27 +155,31 @@ def run(step: Any, work: Work, wanted: tuple[str, ...] | None = None) -> Results
 
 
 def variants(work: Work) -> list[Work]:
-    """The work, and five like it: PyTorch's error in a single number, or a sum that cancels, can be luck."""
-    x, term = work.tensors["features"], work.tensors["hidden_term"]
-    other = None if term is None else -term
-    return [
-        work,
-        work.with_(features=-x),
-        work.with_(features=x.flip(3), hidden_term=other),
-        work.with_(features=-x.flip(1), hidden_term=other),
-        work.with_(features=x.flip(2)),
-        work.with_(features=-x.flip(0)),
-    ]
+    """The work, and others that differ in the signs of finite numbers, the more the smaller it is.
+
+    PyTorch's largest error in a few numbers, or in a sum that cancels, is luck.
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = 12 if work.tensors["features"].numel() > 64 else 96
+
+    def other_signs(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        signs = torch.randint(2, t.shape, generator=generator).mul(2).sub(1).to(t)
+        return torch.where(t.isfinite(), t * signs, t)
+
+    operands = {name: work.tensors[name] for name in ("features", "hidden_term")}
+    others = [{name: other_signs(t) for name, t in operands.items()} for _ in range(count - 1)]
+    return [work, *(work.with_(**tensors) for tensors in others)]
 
 
 def check(work: Work, what: str = "") -> Results:
     """Check fusednn, on the backend in force, against PyTorch's operations; return its results."""
     works = variants(work)
     actual = stacked(run(fused_step, w) for w in works)
-    ways = ({}, {"conv": product}, {"softmax": by_logarithm})  # each is PyTorch's; one alone can be lucky
-    theirs = [stacked(run(partial(torch_step, **way), w) for w in works) for way in ways]
+    theirs = stacked(run(torch_step, w) for w in works)
     if work.tensors["features"].dtype == torch.float64:
-        for name, expected in theirs[0].items():
+        for name, expected in theirs.items():
             scale = expected.abs().max().clamp(min=1) if expected.numel() else 1.0
             torch.testing.assert_close(
                 actual[name] / scale,
@@ -210,8 +191,7 @@ def check(work: Work, what: str = "") -> Results:
     else:
         oracle = stacked(run(torch_step, w.map(Tensor.double)) for w in works)
         for name, exact in oracle.items():
-            worse = max((t[name] for t in theirs), key=lambda t, e=exact: error_budget(t, e))
-            assert_close_to_oracle(actual[name], worse, exact, f"{what}{name}")
+            assert_close_to_oracle(actual[name], theirs[name], exact, f"{what}{name}")
     return {name: t[0] for name, t in actual.items()}
 
 
