@@ -12,6 +12,8 @@
 #include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
 #include "bindings/torch_parallel.h"
+#include "bindings/weight_cache.h"
+#include "fusednn/cpu_features.h"
 
 namespace fusednn {
 namespace {
@@ -117,6 +119,24 @@ struct Operands {
   }
 };
 
+// weight_ih as the hoisted product reads it, where it was kept for this weight; undefined where the kernel is
+// to copy it as it goes: for other products, and in training, which changes it before it is seen again.
+Tensor packed_weight(const AttentionLstm& q, const Tensor& weight_ih, bool save) {
+  if (!q.hoisted || !q.flatten || save) return {};
+  const int variant = 128 + static_cast<int>(cpu::current_isa());  // beside those of cells and convolutions
+  const std::vector<double> constants{static_cast<double>(q.channels), static_cast<double>(q.positions)};
+  return WeightCache::instance().find(
+      {weight_ih}, variant,
+      [&] {
+        const cpu::AttentionLstmKernels& kernels = cpu::attention_lstm_kernels();
+        const at::ScalarType type = q.dtype == DType::f64 ? at::kDouble : at::kFloat;
+        const Tensor packed = at::empty({kernels.packed_elements(q)}, type);
+        kernels.pack(q, packed.mutable_data_ptr(), torch_parallel());
+        return packed;
+      },
+      constants);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forward(
     const Tensor& features, const Tensor& h0, const OptionalTensor& c0, const Tensor& score_weight,
     const Tensor& hidden_weight, const OptionalTensor& hidden_bias, const OptionalTensor& v,
@@ -125,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
     const std::string& output, const std::string& cell, const std::string& form, bool save) {
   const Operands o(features, c0, score_weight, hidden_weight, hidden_bias, v, learned, temperature, weight_ih,
                    weight_hh, lengths, output, cell, form);
-  const AttentionLstm& q = o.q;
+  AttentionLstm q = o.q;
   check(bias_ih_, "bias_ih", {q.gate_rows()}, features.scalar_type());
   check(bias_hh_, "bias_hh", {q.gate_rows()}, features.scalar_type());
   const OptionalTensor bias_ih = o.dense(bias_ih_), bias_hh = o.dense(bias_hh_);
@@ -136,6 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
   if (!o.empty()) {
     const cpu::AttentionLstmKernels& kernels = cpu::attention_lstm_kernels();
     const cpu::Parallel threads = torch_parallel();
+    const Tensor packed = packed_weight(q, weight_ih, save);
+    if (packed.defined()) q.packed = packed.const_data_ptr();
     const Scratch scratch(kernels.forward_workspace(q, threads.threads));
     kernels.forward({q, data_or_null(bias_ih), data_or_null(bias_hh), data(h), data(c), data(hidden),
                      data(maps), data(gates), data(cells), scratch.data()},

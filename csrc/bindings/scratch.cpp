@@ -1,6 +1,7 @@
 #include "bindings/scratch.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,6 +14,7 @@ namespace {
 
 constexpr size_t kKeptBytes = size_t{64} << 20;  // in all
 constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{2} << 20;  // a walk of the page tables for 2 MiB, not for 4 KiB
 
 struct Buffer {
   void* data;
@@ -63,9 +65,13 @@ Scratch::Scratch(size_t bytes) : data_(nullptr), bytes_(std::max(bytes, size_t{1
     if (!kept.buffers.empty()) outgrown = kept.take(kept.buffers.end() - 1);
   }
   std::free(outgrown.data);
-  bytes_ = (bytes_ + kAlignment - 1) / kAlignment * kAlignment;
-  data_ = std::aligned_alloc(kAlignment, bytes_);
+  const size_t alignment = bytes_ >= kHugePage ? kHugePage : kAlignment;
+  bytes_ = (bytes_ + alignment - 1) / alignment * alignment;
+  data_ = std::aligned_alloc(alignment, bytes_);
   if (!data_) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (alignment == kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
 }
 
 Scratch::~Scratch() {

@@ -7,6 +7,17 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 namespace {
 
+int64_t packed_elements(const AttentionLstm& q) {
+  return q.dtype == DType::f64 ? packed_weight_elements<double>(q) : packed_weight_elements<float>(q);
+}
+
+void pack(const AttentionLstm& q, void* packed, const Parallel& parallel) {
+  if (q.dtype == DType::f64)
+    pack_weight(q, static_cast<double*>(packed), parallel);
+  else
+    pack_weight(q, static_cast<float*>(packed), parallel);
+}
+
 size_t forward_workspace(const AttentionLstm& q, int threads) {
   return q.dtype == DType::f64 ? ForwardPass<double>::workspace_bytes(q, threads)
                                : ForwardPass<float>::workspace_bytes(q, threads);
@@ -34,10 +45,7 @@ void backward(const AttentionLstmBackward& p, const Parallel& parallel) {
 }  // namespace
 
 extern const AttentionLstmKernels attention_lstm_table = {
-    forward_workspace,
-    forward,
-    backward_workspace,
-    backward,
+    packed_elements, pack, forward_workspace, forward, backward_workspace, backward,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

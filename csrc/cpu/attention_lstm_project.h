@@ -4,10 +4,12 @@
 //   sum positioned  G[frame, j, p] = sum over c of weight_ih[j, c, p] f[frame, c, p]    G where x is a frame
 //
 // `positioned` is P small products, one for each position; with vectors along p both operands are read as
-// they lie. A tile is kRows rows of the weight times kFrames frames: 24 accumulators of 10 loads (AVX-512).
-// Both operands are copied to panels, frames once for a block of positions (part of the second-level cache),
-// weights once for each block and group of frames (part of the first). Bytes: weight_ih once a chunk, G
-// written once, in whole cache lines: its rows are padded to vectors.
+// they lie. A tile is kRows rows of the weight times kFrames frames: 24 accumulators of 11 loads (AVX-512),
+// of which 3 come from the second-level cache. Both operands are copied to panels, frames once for a strip of
+// some vectors of positions (part of the second-level cache), weights once for each vector and group of
+// frames (part of the first). A strip's weights lie together in memory, and those of the next rows are asked
+// for a strip at a time: a vector alone would leave half of its lines, and all of its pages, to the next one.
+// Bytes: weight_ih once a chunk, G written once, in whole cache lines: its rows are padded to vectors.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -17,10 +19,11 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kChunkBytes = 40 << 20;  // of products and G at a time
-constexpr int64_t kFrameBytes = 512 << 10;
-constexpr int kFrames = 4;
+constexpr int64_t kFrameBytes = 1 << 20;   // of frames in panels
+constexpr int64_t kLineBytes = 64;
+constexpr int kFrames = 3;
 constexpr int kRows = kAccumulators / kFrames;
-constexpr int64_t kRowsPerItem = 16 * kRows;
+constexpr int64_t kStrip = 4;                  // vectors, at most
 constexpr int64_t kSerialProducts = 64 << 10;  // products below which threads cost more than they save
 
 // Positions with the padding of a row of G, products or map.
@@ -88,24 +91,26 @@ void project_shared(const Chunk<T>& chunk, int64_t R, const void* weight, T* out
   });
 }
 
-// acc[r][n] = sum over c of weights[c][r] frames[c][n], lane by lane: a lane is a position.
-template <class T>
+// acc[r][n] = sum over c of weights[c][r] frames[c][n], lane by lane: a lane is a position. `ask()` asks for
+// a line that is needed later.
+template <class T, class Ask>
 FUSEDNN_INLINE void positioned_tile(int64_t C, const T* weights, const T* frames,
-                                    Vec<T> (&acc)[kRows][kFrames]) {
+                                    Vec<T> (&acc)[kRows][kFrames], Ask&& ask) {
   constexpr int w = Vec<T>::size;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < kFrames; ++n) acc[r][n] = Vec<T>(T(0));
   for (int64_t c = 0; c < C; ++c) {
-    Vec<T> row[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) row[r] = Vec<T>::load(weights + r * w);
+    ask();
+    Vec<T> x[kFrames];
 #pragma GCC unroll 4
-    for (int n = 0; n < kFrames; ++n) {
-      const Vec<T> x = Vec<T>::load(frames + n * w);
+    for (int n = 0; n < kFrames; ++n) x[n] = Vec<T>::load(frames + n * w);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][n] = acc[r][n] + row[r] * x;
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> row = in_register(Vec<T>::load(weights + r * w));
+#pragma GCC unroll 4
+      for (int n = 0; n < kFrames; ++n) acc[r][n] = acc[r][n] + row * x[n];
     }
     weights += kRows * w;
     frames += kFrames * w;
@@ -123,98 +128,203 @@ void pack_positions(int64_t C, int64_t P, int64_t count, int64_t n, const RowOf&
   }
 }
 
-template <class T>
-int64_t frames_per_group(const AttentionLstm& q, int64_t frames) {
-  const int64_t fit = kFrameBytes / (q.channels * Vec<T>::size * static_cast<int64_t>(sizeof(T)));
-  return minimum(ceil_div(frames, kFrames), maximum(fit / kFrames, 1)) * kFrames;
-}
+// How `positioned` is cut: `strips` strips of `vectors` vectors of positions, and frames in groups.
+struct Cut {
+  int64_t vectors, strips, group, rows;
+
+  // Frames, of one vector of positions, that a thread has room for.
+  template <class T>
+  static int64_t fit(const AttentionLstm& q) {
+    const int64_t bytes = q.channels * Vec<T>::size * static_cast<int64_t>(sizeof(T));
+    return maximum(kFrameBytes / bytes / kFrames, 1) * kFrames;
+  }
+  template <class T>
+  static Cut of(const AttentionLstm& q, int64_t frames) {
+    const int64_t group = minimum(ceil_div(frames, kFrames) * kFrames, fit<T>(q));
+    const int64_t vectors = ceil_div(q.positions, Vec<T>::size);
+    const int64_t together = q.packed ? 1 : minimum(kStrip, fit<T>(q) / group);
+    return {vectors, ceil_div(vectors, together), group, ceil_div(q.gate_rows(), kRows)};
+  }
+  int64_t first(int64_t strip) const { return strip * vectors / strips; }
+};
 
 template <class T>
 size_t positioned_workspace_bytes(const AttentionLstm& q) {
-  return (frames_per_group<T>(q, q.batch * q.steps) + kRows) * q.channels * Vec<T>::size * sizeof(T);
+  return (Cut::fit<T>(q) + kRows) * q.channels * Vec<T>::size * sizeof(T);
+}
+
+template <class T>
+const T* weight_row(const AttentionLstm& q, int64_t j, int64_t p) {
+  return static_cast<const T*>(q.weight_ih) + j * q.channels * q.positions + p;
+}
+
+// The weights of rows [j, j + kRows) at the vector of positions from p, [C, kRows, vector].
+template <class T>
+void pack_weight_panel(const AttentionLstm& q, int64_t j, int64_t p, T* panel) {
+  pack_positions<kRows>(
+      q.channels, q.positions, minimum(kRows, q.gate_rows() - j), q.positions - p,
+      [&](int r) { return weight_row<T>(q, j + r, p); }, panel);
+}
+
+// All panels, [vectors of positions, ceil(J / kRows)]: read front to back, vector after vector.
+template <class T>
+int64_t weight_panel_elements(const AttentionLstm& q) {
+  return q.channels * kRows * Vec<T>::size;
+}
+template <class T>
+int64_t packed_weight_elements(const AttentionLstm& q) {
+  return ceil_div(q.positions, Vec<T>::size) * ceil_div(q.gate_rows(), kRows) * weight_panel_elements<T>(q);
+}
+template <class T>
+void pack_weight(const AttentionLstm& q, T* packed, const Parallel& parallel) {
+  const int64_t vectors = ceil_div(q.positions, Vec<T>::size), rows = ceil_div(q.gate_rows(), kRows);
+  parallel(rows, true, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t v = 0; v < vectors; ++v)
+        pack_weight_panel(q, i * kRows, v * Vec<T>::size,
+                          packed + (v * rows + i) * weight_panel_elements<T>(q));
+  });
 }
 
 // One thread's part of `positioned`.
 template <class T>
 class Positioned {
  public:
-  Positioned(const Chunk<T>& chunk, T* out, void* workspace)
+  Positioned(const Chunk<T>& chunk, const Cut& cut, T* out, void* workspace)
       : chunk_(chunk),
         q_(chunk.q),
+        cut_(cut),
         out_(out),
-        group_(frames_per_group<T>(q_, chunk.frames())),
         weights_(static_cast<T*>(workspace)),
         frames_(weights_ + kRows * q_.channels * w) {}
 
-  // Rows [begin, end) of G for the positions of one vector.
-  void run(int64_t p, int64_t begin, int64_t end) {
-    for (int64_t first = 0; first < chunk_.frames(); first += group_) {
-      const int64_t count = minimum(group_, chunk_.frames() - first);
-      pack_frames(p, first, count);
-      for (int64_t j = begin; j < end; j += kRows) rows(p, j, minimum(kRows, end - j), first, count);
+  // Tiles' rows [begin, end) of G for one strip.
+  void run(int64_t strip, int64_t begin, int64_t end) {
+    const int64_t p = cut_.first(strip) * w, vectors = cut_.first(strip + 1) - cut_.first(strip);
+    for (int64_t first = 0; first < chunk_.frames(); first += cut_.group) {
+      const int64_t count = minimum(cut_.group, chunk_.frames() - first);
+      for (int64_t v = 0; v < vectors; ++v) pack_frames(p + v * w, first, count, v);
+      for (int64_t j = begin * kRows; j < minimum(end * kRows, q_.gate_rows()); j += kRows) {
+        Prefetch next(*this, p, vectors, j + kRows, vectors * ceil_div(count, kFrames));
+        for (int64_t v = 0; v < vectors; ++v) rows(p + v * w, j, first, count, v, next);
+      }
     }
   }
 
  private:
   static constexpr int w = Vec<T>::size;
 
-  void pack_frames(int64_t p, int64_t first, int64_t count) {
-    if (p == packed_p_ && first == packed_first_) return;
-    packed_p_ = p;
-    packed_first_ = first;
+  // The lines of the next rows' strip come while these rows are in work, some with each tile: one for a few
+  // products, as only so many can be under way.
+  struct Prefetch {
+    const char *run, *at, *end;
+    int64_t pitch, bytes, runs, share, left = 0;
+
+    Prefetch(const Positioned& work, int64_t p, int64_t vectors, int64_t j, int64_t tiles) {
+      const AttentionLstm& q = work.q_;
+      runs = maximum(minimum(kRows, q.gate_rows() - j), 0) * q.channels;
+      if (q.packed) {
+        runs = runs > 0 ? 1 : 0;
+        run = reinterpret_cast<const char*>(runs ? work.packed_panel(j, p) : q.packed);
+        pitch = 0;
+        bytes = weight_panel_elements<T>(q) * sizeof(T);
+      } else {
+        run = reinterpret_cast<const char*>(weight_row<T>(q, j, p));
+        pitch = q.positions * sizeof(T);
+        bytes = minimum(vectors * w, q.positions - p) * sizeof(T);
+      }
+      at = run;
+      end = run + bytes - 1;
+      share = ceil_div(runs * (ceil_div(bytes, kLineBytes) + 1), tiles);
+    }
+    void next_tile() { left = runs > 0 ? share : 0; }
+    FUSEDNN_INLINE void ask() {
+      if (left == 0) return;
+      --left;
+      __builtin_prefetch(at, 0, 2);
+      if (at < end) {
+        at = at + kLineBytes < end ? at + kLineBytes : end;
+        return;
+      }
+      run += pitch;
+      at = run;
+      end = run + bytes - 1;
+      if (--runs == 0) left = 0;
+    }
+  };
+
+  T* panel(int64_t v) const { return frames_ + v * cut_.group * q_.channels * w; }
+
+  void pack_frames(int64_t p, int64_t first, int64_t count, int64_t v) {
     for (int64_t i = 0; i < count; i += kFrames)
       pack_positions<kFrames>(
           q_.channels, q_.positions, count - i, q_.positions - p,
-          [&](int r) { return chunk_.frame(first + i + r) + p; }, frames_ + i * q_.channels * w);
+          [&](int r) { return chunk_.frame(first + i + r) + p; }, panel(v) + i * q_.channels * w);
   }
 
-  const T* weight_row(int64_t j, int64_t p) const {
-    return static_cast<const T*>(q_.weight_ih) + j * q_.channels * q_.positions + p;
+  const T* packed_panel(int64_t j, int64_t p) const {
+    return static_cast<const T*>(q_.packed) + (p / w * cut_.rows + j / kRows) * weight_panel_elements<T>(q_);
   }
 
-  void rows(int64_t p, int64_t j, int64_t count, int64_t first, int64_t frames) {
+  // The panel for rows j and position p; copied, unless it was packed before.
+  const T* weights(int64_t j, int64_t p) {
+    if (q_.packed) return packed_panel(j, p);
+    pack_weight_panel(q_, j, p, weights_);
+    return weights_;
+  }
+
+  void rows(int64_t p, int64_t j, int64_t first, int64_t frames, int64_t v, Prefetch& next) {
     const int64_t C = q_.channels, J = q_.gate_rows(), stride = padded<T>(q_.positions);
-    pack_positions<kRows>(
-        C, q_.positions, count, q_.positions - p, [&](int r) { return weight_row(j + r, p); }, weights_);
-    // The lines of the next rows come while these are in work, some with each tile.
-    const int64_t ahead = minimum(kRows, J - j - kRows) * C, share = ceil_div(ahead * kFrames, frames);
-    const T* next = weight_row(j + kRows, p);
-    int64_t asked = 0;
+    const int64_t count = minimum(kRows, J - j);
+    const T* panel_of_rows = weights(j, p);
     for (int64_t i = 0; i < frames; i += kFrames) {
-      for (const int64_t until = minimum(ahead, asked + share); asked < until; ++asked) {
-        __builtin_prefetch(next + asked * q_.positions);
-        __builtin_prefetch(next + asked * q_.positions + w - 1);
-      }
+      next.next_tile();
       Vec<T> acc[kRows][kFrames];
-      positioned_tile(C, weights_, frames_ + i * C * w, acc);
-#pragma GCC unroll 4
-      for (int n = 0; n < kFrames; ++n) {
-        T* to = out_ + ((first + i + n) * J + j) * stride + p;
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
-          if (i + n < frames && r < count) acc[r][n].stream(to + r * stride);
-      }
+      positioned_tile(C, panel_of_rows, panel(v) + i * C * w, acc, [&] { next.ask(); });
+      T* const to = out_ + ((first + i) * J + j) * stride + p;
+      if (count == kRows && i + kFrames <= frames)
+        store(acc, to, J * stride, stride);
+      else
+        store_some(acc, to, J * stride, stride, frames - i, count);
     }
+  }
+
+  static FUSEDNN_INLINE void store(const Vec<T> (&acc)[kRows][kFrames], T* to, int64_t frame, int64_t row) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kFrames; ++n)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r][n].stream(to + n * frame + r * row);
+  }
+  static FUSEDNN_INLINE void store_some(const Vec<T> (&acc)[kRows][kFrames], T* to, int64_t frame,
+                                        int64_t row, int64_t frames, int64_t rows) {
+#pragma GCC unroll 4
+    for (int n = 0; n < kFrames; ++n)
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        if (n < frames && r < rows) acc[r][n].stream(to + n * frame + r * row);
   }
 
   const Chunk<T>& chunk_;
   const AttentionLstm& q_;
+  const Cut cut_;
   T* out_;
-  int64_t group_;
   T *weights_, *frames_;
-  int64_t packed_p_ = -1, packed_first_ = -1;
 };
 
+// Strips differ in length: threads share vectors times tiles' rows.
 template <class T>
 void project_positioned(const Chunk<T>& chunk, T* out, char* workspaces, const Parallel& parallel) {
   const AttentionLstm& q = chunk.q;
-  const int64_t J = q.gate_rows(), w = Vec<T>::size, parts = ceil_div(J, kRowsPerItem);
-  const bool worth_it = chunk.frames() * J * q.channels * q.positions > kSerialProducts;
-  parallel(ceil_div(q.positions, w) * parts, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Positioned<T> work(chunk, out, workspaces + thread * positioned_workspace_bytes<T>(q));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item % parts * kRowsPerItem;
-      work.run(item / parts * w, first, minimum(first + kRowsPerItem, J));
+  const Cut cut = Cut::of<T>(q, chunk.frames());
+  const bool worth_it = chunk.frames() * q.gate_rows() * q.channels * q.positions > kSerialProducts;
+  parallel(cut.vectors * cut.rows, worth_it, [&](int64_t begin, int64_t end, int thread) {
+    Positioned<T> work(chunk, cut, out, workspaces + thread * positioned_workspace_bytes<T>(q));
+    for (int64_t strip = 0; strip < cut.strips; ++strip) {
+      const int64_t before = cut.first(strip) * cut.rows, vectors = cut.first(strip + 1) - cut.first(strip);
+      const auto row_at = [&](int64_t unit) {
+        return minimum(ceil_div(maximum(unit - before, 0), vectors), cut.rows);
+      };
+      if (row_at(begin) < row_at(end)) work.run(strip, row_at(begin), row_at(end));
     }
     stream_fence();
   });

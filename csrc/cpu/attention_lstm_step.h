@@ -20,34 +20,18 @@ FUSEDNN_INLINE Vec<T> load_or_zero(const T* p, int64_t i, int64_t n) {
   return p ? Vec<T>::load(p + i, n) : Vec<T>(T(0));
 }
 
-// out[r] = bias[r] + sum over k of weight[r, k] x[k] for N rows.
-template <int N, class T>
-FUSEDNN_INLINE void some_rows_times(int64_t K, const T* weight, int64_t stride, const T* x, const T* bias,
-                                    T* out) {
-  constexpr int w = Vec<T>::size;
-  Vec<T> acc[N];
-  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    const Vec<T> v = Vec<T>::load(x + k, n);
-#pragma GCC unroll 8
-    for (int r = 0; r < N; ++r) acc[r] = acc[r] + Vec<T>::load(weight + r * stride + k, n) * v;
-  };
-#pragma GCC unroll 8
-  for (int r = 0; r < N; ++r) acc[r] = Vec<T>(T(0));
-  int64_t k = 0;
-  for (; k + w <= K; k += w) step(k, w);
-  if (k < K) step(k, K - k);
-  for (int r = 0; r < N; ++r) out[r] = sum(acc[r]) + (bias ? bias[r] : T(0));
-}
-
-// out[R] = weight[R, K] x[K] + bias.
+// out[R] = weight[R, K] x[K] + bias. Row after row, as they lie in memory: rows side by side would be so many
+// streams, which no prefetcher follows, and sums of different rows overlap even so.
 template <class T>
 void rows_times(int64_t R, int64_t K, const T* weight, int64_t stride, const T* x, const T* bias, T* out) {
-  constexpr int N = 8;
-  int64_t r = 0;
-  for (; r + N <= R; r += N)
-    some_rows_times<N>(K, weight + r * stride, stride, x, bias ? bias + r : nullptr, out + r);
-  for (; r < R; ++r)
-    some_rows_times<1>(K, weight + r * stride, stride, x, bias ? bias + r : nullptr, out + r);
+  constexpr int w = Vec<T>::size;
+  for (int64_t r = 0; r < R; ++r, weight += stride) {
+    Vec<T> acc(T(0));
+    int64_t k = 0;
+    for (; k + w <= K; k += w) acc = acc + Vec<T>::load(weight + k) * Vec<T>::load(x + k);
+    if (k < K) acc = acc + Vec<T>::load(weight + k, K - k) * Vec<T>::load(x + k, K - k);
+    out[r] = sum(acc) + (bias ? bias[r] : T(0));
+  }
 }
 
 // out[V vectors] (+)= sum over r of d[r] weight[r, .]; n elements in the last vector.

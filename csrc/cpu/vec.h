@@ -232,6 +232,17 @@ FUSEDNN_INLINE void Vec<T>::stream(T* p) const {
 #endif
 }
 
+// x, loaded once: without this the compiler may load it anew for each product that it takes part in.
+template <class T>
+FUSEDNN_INLINE Vec<T> in_register(Vec<T> x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x.v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x.v));
+#endif
+  return x;
+}
+
 // Makes what this thread has streamed visible to those that wait for it.
 FUSEDNN_INLINE void stream_fence() {
 #if defined(__x86_64__)
