@@ -216,6 +216,24 @@ def _backward_of_sum(outputs: list[Tensor]) -> None:
     loss.backward()
 
 
+def backward_of_random(case: Case) -> Callable[[list[Tensor]], None]:
+    """Return what takes outputs backwards from seeded random numbers, laid out as the outputs lie.
+
+    The gradient of a sum is one number, read everywhere: what a next layer gives is as large as the outputs.
+    """
+    grads: list[Tensor] = []
+
+    def backward(outputs: list[Tensor]) -> None:
+        if not grads:
+            generator = seeded_generator(f"gradient {case.name}")
+            for out in outputs:
+                grad = torch.randn(out.shape, generator=generator, dtype=case.torch_dtype)
+                grads.append(torch.empty_like(out).copy_(grad))
+        torch.autograd.backward(outputs, grads)
+
+    return backward
+
+
 def gradient(name: str, leaf: Tensor) -> Tensor:
     """Return the leaf's gradient.
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks.kinks import clear_of_kinks
 from benchmarks.registry import COMPILE, EAGER, FUSEDNN, REFERENCE, Case, Mode, Peer
-from benchmarks.workload import ModuleWorkload, seeded_generator
+from benchmarks.workload import ModuleWorkload, backward_of_random, seeded_generator
 
 # N, C, O, H = W, k, stride, dilation
 SHAPES = [
@@ -112,18 +112,8 @@ class ConvWorkload(ModuleWorkload):
     peers = (EAGER, COMPILE, REFERENCE, FUSEDNN)
 
     def make_backward(self) -> Callable[[list[Tensor]], None]:
-        """Return a backward from seeded random numbers, which its first call lays out as the output lies."""
-        grads: list[Tensor] = []
-
-        def backward(outputs: list[Tensor]) -> None:
-            (out,) = outputs
-            if not grads:
-                generator = seeded_generator(f"gradient {self.case.name}")
-                grad = torch.randn(out.shape, generator=generator, dtype=self.case.torch_dtype)
-                grads.append(torch.empty_like(out).copy_(grad))
-            out.backward(grads[0])
-
-        return backward
+        """Return a backward from seeded random numbers."""
+        return backward_of_random(self.case)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

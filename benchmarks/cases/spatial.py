@@ -20,7 +20,8 @@ bytes, each tensor that a pass reads or writes counted once, e bytes an element:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.registry import COMPILE, EAGER, FUSEDNN, REFERENCE, Case, Mode
-from benchmarks.workload import ModuleWorkload, seeded_generator
+from benchmarks.workload import ModuleWorkload, backward_of_random, seeded_generator
 
 HIDDEN = 128
 # N, C, H, W: those of the survey of peers
@@ -51,6 +52,10 @@ class SpatialWorkload(ModuleWorkload):
     """Peers that share a module of torch's layers."""
 
     peers = (EAGER, COMPILE, REFERENCE, FUSEDNN)
+
+    def make_backward(self) -> Callable[[list[Tensor]], None]:
+        """Return a backward from seeded random numbers."""
+        return backward_of_random(self.case)
 
 
 class TorchAttention(nn.Module):
@@ -98,7 +103,8 @@ class TorchDrivingNet(nn.Module):
         channels = 3
         for out, kernel, stride, _, _ in CONVOLUTIONS:
             conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
-            layers.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
+            named = {"conv": conv, "norm": nn.BatchNorm2d(out), "activation": nn.ReLU()}
+            layers.append(nn.Sequential(OrderedDict(named)))
             channels = out
         self.encoder = nn.Sequential(*layers)
         self.attention_lstm = TorchAttentionLSTM(channels, 20, 10)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn.models import DrivingNet
+from fusednn.models.layers import ConvNormReLU
 
 from .cases import torch_recur
 
@@ -22,15 +23,16 @@ class TorchDrivingNet(nn.Module):
         super().__init__()
         copied = copy.deepcopy(net)
         self.encoder, self.recurrence, self.control = copied.encoder, copied.attention_lstm, copied.control
-        if isinstance(self.encoder[0], fusednn.DepthwiseSeparableConv2d):
-            self.encoder = nn.Sequential(
-                *(nn.Sequential(*(c for c in block.children() if c is not None)) for block in self.encoder)
-            )
+        self.encoder = nn.Sequential(
+            *(nn.Sequential(*(c for c in block.children() if c is not None)) for block in self.encoder)
+        )
 
     def forward(self, frames: Tensor) -> Tensor:
         """Return the control [B, T, 1] from a state of zeros."""
         b, t = frames.shape[:2]
-        features = self.encoder(frames.flatten(0, 1)).unflatten(0, (b, t))
+        # In the format that DrivingNet takes: torch's convolutions round otherwise in the other one.
+        images = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        features = self.encoder(images).unflatten(0, (b, t))
         zeros = frames.new_zeros(b, self.recurrence.hidden_size)
         state, controls = (zeros, zeros), []
         for f in features.unbind(1):
@@ -129,3 +131,72 @@ def test_errors_and_copies():
     with torch.no_grad():
         copied = pickle.loads(pickle.dumps(net))
         torch.testing.assert_close(copied(frames)[0], net(frames)[0])
+
+
+def one_by_one(layer, x):
+    """A layer of the encoder by torch's functions."""
+    norm = layer.norm
+    y = nn.functional.conv2d(x, layer.conv.weight, None, layer.conv.stride, layer.conv.padding)
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return nn.functional.batch_norm(y, *statistics, eps=norm.eps).relu()
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    layer = ConvNormReLU(3, 5, 3, 2, dtype=torch.float64)
+    layer(torch.randn(4, 3, 9, 8, dtype=torch.float64))  # statistics that are not the initial ones
+    return layer.eval()
+
+
+def forms(layer, x):
+    return [e.backend for e in fusednn.explain(layer, x)]
+
+
+def test_folded_for_inference(layer):
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), one_by_one(layer, x))
+        assert forms(layer, x) == ["folded"]
+        nan = x.clone()
+        nan[0, 0, 0, 0] = float("nan")
+        torch.testing.assert_close(layer(nan), one_by_one(layer, nan), equal_nan=True)
+    assert forms(layer, x) == ["torch"]  # a gradient is wanted
+    layer(x).sum().backward()
+    assert layer.norm.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("change", ["step", "statistics", "data", "load", "train"])
+def test_folds_are_never_stale(layer, change):
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(x)
+        if change == "step":
+            layer.conv.weight.add_(0.1)
+        elif change == "statistics":
+            layer.norm.running_var.mul_(2)
+        elif change == "data":
+            layer.conv.weight.data.mul_(2)
+        elif change == "load":
+            layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()})
+        else:
+            layer.train()(5 * x)
+            layer.eval()
+        assert not layer(x).equal(before)
+        torch.testing.assert_close(layer(x), one_by_one(layer, x))
+
+
+def test_children_are_called_where_they_must_be(layer):
+    x, seen = torch.randn(2, 3, 9, 8, dtype=torch.float64), []
+    with torch.no_grad():
+        expected = layer(x)
+        handle = layer.norm.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(layer(x), expected)
+        assert seen == [1]
+        assert forms(layer, x) == ["torch"]
+        handle.remove()
+        assert forms(layer, x) == ["folded"]
+        layer.activation = nn.SiLU()
+        torch.testing.assert_close(layer(x), nn.functional.silu(layer.norm(layer.conv(x))))
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        layer(torch.randn(1, 4, 9, 8, dtype=torch.float64))

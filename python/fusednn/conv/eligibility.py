@@ -73,14 +73,19 @@ def check_children(children: Mapping[str, nn.Module | None], residual: bool) -> 
 
 def against_children(children: Mapping[str, nn.Module | None]) -> list[str]:
     """Why these children can't be fused; empty if they can."""
+    reasons = against_hooks(children)
+    for name, child in children.items():
+        if child is not None and not _against_calls(child):
+            reasons += [f"{name} {reason}" for reason in _KINDS[name](child)]
+    return reasons
+
+
+def against_hooks(children: Mapping[str, nn.Module | None]) -> list[str]:
+    """Why these children must be called: what is attached to them, or to every module."""
     if torch_module._has_any_global_hook():
         return ["a global module hook is registered, which must see every child"]
-    reasons = []
-    for name, child in children.items():
-        if child is None:
-            continue
-        reasons += [f"{name} {reason}" for reason in _against_calls(child) or _KINDS[name](child)]
-    return reasons
+    present = [(name, child) for name, child in children.items() if child is not None]
+    return [f"{name} {reason}" for name, child in present for reason in _against_calls(child)]
 
 
 def _against_calls(child: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..conv.block import DepthwiseSeparableConv2d
 from ..spatial import checks
 from ..spatial.recurrent_modules import AttentionLSTM
+from .layers import ConvNormReLU
 
 State = tuple[Tensor, Tensor]
 
@@ -83,7 +84,10 @@ class DrivingNet(nn.Module):
                 f"DrivingNet: frames has size {list(frames.shape)}, "
                 f"expected frames of {[3, *self.image_size]}"
             )
-        features = self.encoder(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # [B, T, C, H, W]
+        images = frames.flatten(0, 1)
+        if images.device.type == "cpu" and images.dtype != torch.float64:
+            images = images.contiguous(memory_format=torch.channels_last)  # the faster one there
+        features = self.encoder(images).unflatten(0, frames.shape[:2])  # [B, T, C, H, W]
         hidden, maps, last = self.attention_lstm(features, state)
         first = hidden.new_zeros(hidden[:, 0].shape) if state is None else state[0]
         before = torch.cat((first.unsqueeze(1), hidden[:, :-1]), dim=1)  # h_{t-1}
@@ -93,11 +97,7 @@ class DrivingNet(nn.Module):
 
 
 def _plain(channels: int, out: int, kernel: int, stride: int, factory: dict[str, Any]) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False, **factory),
-        nn.BatchNorm2d(out, **factory),
-        nn.ReLU(),
-    )
+    return ConvNormReLU(channels, out, kernel, stride, **factory)
 
 
 def _separable(channels: int, out: int, kernel: int, stride: int, factory: dict[str, Any]) -> nn.Module:

@@ -1,8 +1,8 @@
 """The layer's way past the dispatcher on CPU tensors: docs/design/006-eager-shortcut.md.
 
-A plain call with positional scores (CPU tensors of one dtype, a state, no mask, nobody listening) goes straight to
-the extension, which has the state's projection and the autograd node. Anything else, and anything wrong, is left
-to the general way: the shortcut never refuses.
+A plain call with positional scores (CPU tensors of one dtype, a state, no mask, nobody listening) goes
+straight to the extension, which has the state's projection and the autograd node. Anything else, and anything
+wrong, is left to the general way: the shortcut never refuses.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def layer_gradients(
     """Differentiable gradients of a plain call; the extension's autograd node calls it.
 
     Args:
-        tensors: features [N, C, H, W], state [N, S], score weight [G, C, 1, 1], projection's weight [G P, S] and
-            bias [G P].
+        tensors: features [N, C, H, W], state [N, S], score weight [G, C, 1, 1], projection's weight
+            [G P, S] and bias [G P].
         grads: of the attended features and of the map.
         needs: which gradients to return; the others are None.
         temperature: of the softmax.
