@@ -15,6 +15,7 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
+constexpr int kTogether = 2;  // sequences of a thread
 constexpr int kDotRows = 4, kDotSamples = FUSEDNN_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kDotBytes = 4096;  // of a row of weight_ih at a time
 
@@ -85,12 +86,22 @@ class ForwardPass {
 
   void each_alone(const Chunk<T>& chunk) {
     parallel_(q_.batch, worth_it(chunk.count * products_per_step()), [&](int64_t begin, int64_t end, int) {
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t t = chunk.first; t < chunk.first + chunk.count; ++t) {
-          attend(b, t, chunk);
-          update(b, t);
-        }
+      int64_t b = begin;
+      for (; b + kTogether <= end; b += kTogether) some_alone<kTogether>(b, chunk);
+      for (; b < end; ++b) some_alone<1>(b, chunk);
     });
+  }
+
+  // All steps of M sequences, which share reads of the state's weights.
+  template <int M>
+  void some_alone(int64_t b, const Chunk<T>& chunk) {
+    for (int64_t t = chunk.first; t < chunk.first + chunk.count; ++t) {
+      multiply_states<M>(b);
+      for (int m = 0; m < M; ++m) {
+        attend(b + m, t, chunk);
+        update(b + m, t);
+      }
+    }
   }
 
   void together(const Chunk<T>& chunk) {
@@ -99,14 +110,34 @@ class ForwardPass {
       parallel_(q_.batch, worth_it(products_per_step()), [&](int64_t begin, int64_t end, int) {
         for (int64_t b = begin; b < end; ++b) {
           if (t > chunk.first) update(b, t - 1);
-          if (t < last) attend(b, t, chunk);
+          if (t < last) {
+            multiply_states<1>(b);
+            attend(b, t, chunk);
+          }
         }
       });
       if (t < last) multiply_inputs();
     }
   }
 
-  // Map and both products of sample b at step t (where samples share reads of weight_ih, the second only).
+  // The products of the states of samples [b, b + M): the scores' term and that of the gates.
+  template <int M>
+  void multiply_states(int64_t b) {
+    const int64_t H = q_.hidden_size;
+    const T* h[M];
+    T *terms[M], *r[M];
+    for (int m = 0; m < M; ++m) {
+      const StepSpace<T> s = space(b + m);
+      h[m] = typed<T>(p_.h, (b + m) * H);
+      terms[m] = s.term;
+      r[m] = s.r;
+    }
+    rows_times<M, T>(q_.terms(), H, typed<T>(q_.hidden_weight), H, h, typed<T>(q_.hidden_bias), terms);
+    rows_times<M, T>(q_.gate_rows(), H, typed<T>(q_.weight_hh), H, h, typed<T>(p_.bias_hh), r);
+  }
+
+  // The map of sample b at step t, and its input's product (where samples share reads of weight_ih: its
+  // input).
   void attend(int64_t b, int64_t t, const Chunk<T>& chunk) {
     T* map = typed<T>(p_.maps, (b * q_.steps + t) * q_.positions);
     if (ended(q_, b, t)) {
@@ -114,14 +145,11 @@ class ForwardPass {
       return;
     }
     const StepSpace<T> s = space(b);
-    const int64_t H = q_.hidden_size, J = q_.gate_rows(), P = q_.positions, stride = padded<T>(P);
+    const int64_t J = q_.gate_rows(), P = q_.positions, stride = padded<T>(P);
     const int64_t frame = b * chunk.count + t - chunk.first;
-    const T* h = typed<T>(p_.h, b * H);
-    rows_times(q_.terms(), H, typed<T>(q_.hidden_weight), H, h, typed<T>(q_.hidden_bias), s.term);
     scores(q_, projections_.products + frame * q_.energies * stride, s.term, s.map);
     softmax(P, static_cast<T>(q_.temperature), s.map);
     copy(P, s.map, map);
-    rows_times(J, H, typed<T>(q_.weight_hh), H, h, typed<T>(p_.bias_hh), s.r);
     const T* bias = typed<T>(p_.bias_ih);
     if (q_.hoisted) {
       rows_times(J, stride, projections_.gates + frame * J * stride, stride, s.map, bias, s.x);

@@ -77,18 +77,14 @@ void project_frame(const AttentionLstm& q, int64_t R, const T* weight, const T* 
   }
 }
 
-// out[frame, R, padded P] for the chunk's frames.
+// out[frame, R, padded P] for frames [begin, end) of the chunk, by one thread.
 template <class T>
-void project_shared(const Chunk<T>& chunk, int64_t R, const void* weight, T* out, char* workspaces,
-                    const Parallel& parallel) {
-  const AttentionLstm& q = chunk.q;
-  const bool worth_it = chunk.frames() * R * q.channels * q.positions > kSerialProducts;
-  parallel(chunk.frames(), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    T* panel = reinterpret_cast<T*>(workspaces + thread * shared_workspace_bytes<T>(q));
-    for (int64_t i = begin; i < end; ++i)
-      project_frame(q, R, static_cast<const T*>(weight), chunk.frame(i), panel,
-                    out + i * R * padded<T>(q.positions));
-  });
+void project_shared(const Chunk<T>& chunk, int64_t R, const void* weight, T* out, void* workspace,
+                    int64_t begin, int64_t end) {
+  const int64_t size = R * padded<T>(chunk.q.positions);
+  for (int64_t i = begin; i < end; ++i)
+    project_frame(chunk.q, R, static_cast<const T*>(weight), chunk.frame(i), static_cast<T*>(workspace),
+                  out + i * size);
 }
 
 // acc[r][n] = sum over c of weights[c][r] frames[c][n], lane by lane: a lane is a position. `ask()` asks for
@@ -311,23 +307,19 @@ class Positioned {
   T *weights_, *frames_;
 };
 
-// Strips differ in length: threads share vectors times tiles' rows.
+// A thread's part, units [begin, end), of G. Strips differ in length: units are vectors times tiles' rows.
 template <class T>
-void project_positioned(const Chunk<T>& chunk, T* out, char* workspaces, const Parallel& parallel) {
-  const AttentionLstm& q = chunk.q;
-  const Cut cut = Cut::of<T>(q, chunk.frames());
-  const bool worth_it = chunk.frames() * q.gate_rows() * q.channels * q.positions > kSerialProducts;
-  parallel(cut.vectors * cut.rows, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Positioned<T> work(chunk, cut, out, workspaces + thread * positioned_workspace_bytes<T>(q));
-    for (int64_t strip = 0; strip < cut.strips; ++strip) {
-      const int64_t before = cut.first(strip) * cut.rows, vectors = cut.first(strip + 1) - cut.first(strip);
-      const auto row_at = [&](int64_t unit) {
-        return minimum(ceil_div(maximum(unit - before, 0), vectors), cut.rows);
-      };
-      if (row_at(begin) < row_at(end)) work.run(strip, row_at(begin), row_at(end));
-    }
-    stream_fence();
-  });
+void project_positioned(const Chunk<T>& chunk, const Cut& cut, T* out, void* workspace, int64_t begin,
+                        int64_t end) {
+  Positioned<T> work(chunk, cut, out, workspace);
+  for (int64_t strip = 0; strip < cut.strips; ++strip) {
+    const int64_t before = cut.first(strip) * cut.rows, vectors = cut.first(strip + 1) - cut.first(strip);
+    const auto row_at = [&](int64_t unit) {
+      return minimum(ceil_div(maximum(unit - before, 0), vectors), cut.rows);
+    };
+    if (row_at(begin) < row_at(end)) work.run(strip, row_at(begin), row_at(end));
+  }
+  stream_fence();
 }
 
 // Products of the scores [frame, K, padded P] and, if hoisted, G [frame, J, padded P] of a chunk.
@@ -354,14 +346,24 @@ struct Projections {
       : products(static_cast<T*>(memory)),
         gates(products + steps_per_chunk(q) * q.batch * q.energies * padded<T>(q.positions)) {}
 
+  // One parallel region for both products, which don't need each other.
   void make(const Chunk<T>& chunk, char* workspaces, const Parallel& parallel) const {
     const AttentionLstm& q = chunk.q;
-    project_shared(chunk, q.energies, q.score_weight, products, workspaces, parallel);
-    if (!q.hoisted) return;
-    if (q.flatten)
-      project_positioned(chunk, gates, workspaces, parallel);
-    else
-      project_shared(chunk, q.gate_rows(), q.weight_ih, gates, workspaces, parallel);
+    const int64_t frames = chunk.frames();
+    const bool positioned = q.hoisted && q.flatten;
+    const Cut cut = Cut::of<T>(q, frames);
+    const int64_t units = positioned ? cut.vectors * cut.rows : frames;
+    const int64_t rows = q.energies + (q.hoisted ? q.gate_rows() : 0);
+    const bool worth_it = frames * rows * q.channels * q.positions > kSerialProducts;
+    parallel(units, worth_it, [&](int64_t begin, int64_t end, int thread) {
+      void* const workspace = workspaces + thread * thread_bytes(q);
+      const int64_t first = begin * frames / units, last = end * frames / units;
+      project_shared(chunk, q.energies, q.score_weight, products, workspace, first, last);
+      if (positioned)
+        project_positioned(chunk, cut, gates, workspace, begin, end);
+      else if (q.hoisted)
+        project_shared(chunk, q.gate_rows(), q.weight_ih, gates, workspace, first, last);
+    });
   }
 };
 

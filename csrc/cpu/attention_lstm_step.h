@@ -20,18 +20,32 @@ FUSEDNN_INLINE Vec<T> load_or_zero(const T* p, int64_t i, int64_t n) {
   return p ? Vec<T>::load(p + i, n) : Vec<T>(T(0));
 }
 
-// out[R] = weight[R, K] x[K] + bias. Row after row, as they lie in memory: rows side by side would be so many
-// streams, which no prefetcher follows, and sums of different rows overlap even so.
-template <class T>
-void rows_times(int64_t R, int64_t K, const T* weight, int64_t stride, const T* x, const T* bias, T* out) {
+// out[m][R] = weight[R, K] x[m][K] + bias for M vectors x. Row after row, as they lie in memory: rows side by
+// side would be so many streams, which no prefetcher follows, and sums of different rows overlap even so.
+template <int M, class T>
+void rows_times(int64_t R, int64_t K, const T* weight, int64_t stride, const T* const (&x)[M], const T* bias,
+                T* const (&out)[M]) {
   constexpr int w = Vec<T>::size;
   for (int64_t r = 0; r < R; ++r, weight += stride) {
-    Vec<T> acc(T(0));
+    Vec<T> acc[M];
+    const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+      const Vec<T> row = Vec<T>::load(weight + k, n);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) acc[m] = acc[m] + row * Vec<T>::load(x[m] + k, n);
+    };
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) acc[m] = Vec<T>(T(0));
     int64_t k = 0;
-    for (; k + w <= K; k += w) acc = acc + Vec<T>::load(weight + k) * Vec<T>::load(x + k);
-    if (k < K) acc = acc + Vec<T>::load(weight + k, K - k) * Vec<T>::load(x + k, K - k);
-    out[r] = sum(acc) + (bias ? bias[r] : T(0));
+    for (; k + w <= K; k += w) step(k, w);
+    if (k < K) step(k, K - k);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) out[m][r] = sum(acc[m]) + (bias ? bias[r] : T(0));
   }
+}
+
+template <class T>
+void rows_times(int64_t R, int64_t K, const T* weight, int64_t stride, const T* x, const T* bias, T* out) {
+  rows_times<1, T>(R, K, weight, stride, {x}, bias, {out});
 }
 
 // out[V vectors] (+)= sum over r of d[r] weight[r, .]; n elements in the last vector.

@@ -30,9 +30,7 @@ class TorchDrivingNet(nn.Module):
     def forward(self, frames: Tensor) -> Tensor:
         """Return the control [B, T, 1] from a state of zeros."""
         b, t = frames.shape[:2]
-        # In the format that DrivingNet takes: torch's convolutions round otherwise in the other one.
-        images = frames.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        features = self.encoder(images).unflatten(0, (b, t))
+        features = self.encoder(frames.flatten(0, 1)).unflatten(0, (b, t))
         zeros = frames.new_zeros(b, self.recurrence.hidden_size)
         state, controls = (zeros, zeros), []
         for f in features.unbind(1):
