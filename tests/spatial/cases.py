@@ -19,6 +19,11 @@ OUTPUTS = ("scale", "flatten", "sum", "coordinates")
 SCORES = ("positional", "additive")
 
 
+def interpreted(place: Any) -> bool:
+    """Whether a call takes a tenth of a second, so that a test of many has to choose."""
+    return place.name == "triton-interpreted"
+
+
 @dataclass(frozen=True)
 class Work:
     """An attention's tensors, options, and the gradients of its results."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,47 @@ RECURRENCE = ("attention_lstm_forward", "attention_lstm_backward")
 
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE), "cuda": (), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE),
+    "cuda": (),
+    "triton": (*SOFTMAX, *ATTENTION),
+}
+
+# Parameters of which a test in Triton takes all combinations; the others take turns, as a call takes a tenth
+# of a second in the interpreter, and seconds to compile on a device.
+IN_FULL = ("score", "output", "name")
+STEP = 5  # prime to the number of combinations, so that neighbours differ in every parameter
+
+
+def _variant(item: pytest.Item) -> tuple[str, str] | None:
+    """Values of the parameters in full and of the others, of a test in Triton."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    places = [p[0] for p in params.values() if isinstance(p, tuple) and p and isinstance(p[0], suite.Place)]
+    if item.path.parent != Path(__file__).parent or not any(place.backend == "triton" for place in places):
+        return None
+    full = {name: p for name, p in params.items() if name in IN_FULL}
+    others = {name: p for name, p in params.items() if name not in IN_FULL}
+    return repr(full), repr(others)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In Triton a test of every score and output takes one combination of its other parameters for each."""
+    found = {item: variant for item in items if (variant := _variant(item)) is not None}
+    cases: dict[str, dict[str, int]] = {}
+    variants: dict[str, dict[str, int]] = {}
+    for item, (case, variant) in found.items():
+        for numbers, name in ((cases, case), (variants, variant)):
+            of_test = numbers.setdefault(item.originalname, {})
+            of_test.setdefault(name, len(of_test))
+    left = set()
+    for item, (case, variant) in found.items():
+        its_cases, its_variants = cases[item.originalname], variants[item.originalname]
+        turn = its_cases[case] * STEP % len(its_variants)
+        if len(its_cases) > 1 and its_variants[variant] != turn:
+            left.add(item)
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 def _found(place: suite.Place, name: str) -> bool:
@@ -25,7 +66,8 @@ def _found(place: suite.Place, name: str) -> bool:
         return hasattr(suite.emulated_module(), name)
     if place.backend == "cuda":
         return any(hasattr(module, name) for module in _native.cuda_modules.values())
-    return (suite.TEST_MODULES.parents[1] / "triton_kernels" / "spatial.py").exists()
+    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "spatial.py"
+    return kernels.exists() and f"def {name}(" in kernels.read_text()
 
 
 def _params(names: tuple[str, ...]) -> list:

@@ -7,9 +7,10 @@ from torch.autograd import gradcheck, gradgradcheck
 import fusednn
 from fusednn.functional import attention_lstm, spatial_attention, spatial_softmax
 
-from .cases import OUTPUTS, SCORES
+from .cases import OUTPUTS, SCORES, interpreted
 from .op_cases import op_cases
 
+# Where calls take long, gradcheck's fast mode: along random directions.
 CHECKED = ("spatial_softmax", "spatial_attention", "attention_lstm")  # what the tests here differentiate
 
 
@@ -35,14 +36,14 @@ MASK = torch.tensor([[[[1, 0, 1], [1, 1, 0]]], [[[0, 0, 0], [0, 0, 0]]]], dtype=
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
 def test_gradcheck(place, score, output, mask):
-    assert gradcheck(attention(output, mask), leaves_of(score))
+    assert gradcheck(attention(output, mask), leaves_of(score), fast_mode=interpreted(place))
 
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
 def test_gradgradcheck(place, score, output, mask):
-    assert gradgradcheck(attention(output, mask), leaves_of(score))
+    assert gradgradcheck(attention(output, mask), leaves_of(score), fast_mode=interpreted(place))
 
 
 @pytest.mark.parametrize("coordinates", [False, True])
@@ -53,8 +54,8 @@ def test_of_the_softmax(softmax_place, coordinates):
         return spatial_softmax(x, mask=mask, temperature=t, return_coordinates=coordinates)
 
     inputs = leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_()
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
+    assert gradcheck(function, inputs, fast_mode=interpreted(softmax_place))
+    assert gradgradcheck(function, inputs, fast_mode=interpreted(softmax_place))
 
 
 def sequence(case: str):

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusednn.functional import spatial_softmax
 from fusednn.testing import assert_close_to_oracle
 
-from .cases import DTYPES, torch_coordinates, torch_softmax
+from .cases import DTYPES, interpreted, torch_coordinates, torch_softmax
 
 SHAPES = [(2, 3, 4, 5), (0, 2, 3, 3), (1, 1, 1, 1), (2, 4, 1, 7), (3, 2, 6, 1), (1, 2, 33, 31)]
 
@@ -86,10 +86,11 @@ def test_coordinates_are_those_of_linspace(softmax_place, size):
     """One-hot maps give the coordinates themselves: (2 i - (n - 1)) / (n - 1), rounded once."""
     logits = torch.full((size, 1, 2, size), -torch.inf, device=softmax_place.device)
     logits[:, 0, 1].fill_diagonal_(0)
-    _, xy = spatial_softmax(logits, return_coordinates=True)
+    some = slice(None, None, 37) if interpreted(softmax_place) and size > 64 else slice(None)  # with the last
+    _, xy = spatial_softmax(logits[some], return_coordinates=True)
     i = torch.arange(size, dtype=torch.float64)
     exact = ((2 * i - (size - 1)) / (size - 1)).float().to(softmax_place.device)
-    assert xy[:, 0, 0].equal(exact)
+    assert xy[:, 0, 0].equal(exact[some])
     assert xy[:, 0, 1].eq(1).all()
     assert xy[0, 0, 0] == -1
     assert xy[-1, 0, 0] == 1
