@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kMostPartials = int64_t{1} << 24;  // numbers in all blocks' weight gradients
 constexpr int kEnergyRows = 2;                       // at a time, of registers
 constexpr int kLeastBlocks = 256, kMostBlocks = 4096;
+constexpr int kResident = 1;  // blocks of a multiprocessor: left to choose, ptxas takes 2, and spills
 
 __device__ float logarithm(float x) { return ::logf(x); }
 __device__ double logarithm(double x) { return ::log(x); }
@@ -229,14 +230,14 @@ __device__ void feature_gradient(const AttentionBackward& p, const Part<T>& part
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     attention_map_gradient_kernel(AttentionBackward p, int channel_lanes) {
   const int splits = p.call.splits;
   map_gradient(p, Part<T>(p.call, blockIdx.x / splits, static_cast<int>(blockIdx.x % splits), channel_lanes));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     attention_backward_kernel(AttentionBackward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;

@@ -15,7 +15,11 @@ RECURRENCE = ("attention_lstm_forward", "attention_lstm_backward")
 
 # Kernels that this tree has: where one of these is missing, its tests fail or say so. The tests of a kernel
 # that is found but not listed run too.
-KERNELS: dict[str, tuple[str, ...]] = {"cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE), "cuda": (), "triton": ()}
+KERNELS: dict[str, tuple[str, ...]] = {
+    "cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE),
+    "cuda": (*SOFTMAX, *ATTENTION),
+    "triton": (),
+}
 
 
 def _found(place: suite.Place, name: str) -> bool:
