@@ -207,7 +207,7 @@ __device__ void feature_gradient(const AttentionBackward& p, const Part<T>& part
         }
       }
       for (int g = 0; g < shape.maps && (scaled || summed); ++g) {
-        A x[V][V];
+        A x[V][V] = {};
         if (scaled) {
           part.load_tile(part.attended(grad, g), c, first, x);
         } else {

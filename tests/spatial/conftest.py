@@ -17,7 +17,7 @@ RECURRENCE = ("attention_lstm_forward", "attention_lstm_backward")
 # that is found but not listed run too.
 KERNELS: dict[str, tuple[str, ...]] = {
     "cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE),
-    "cuda": (*SOFTMAX, *ATTENTION),
+    "cuda": (*SOFTMAX, *ATTENTION, *RECURRENCE),
     "triton": (),
 }
 
