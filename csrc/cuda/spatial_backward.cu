@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kMostPartials = int64_t{1} << 24;  // numbers in all blocks' weight gradients
 constexpr int kEnergyRows = 2;                       // at a time, of registers
 constexpr int kLeastBlocks = 256, kMostBlocks = 4096;
-constexpr int kResident = 1;  // blocks of a multiprocessor: left to choose, ptxas takes 2, and spills
 
 __device__ float logarithm(float x) { return ::logf(x); }
 __device__ double logarithm(double x) { return ::log(x); }

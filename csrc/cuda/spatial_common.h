@@ -19,6 +19,8 @@ namespace fusednn::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 4;  // that pass over the features at a time, at most
+// Blocks of a multiprocessor that ptxas is to aim at: left to choose, it aims at more, and spills.
+constexpr int kResident = 1;
 template <class T>
 constexpr int kPack = sizeof(T) == 8 ? 2 : 4;
 

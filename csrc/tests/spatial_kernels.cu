@@ -206,4 +206,5 @@ TEST(recurrence_with_attention) {
     }
   }
   check_recurrence<float>(CellInput::sum, true, false, true, 2, 600);
+  check_recurrence<float>(CellInput::projected, false, false, false, 3, 2100);  // columns beyond the threads'
 }
