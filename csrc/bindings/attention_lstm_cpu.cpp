@@ -4,10 +4,10 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <array>
 #include <cmath>
 #include <limits>
 
+#include "bindings/attention_lstm_gradients.h"
 #include "bindings/bindings.h"
 #include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
@@ -21,9 +21,6 @@ namespace {
 using at::Tensor;
 using cpu::AttentionLstm;
 using cpu::Cell;
-
-constexpr int kGradients = 12;
-using Gradients = std::array<Tensor, kGradients>;
 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* data(Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
@@ -208,43 +205,6 @@ StepGradients walk_back(const Operands& o, const Saved& saved, const OptionalTen
   return d;
 }
 
-// Frames [B T, C, P] with ended ones zeroed: their gradients are 0, and 0 times what they hold may not be.
-Tensor counted_frames(const Operands& o) {
-  const AttentionLstm& q = o.q;
-  const Tensor frames = o.features.view({q.batch * q.steps, q.channels, q.positions});
-  if (!o.lengths) return frames;
-  const Tensor ended = at::arange(q.steps, o.lengths->options()).ge(o.lengths->unsqueeze(1));
-  return frames.masked_fill(ended.reshape({-1, 1, 1}), 0);
-}
-
-// d [M, R] times the weight's other operand [M, N], summed over M: [R, N].
-Tensor over_rows(const Tensor& d, const Tensor& operand) {
-  return at::mm(d.flatten(0, -2).t(), operand.flatten(0, -2));
-}
-
-Tensor frame_gradient(const Operands& o, const StepGradients& d, const Tensor& map, const Tensor& features) {
-  const AttentionLstm& q = o.q;
-  const int64_t frames = q.batch * q.steps, C = q.channels, P = q.positions;
-  Tensor attended =
-      d.attended.defined() ? d.attended.view({frames, -1}) : at::mm(d.x.flatten(0, 1), o.weight_ih);
-  attended = attended.view({frames, C, q.flatten ? P : 1});
-  Tensor grad = q.flatten ? attended.mul_(map) : attended.mul(map);  // [B T, C, P]
-  grad.baddbmm_(o.score_weight.t().expand({frames, C, q.energies}), d.products.view({frames, q.energies, P}));
-  const auto format = features.select(1, 0).suggest_memory_format();
-  return o.stored(grad)
-      .view({frames, C, features.size(3), features.size(4)})
-      .contiguous(format)
-      .view(features.sizes());
-}
-
-// -sum(d z log map) / T, with the map's largest as the unit of the logarithm (formulas.temperature_gradient).
-Tensor temperature_gradient(const Operands& o, const StepGradients& d, const Tensor& map,
-                            const Tensor& learned) {
-  const Tensor largest = map.amax(-1, true);
-  const Tensor unit = map / largest.masked_fill(largest.eq(0), 1);
-  return (at::xlogy(d.scaled.view(map.sizes()), unit).sum().neg() / o.q.temperature).reshape(learned.sizes());
-}
-
 std::vector<Tensor> attention_lstm_backward(
     const OptionalTensor& grad_hidden_, const OptionalTensor& grad_maps_, const OptionalTensor& grad_h,
     const OptionalTensor& grad_c, const Tensor& features, const Tensor& h0, const OptionalTensor& c0,
@@ -252,11 +212,11 @@ std::vector<Tensor> attention_lstm_backward(
     const OptionalTensor& v, const OptionalTensor& learned, double temperature, const Tensor& weight_ih,
     const Tensor& weight_hh, const OptionalTensor& lengths, const std::string& output,
     const std::string& cell, const std::string& form, const Tensor& hidden, const Tensor& maps,
-    const Tensor& gates, const Tensor& cells, const std::array<bool, kGradients>& wanted) {
+    const Tensor& gates, const Tensor& cells, const AttentionLstmWanted& wanted) {
   const Operands o(features, c0, score_weight, hidden_weight, hidden_bias, v, learned, temperature, weight_ih,
                    weight_hh, lengths, output, cell, form);
   const AttentionLstm& q = o.q;
-  const int64_t B = q.batch, T = q.steps, H = q.hidden_size, frames = B * T;
+  const int64_t B = q.batch, T = q.steps, H = q.hidden_size;
   const auto type = features.scalar_type();
   const std::array<int64_t, 5> map_sizes{B, T, 1, features.size(3), features.size(4)};
   check(h0, "h0", {B, H}, type);
@@ -266,37 +226,21 @@ std::vector<Tensor> attention_lstm_backward(
   if (c0) check(cells, "cells", {B, T, H}, o.wide);
   check(grad_hidden_, "grad_hidden", {B, T, H}, type);
   check(grad_maps_, "grad_maps", map_sizes, type);
-  TORCH_CHECK(!wanted[6] || v, "output_mask: got True for v, which is None");
-  TORCH_CHECK(!wanted[7] || learned, "output_mask: got True for the temperature, which is not learned");
   const Saved saved{o.dense(h0), o.dense(hidden), o.dense(maps), o.dense(gates), o.dense(c0), o.dense(cells)};
   const OptionalTensor grad_hidden = o.dense(grad_hidden_), grad_maps = o.dense(grad_maps_);
   const StepGradients d = walk_back(o, saved, grad_hidden, grad_maps, grad_h, grad_c);
 
-  const Tensor map = saved.maps.view({frames, 1, q.positions});
-  const Tensor f = wanted[3] || wanted[8] ? counted_frames(o) : Tensor();
-  const Tensor h_prev = wanted[4] || wanted[9]
-                            ? at::cat({saved.h0.unsqueeze(1), saved.hidden.slice(1, 0, T - 1)}, 1)
-                            : Tensor();
-  Gradients g;
-  if (wanted[3]) {
-    const Tensor products = d.products.view({frames, q.energies, q.positions});
-    g[3] = at::bmm(products, f.transpose(1, 2)).sum(0);
-  }
-  if (wanted[4]) g[4] = over_rows(d.terms, h_prev);
-  if (wanted[5]) g[5] = d.terms.sum({0, 1});
-  if (wanted[6]) g[6] = d.v.sum(0, true);
-  if (wanted[7]) g[7] = temperature_gradient(o, d, map, *learned);
-  if (wanted[8])
-    g[8] = over_rows(d.x, q.flatten ? f.mul(map).flatten(1) : at::bmm(f, map.transpose(1, 2)).squeeze(2));
-  if (wanted[9]) g[9] = over_rows(d.r, h_prev);
-  if (wanted[10]) g[10] = d.x.sum({0, 1});
-  if (wanted[11]) g[11] = d.r.sum({0, 1});
-  if (wanted[0]) g[0] = frame_gradient(o, d, map, features);
-  if (wanted[1]) g[1] = d.h;
-  if (wanted[2]) g[2] = d.c;
-  std::vector<Tensor> found;
-  for (const Tensor& t : g) found.push_back(o.stored(t));
-  return found;
+  AttentionLstmSteps s{};
+  s.flatten = q.flatten;
+  s.features = features, s.frames = o.features.view({B * T, q.channels, q.positions});
+  s.score_weight = o.score_weight, s.weight_ih = o.weight_ih;
+  s.lengths = o.lengths, s.learned = learned;
+  s.h0 = saved.h0, s.hidden = saved.hidden, s.map = saved.maps.view({B * T, 1, q.positions});
+  s.temperature = at::scalar_tensor(q.temperature, o.features.options());
+  s.d_h = d.h, s.d_c = d.c, s.d_x = d.x, s.d_r = d.r;
+  s.d_scaled = d.scaled, s.d_products = d.products, s.d_terms = d.terms, s.d_v = d.v;
+  s.d_attended = d.attended;
+  return attention_lstm_gradients(s, wanted);
 }
 
 }  // namespace

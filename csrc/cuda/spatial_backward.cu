@@ -206,7 +206,7 @@ __device__ void feature_gradient(const AttentionBackward& p, const Part<T>& part
         }
       }
       for (int g = 0; g < shape.maps && (scaled || summed); ++g) {
-        A x[V][V];
+        A x[V][V] = {};
         if (scaled) {
           part.load_tile(part.attended(grad, g), c, first, x);
         } else {
@@ -229,14 +229,14 @@ __device__ void feature_gradient(const AttentionBackward& p, const Part<T>& part
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     attention_map_gradient_kernel(AttentionBackward p, int channel_lanes) {
   const int splits = p.call.splits;
   map_gradient(p, Part<T>(p.call, blockIdx.x / splits, static_cast<int>(blockIdx.x % splits), channel_lanes));
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     attention_backward_kernel(AttentionBackward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;

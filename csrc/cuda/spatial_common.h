@@ -19,6 +19,8 @@ namespace fusednn::cuda {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 4;  // that pass over the features at a time, at most
+// Blocks of a multiprocessor that ptxas is to aim at: left to choose, it aims at more, and spills.
+constexpr int kResident = 1;
 template <class T>
 constexpr int kPack = sizeof(T) == 8 ? 2 : 4;
 
@@ -51,8 +53,8 @@ template <class A>
 constexpr A kSmallestNormal = std::numeric_limits<A>::min();
 
 // T, held to the smallest normal number; NaN unless positive.
-template <class A>
-__device__ A temperature_of(const AttentionCall& p) {
+template <class A, class Call>
+__device__ A temperature_of(const Call& p) {
   const A t =
       p.learned_temperature ? *static_cast<const A*>(p.learned_temperature) : static_cast<A>(p.temperature);
   if (p.learned_temperature && !(t > A(0))) return kNan<A>;
@@ -336,7 +338,7 @@ __device__ void each_tile(const Part<T>& part, bool last, Visit&& visit) {
     for (int c = lane.channel * V; c < part.channels; c += part.channel_lanes * V) visit(c, p);
 }
 
-template <class A, class Combine>
+template <int Warps, class A, class Combine>
 __device__ A block_reduce(A x, Combine&& combine) {
   A* shared = dynamic_shared<A>();
   for (int step = 16; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, step));
@@ -344,19 +346,19 @@ __device__ A block_reduce(A x, Combine&& combine) {
   __syncthreads();
   x = shared[0];
 #pragma unroll
-  for (int w = 1; w < kWarps; ++w) x = combine(x, shared[w]);
+  for (int w = 1; w < Warps; ++w) x = combine(x, shared[w]);
   __syncthreads();
   return x;
 }
 
-template <class A>
+template <int Warps = kWarps, class A>
 __device__ A block_sum(A x) {
-  return block_reduce(x, [](A a, A b) { return a + b; });
+  return block_reduce<Warps>(x, [](A a, A b) { return a + b; });
 }
 
-template <class A>
+template <int Warps = kWarps, class A>
 __device__ A block_max(A x) {
-  return block_reduce(x, [](A a, A b) { return a > b ? a : b; });
+  return block_reduce<Warps>(x, [](A a, A b) { return a > b ? a : b; });
 }
 
 // Position i of n: from -1 to 1, rounded once.

@@ -159,7 +159,8 @@ __host__ __device__ int64_t sums_of_a_map(const AttentionCall& p) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) attention_forward_kernel(AttentionForward p, int channel_lanes) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    attention_forward_kernel(AttentionForward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;
   const int splits = p.call.splits;
@@ -170,8 +171,7 @@ __global__ void __launch_bounds__(kThreads) attention_forward_kernel(AttentionFo
       splits > 1
           ? Scores<A>{static_cast<A*>(p.weights) + part.n * shape.maps * part.positions, part.positions}
           : Scores<A>{dynamic_shared<A>() + scores_offset<T>(shape), part.positions};
-  score(part, s);
-  __syncthreads();
+  score(part, s);  // ends with all threads in step
   for (int g = 0; g < shape.maps; ++g) {
     const SoftmaxStats<A> found = weigh(part, s, g, t);
     if (splits == 1) {
@@ -209,7 +209,8 @@ __device__ SoftmaxStats<A> combined(const AttentionForward& p, int64_t n, int g,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) attention_combine_kernel(AttentionForward p, int channel_lanes) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    attention_combine_kernel(AttentionForward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;
   const int splits = p.call.splits;

@@ -18,7 +18,7 @@ RECURRENCE = ("attention_lstm_forward", "attention_lstm_backward")
 # that is found but not listed run too.
 KERNELS: dict[str, tuple[str, ...]] = {
     "cpu": (*SOFTMAX, *ATTENTION, *RECURRENCE),
-    "cuda": (),
+    "cuda": (*SOFTMAX, *ATTENTION, *RECURRENCE),
     "triton": (*SOFTMAX, *ATTENTION),
 }
 
