@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,7 +70,7 @@ def _found(place: suite.Place, name: str) -> bool:
     return kernels.exists() and f"def {name}(" in kernels.read_text()
 
 
-def _params(names: tuple[str, ...]) -> list:
+def _params(names: tuple[str, ...], wanted: Callable[[suite.Place], bool] = lambda _: True) -> list:
     def belongs(place: suite.Place) -> bool:
         if place.backend == "reference":
             return True
@@ -79,7 +79,7 @@ def _params(names: tuple[str, ...]) -> list:
     return [
         pytest.param((p, names), id=p.name, marks=suite.MARKS.get(p.name, ()))
         for p in suite.PLACES
-        if belongs(p)
+        if belongs(p) and wanted(p)
     ]
 
 
@@ -94,6 +94,23 @@ def _run(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
 @pytest.fixture(params=_params(ATTENTION))
 def place(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
     """Run the test on each backend that has the attention."""
+    yield from _run(request)
+
+
+def _device(place: suite.Place) -> bool:
+    """Whether the place has a device's kernels and can take large work, as the interpreter can't."""
+    return place.backend in ("cuda", "triton") and place.name != "triton-interpreted"
+
+
+@pytest.fixture(params=_params(ATTENTION, _device))
+def device_place(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
+    """Run the test on each backend of devices that has the attention."""
+    yield from _run(request)
+
+
+@pytest.fixture(params=_params(RECURRENCE, lambda place: place.backend == "cuda"))
+def device_recurrence(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
+    """Run the test on the CUDA kernels of the recurrence."""
     yield from _run(request)
 
 

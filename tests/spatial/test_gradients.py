@@ -80,7 +80,7 @@ CASES = [case for case in op_cases("attention_lstm_forward") if case not in ("in
 @pytest.mark.parametrize("case", CASES)
 def test_of_the_recurrence(recurrence_place, case):
     function, leaves = sequence(case)
-    assert gradcheck(function, leaves)
+    assert gradcheck(function, leaves, fast_mode=recurrence_place.slow)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.startswith("lstm flatten hoisted")])

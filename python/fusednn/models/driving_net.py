@@ -86,8 +86,8 @@ class DrivingNet(nn.Module):
             )
         images = frames.flatten(0, 1)
         if images.device.type == "cpu" and images.dtype != torch.float64 and not self.training:
-            # The faster format there. Training stays in the format of the frames, and so with the rounding, and
-            # the sides of ReLU's kinks, that torch's layers would have.
+            # The faster format there. Training stays in the format of the frames, and so with the rounding,
+            # and on the sides of ReLU's kinks, that torch's layers would have.
             images = images.contiguous(memory_format=torch.channels_last)
         features = self.encoder(images).unflatten(0, frames.shape[:2])  # [B, T, C, H, W]
         hidden, maps, last = self.attention_lstm(features, state)
