@@ -34,8 +34,10 @@ bool choice(const std::string& got, const char* name, const char* first, const c
 template <class T>
 double temperature_of(const OptionalTensor& learned, double fixed) {
   const double t = learned ? learned->item<double>() : fixed;
-  return t > 0 ? std::max(t, static_cast<double>(std::numeric_limits<T>::min()))
-               : std::numeric_limits<double>::quiet_NaN();
+  using Limits = std::numeric_limits<T>;
+  if (!(t > 0)) return std::numeric_limits<double>::quiet_NaN();
+  if (t > Limits::max()) return std::numeric_limits<double>::infinity();
+  return std::max(t, static_cast<double>(Limits::min()));
 }
 
 // The operands, checked, dense and in the arithmetic's dtype.
@@ -83,6 +85,9 @@ struct Operands {
     TORCH_CHECK(c0.has_value() == (q.cell == Cell::lstm), "c0: got ", c0 ? "a tensor" : "None",
                 ", expected one of an LSTM alone");
     check(c0, "c0", {q.batch, H}, type);
+    TORCH_CHECK(q.steps * q.channels * q.positions * q.hidden_size * q.energies > 0, "features: got shape ",
+                features_.sizes(), " with ", q.hidden_size, " hidden units and ", q.energies,
+                " rows of score_weight, expected nothing empty but the batch");
     features = dense(features_);
     score_weight = dense(score_weight_);
     hidden_weight = dense(hidden_weight_);
@@ -102,9 +107,7 @@ struct Operands {
   }
   Operands(const Operands&) = delete;
 
-  bool empty() const {
-    return q.batch * q.steps * q.channels * q.positions * q.hidden_size * q.energies == 0;
-  }
+  bool empty() const { return q.batch == 0; }
   Tensor make(at::IntArrayRef sizes) const { return at::empty(sizes, features.options()); }
   Tensor dense(const Tensor& t) const { return t.to(wide).contiguous(); }
   OptionalTensor dense(const OptionalTensor& t) const { return t ? OptionalTensor(dense(*t)) : t; }

@@ -150,7 +150,10 @@ class Recurrence : public CudaArguments {
     const double tiny = wide() == at::kDouble ? std::numeric_limits<double>::min()
                                               : static_cast<double>(std::numeric_limits<float>::min());
     if (!learned) {
-      temperature_ = at::full({}, std::max(fixed, tiny), wide_options);
+      const double most = wide() == at::kDouble ? std::numeric_limits<double>::max()
+                                                : static_cast<double>(std::numeric_limits<float>::max());
+      const double infinity = std::numeric_limits<double>::infinity();
+      temperature_ = at::full({}, fixed > most ? infinity : std::max(fixed, tiny), wide_options);
       return;
     }
     TORCH_CHECK(learned->numel() == 1, op(), ": temperature: got ", learned->sizes(),

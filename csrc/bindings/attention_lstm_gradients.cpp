@@ -73,9 +73,14 @@ std::vector<Tensor> attention_lstm_gradients(const AttentionLstmSteps& s, const 
   if (wanted[0]) g[0] = frame_gradient(s);
   if (wanted[1]) g[1] = s.d_h;
   if (wanted[2]) g[2] = s.d_c;
+  if (wanted[7]) g[7] = g[7].to(s.learned->scalar_type());
   std::vector<Tensor> found;
-  for (const Tensor& t : g)
-    found.push_back(t.defined() ? t.to(s.features.scalar_type()) : at::empty({0}, s.features.options()));
+  for (int i = 0; i < kAttentionLstmGradients; ++i) {
+    const Tensor& t = g[i];
+    found.push_back(!t.defined() ? at::empty({0}, s.features.options())
+                    : i == 7     ? t
+                                 : t.to(s.features.scalar_type()));
+  }
   return found;
 }
 

@@ -33,7 +33,7 @@ struct AttentionLstmSteps {
   at::Tensor d_attended;   // [B, T, C P] if it was made; overwritten
 };
 
-// In the features' dtype; empty where not wanted.
+// In the features' dtype, that of the temperature in its own; empty where not wanted.
 std::vector<at::Tensor> attention_lstm_gradients(const AttentionLstmSteps& s,
                                                  const AttentionLstmWanted& wanted);
 

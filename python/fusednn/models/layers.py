@@ -54,7 +54,9 @@ class ConvNormReLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``relu(norm(conv(input)))``."""
-        reasons = ["a compiler traces it"] if torch.compiler.is_compiling() else self._against_folding(input)
+        if torch.compiler.is_compiling():
+            return self.activation(self.norm(self.conv(input)))
+        reasons = self._against_folding(input)
         if reasons:
             if dispatch.explaining():
                 dispatch.record_choice("conv_norm_relu", "torch", {"folded": tuple(reasons)})
@@ -71,6 +73,10 @@ class ConvNormReLU(nn.Module):
 
     def _against_folding(self, input: Tensor) -> list[str]:
         conv, norm, activation = self.conv, self.norm, self.activation
+        if not isinstance(input, Tensor) or input.dim() != 4:
+            return ["got an input that is no batch of images"]
+        if torch._C._len_torch_dispatch_stack() > 0:
+            return ["a dispatch mode watches the call"]
         if (type(conv), type(norm), type(activation)) != (nn.Conv2d, nn.BatchNorm2d, nn.ReLU):
             return ["a child was replaced"]
         reasons = eligibility.against_hooks({"conv": conv, "norm": norm, "activation": activation})

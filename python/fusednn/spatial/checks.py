@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import autocast_enabled
+from ..transforms import autocast_enabled, under_transform
 
 Named = tuple[str, Tensor | None]
 
@@ -128,11 +128,14 @@ def lengths_of(name: str, lengths: Any, features: Tensor) -> Tensor | None:
     if lengths is None:
         return None
     batch, steps = features.shape[:2]
-    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
-    if given.dtype.is_floating_point or given.dtype in (torch.bool, torch.complex64):
+    empty = isinstance(lengths, (list, tuple)) and not lengths  # as_tensor would make it float32
+    dtype = torch.int64 if empty else None
+    given = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, dtype=dtype)
+    if given.dtype.is_floating_point or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"{name}: expected lengths to be integers, got {given.dtype}")
     check_shape(name, "lengths", given, (batch,), f"features of size {list(features.shape)}")
-    if given.device.type == "cpu" and not torch.compiler.is_compiling():
+    readable = type(given) is Tensor and not torch.compiler.is_compiling() and not under_transform(given)
+    if given.device.type == "cpu" and readable:
         outside = [int(n) for n in given if not 1 <= n <= steps]
         if outside:
             raise RuntimeError(

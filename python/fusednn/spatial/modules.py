@@ -144,6 +144,8 @@ class SpatialAttention(nn.Module):
             return None
         n = features.shape[0]
         if hidden is None:  # the term of a zero state
+            if self.hidden.bias is None:
+                return None
             term = self.hidden.bias.expand(n, -1)
         else:
             checks.check_tensor("SpatialAttention", "hidden", hidden)
@@ -152,7 +154,7 @@ class SpatialAttention(nn.Module):
             term = nn.functional.linear(hidden, self.hidden.weight, self.hidden.bias)
         if self.score_kind == "additive":
             return term
-        return term.unflatten(1, (self.glimpses, -1)) if n else term.reshape(0, self.glimpses, -1)
+        return term.reshape(n, self.glimpses, features.shape[2] * features.shape[3])
 
     def extra_repr(self) -> str:
         """Say which scores, output and temperature."""

@@ -71,7 +71,8 @@ class _Sequence:
 
     def weight_by_position(self) -> Tensor:
         """weight_ih as [J, C, P]; sum: [J, C, 1]."""
-        return self.w_ih.reshape(self.w_ih.shape[0], self.f.shape[2], -1)
+        rows, channels, positions = self.w_ih.shape[0], *self.f.shape[2:]
+        return self.w_ih.reshape(rows, channels, positions if self.flatten else 1)
 
     def projected(self) -> Tensor:
         """G: what each position would add to the gates if all weight were on it, [B, T, P, J]."""
@@ -219,8 +220,9 @@ def attention_lstm_backward(
         found["temperature"] = formulas.temperature_gradient(steps.scaled, a, q.t).reshape(
             learned_temperature.shape
         )
+    dtypes = {} if learned_temperature is None else {"temperature": learned_temperature.dtype}
     return tuple(
-        found[name].to(features.dtype) if on else features.new_empty(0)
+        found[name].to(dtypes.get(name, features.dtype)) if on else features.new_empty(0)
         for name, on in zip(_GRADIENTS, output_mask, strict=True)
     )
 

@@ -89,7 +89,8 @@ def attention_lstm(
         *(features, h0, c0, *scores, learned, fixed),
         *(w_ih, w_hh, b_ih, b_hh, ends, output, cell, form),
     )
-    if needs_torchs_ops(*tensors):
+    nothing = 0 in (features.shape[2], score_weight.shape[0], h0.shape[1])  # to look at, or to remember
+    if nothing or needs_torchs_ops(*tensors):
         hidden, maps, h, c, *_ = reference.attention_lstm_forward(*arguments, False)
     else:
         save = may_need_backward(*tensors)
@@ -106,9 +107,10 @@ def _states(name: str, hx: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(hx, Tensor):
         return hx, None
     if not isinstance(hx, (tuple, list)) or not all(isinstance(s, Tensor) for s in hx):
-        raise TypeError(
-            f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor (GRU), got {type(hx).__name__}"
-        )
+        got = type(hx).__name__
+        if isinstance(hx, (tuple, list)):
+            got += f" of {', '.join(type(s).__name__ for s in hx)}"
+        raise TypeError(f"{name}: expected hx to be a pair of Tensors (h, c), or a Tensor (GRU), got {got}")
     if len(hx) != 2:
         raise RuntimeError(f"{name}: hx: got {len(hx)} states, expected (h, c)")
     return hx[0], hx[1]
