@@ -1,4 +1,4 @@
-"""Calls at the edge of what the layers take: nothing in a dimension, mixed dtypes, huge temperatures, tracers."""
+"""Calls at the edge of what the layers take: nothing in a dimension, mixed dtypes, huge temperatures."""
 
 import pytest
 import torch
