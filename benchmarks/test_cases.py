@@ -1,4 +1,4 @@
-"""The cases of `cases/rnn.py` under pytest-benchmark, a group per case: ``pytest benchmarks/test_rnn.py``."""
+"""All cases under pytest-benchmark, a group for each: ``pytest benchmarks -k spatial_attention``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.cases.rnn import CASES
 from benchmarks.measure import Judge, reset_compiler
-from benchmarks.registry import EXPORTED, PEERS, Case, PeerMissing, Workload
+from benchmarks.registry import EXPORTED, PEERS, Case, PeerMissing, Workload, load_cases
 from benchmarks.timing import settle
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=load_cases(), ids=lambda case: case.name)
 def judged(request: pytest.FixtureRequest) -> tuple[Case, Workload, Judge]:
     """Give a case's workload and its judge, shared by the case's peers."""
     case: Case = request.param
@@ -24,7 +23,7 @@ def judged(request: pytest.FixtureRequest) -> tuple[Case, Workload, Judge]:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_cell(judged: tuple[Case, Workload, Judge], name: str, benchmark: BenchmarkFixture) -> None:
+def test_case(judged: tuple[Case, Workload, Judge], name: str, benchmark: BenchmarkFixture) -> None:
     """Verify a peer, then time it."""
     case, workload, judge = judged
     benchmark.group = case.name
