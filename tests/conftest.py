@@ -52,6 +52,7 @@ PLACES = (
     Place("triton", "triton", "cuda"),
 )
 MARKS = {
+    "cuda-emulated": [pytest.mark.emulated],
     "triton-interpreted": [pytest.mark.interpreter],
     "reference-on-device": [pytest.mark.gpu],
     "cuda": [pytest.mark.gpu],

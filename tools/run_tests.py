@@ -1,10 +1,11 @@
-"""Run the tests in three pytest processes, as many at a time as there are cores for them.
+"""Run the tests in four pytest processes, as many at a time as there are cores for them.
 
     python tools/run_tests.py [options and paths for pytest]
 
-house: builds, tools, dispatch. families: the layers. interpreter: those that Triton's interpreter runs, which
-needs a process of its own. The output of each is shown when it ends, and one summary at the end; exit code 1
-if a process failed, found no test, or could not run.
+house: builds, tools, dispatch. families: the layers. emulated: those of the layers' tests that run CUDA
+kernels in the emulator. interpreter: those that Triton's interpreter runs, which needs a process of its own.
+The output of each is shown when it ends, and one summary at the end; exit code 1 if a process failed, found
+no test, or could not run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Process:
 PROCESSES = (
     Process("house", "not interpreter and not family"),
     Process("interpreter", "interpreter", {"TRITON_INTERPRET": "1"}, needs="triton"),
-    Process("families", "not interpreter and family"),
+    Process("families", "not interpreter and not emulated and family"),
+    Process("emulated", "not interpreter and emulated and family"),
 )
 
 

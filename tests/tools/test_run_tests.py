@@ -13,6 +13,10 @@ def test_house(): assert "TRITON_INTERPRET" not in os.environ
 @pytest.mark.family
 def test_families(): assert "TRITON_INTERPRET" not in os.environ
 
+@pytest.mark.family
+@pytest.mark.emulated
+def test_emulated(): assert "TRITON_INTERPRET" not in os.environ
+
 @pytest.mark.interpreter
 def test_interpreter(): assert os.environ["TRITON_INTERPRET"] == "1"
 """
@@ -21,8 +25,9 @@ addopts = -q --strict-markers
 markers =
   interpreter: in its own process
   family: of a layer
+  emulated: in its own process, too
 """
-NAMES = ["house", "families", "interpreter"]
+NAMES = ["house", "families", "emulated", "interpreter"]
 
 
 @pytest.fixture
@@ -55,7 +60,7 @@ def test_one_failure_fails_all_and_is_shown(suite, capfd, name):
     said = capfd.readouterr().out
     assert f"FAILED  {name}: 1 failed" in said
     assert "assert (6 * 7) == 54" in said
-    assert said.count("passed  ") == 2
+    assert said.count("passed  ") == 3
 
 
 @pytest.mark.parametrize("cores", [1, 8])
@@ -68,7 +73,7 @@ def test_cores_decide_how_many_run_at_once(suite, capfd, monkeypatch, cores):
         "    here = Path(__file__).parent\n"
         "    (here / f'{name}.here').touch()\n"
         "    end = time.monotonic() + (20 if CORES > 1 else 0.5)\n"
-        "    while time.monotonic() < end and len(list(here.glob('*.here'))) < 3: time.sleep(0.02)\n"
+        "    while time.monotonic() < end and len(list(here.glob('*.here'))) < 4: time.sleep(0.02)\n"
         "    (here / f'{name}.met').write_text(str(len(list(here.glob('*.here')))))\n"
     ).replace("CORES", str(cores))
     text = meeting + SUITE
@@ -78,7 +83,7 @@ def test_cores_decide_how_many_run_at_once(suite, capfd, monkeypatch, cores):
     monkeypatch.setattr(run_tests.os, "cpu_count", lambda: cores)
     assert run_tests.main([]) == 0
     met = sorted(int((suite / f"{name}.met").read_text()) for name in NAMES)
-    assert met == ([3, 3, 3] if cores > 1 else [1, 2, 3])
+    assert met == ([4, 4, 4, 4] if cores > 1 else [1, 2, 3, 4])
 
 
 def test_progress_is_said_now_and_then(suite, capfd, monkeypatch):
@@ -92,7 +97,7 @@ def test_progress_is_said_now_and_then(suite, capfd, monkeypatch):
 def test_no_interpreter_test_is_a_failure(suite, capfd):
     (suite / "test_suite.py").write_text(SUITE.split("@pytest.mark.interpreter")[0])
     assert run_tests.main([]) == 1
-    assert "FAILED  interpreter: 2 deselected" in capfd.readouterr().out
+    assert "FAILED  interpreter: 3 deselected" in capfd.readouterr().out
 
 
 def test_a_selection_may_leave_a_process_without_tests(suite):
