@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
   fusednn::bind_conv_cpu_eager(cpu);
   fusednn::bind_spatial_cpu(cpu);
   fusednn::bind_spatial_cpu_eager(cpu);
+  fusednn::bind_attention_cpu(cpu);
   fusednn::bind_attention_lstm_cpu(cpu);
 #if defined(FUSEDNN_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");

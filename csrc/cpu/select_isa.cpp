@@ -1,6 +1,7 @@
 // Run-time choice of the instruction set. Compiled for the baseline only.
 #include <atomic>
 
+#include "fusednn/attention_cpu.h"
 #include "fusednn/attention_lstm_cpu.h"
 #include "fusednn/conv_cpu.h"
 #include "fusednn/cpu_features.h"
@@ -14,6 +15,7 @@ extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
+extern const AttentionKernels attention_table;
 }  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
@@ -21,12 +23,14 @@ extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
+extern const AttentionKernels attention_table;
 }  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
 extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
+extern const AttentionKernels attention_table;
 }  // namespace avx512
 #endif
 
@@ -95,6 +99,14 @@ const AttentionLstmKernels& attention_lstm_kernels() {
   if (current_isa() == Isa::avx2) return avx2::attention_lstm_table;
 #endif
   return baseline::attention_lstm_table;
+}
+
+const AttentionKernels& attention_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::attention_table;
+  if (current_isa() == Isa::avx2) return avx2::attention_table;
+#endif
+  return baseline::attention_table;
 }
 
 }  // namespace fusednn::cpu

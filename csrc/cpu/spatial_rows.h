@@ -5,23 +5,10 @@
 // only tensors have ends to mind.
 #pragma once
 
-#include "cpu/integer.h"
+#include "cpu/carver.h"
 #include "cpu/vec_math.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
-
-// Hands out parts of a workspace, each on a cache line of its own; without a workspace it counts bytes.
-struct Carver {
-  char* base;
-  int64_t bytes = 0;
-  explicit Carver(void* workspace) : base(static_cast<char*>(workspace)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* const at = base ? base + bytes : nullptr;
-    bytes += ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-    return reinterpret_cast<T*>(at);
-  }
-};
 
 constexpr int64_t kRowMultiple = 64;  // positions: whole vectors of every instruction set, whole cache lines
 constexpr int64_t row_pitch(int64_t area) { return ceil_div(area, kRowMultiple) * kRowMultiple; }

@@ -1,0 +1,28 @@
+// The kernels of attention of one instruction set, as a table. This file is compiled once for each.
+#include "fusednn/attention_cpu.h"
+
+#include "cpu/attention_forward.h"
+#include "cpu/dtypes.h"
+
+namespace fusednn::cpu::FUSEDNN_ISA {
+namespace {
+
+size_t forward_workspace(const AttentionForward& p, int threads) {
+  Carver count(nullptr);
+  with_types(p.call.dtype,
+             [&]<class T, class S>() { AttentionForwardKernel<T, S>(p, threads, count); });
+  return count.bytes;
+}
+
+void forward(const AttentionForward& p, const Parallel& parallel) {
+  Carver shared(p.call.workspace);
+  with_types(p.call.dtype, [&]<class T, class S>() {
+    AttentionForwardKernel<T, S>(p, parallel.threads, shared).run(parallel);
+  });
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_table = {forward_workspace, forward, nullptr, nullptr};
+
+}  // namespace fusednn::cpu::FUSEDNN_ISA
