@@ -196,8 +196,85 @@ Result attention_forward(const Tensor& query, const Tensor& key, const Tensor& v
   return {output, lse, found};
 }
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
+                             const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
+                             const Tensor& value, const OptionalTensor& mask, const OptionalTensor& key_mask,
+                             const OptionalTensor& extra_key, const OptionalTensor& extra_value,
+                             const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
+                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed,
+                             const Tensor& output, const Tensor& lse, int64_t, int64_t, double scale,
+                             int64_t window_left, int64_t window_right, int64_t position_offset, double softcap,
+                             double dropout_p, const std::string& weights, std::array<bool, 7> output_mask) {
+  AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
+                     cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
+                     dropout_p);
+  const Attention& c = t.call;
+  const auto type = query.scalar_type();
+  const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size}, lse_sizes{c.batch, c.heads, c.rows};
+  check(output, "output", output_sizes, type);
+  check(grad_output, "grad_output", output_sizes, type);
+  check(lse, "lse", lse_sizes, wide_type(query));
+  check(grad_lse, "grad_lse", lse_sizes, wide_type(query));
+
+  cpu::AttentionBackward p{};
+  p.returned = weights_named(weights);
+  const Tensor outputs = with_dense_rows(output), sums = lse.contiguous();
+  OptionalTensor grads, sum_grads, weight_grads;
+  if (grad_output) grads = with_dense_rows(*grad_output);
+  if (grad_lse) sum_grads = grad_lse->contiguous();
+  if (grad_weights && p.returned != ReturnedWeights::none) {
+    const int64_t columns = c.columns + c.extra;
+    const at::DimVector sizes = p.returned == ReturnedWeights::mean
+                                    ? at::DimVector{c.batch, c.rows, columns}
+                                    : at::DimVector{c.batch, c.heads, c.rows, columns};
+    check(*grad_weights, "grad_weights", sizes, type);
+    weight_grads = grad_weights->contiguous();
+  }
+  std::array<Tensor, 7> found;
+  for (Tensor& f : found) f = at::empty({0}, query.options());
+  if (output_mask[0]) found[0] = empty_by_rows(query, c.batch, c.heads, c.rows, c.size);
+  if (output_mask[1]) found[1] = empty_by_rows(query, c.batch, c.groups, c.columns, c.size);
+  if (output_mask[2]) found[2] = empty_by_rows(query, c.batch, c.groups, c.columns, c.value_size);
+  const OptionalTensor* const others[] = {&mask, &key_mask, &extra_key, &extra_value};
+  for (int i = 0; i < 4; ++i) {
+    if (!output_mask[3 + i]) continue;
+    TORCH_CHECK(*others[i] && (*others[i])->scalar_type() == type, "output_mask: got a gradient of argument ", 3 + i,
+                " asked for, which has none");
+    found[3 + i] = at::empty((*others[i])->sizes(), query.options());
+  }
+  if (t.empty() || c.sequences == 0) {
+    for (Tensor& f : found) f.zero_();
+    return std::tuple_cat(found);
+  }
+  p.output = rows_of(outputs);
+  if (grads) p.grad_output = rows_of(*grads);
+  p.lse = sums.const_data_ptr();
+  p.grad_lse = data_or_null(sum_grads);
+  p.grad_weights = data_or_null(weight_grads);
+  if (output_mask[0]) p.grad_query = out_rows_of(found[0]);
+  if (output_mask[1]) p.grad_key = out_rows_of(found[1]);
+  if (output_mask[2]) p.grad_value = out_rows_of(found[2]);
+  if (output_mask[3] && found[3].numel()) p.grad_mask = found[3].mutable_data_ptr();
+  for (int64_t i = 0; mask && i < 4; ++i) p.mask_sizes[i] = mask->size(i);
+  if (output_mask[4] && found[4].numel()) p.grad_key_mask = found[4].mutable_data_ptr();
+  if (output_mask[5] && found[5].numel()) p.grad_extra_key = found[5].mutable_data_ptr();
+  if (output_mask[6] && found[6].numel()) p.grad_extra_value = found[6].mutable_data_ptr();
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  p.call = c;
+  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
+  p.call.workspace = scratch.data();
+  kernels.backward(p, threads);
+  return std::tuple_cat(found);
+}
+
 }  // namespace
 
-void bind_attention_cpu(pybind11::module_& m) { m.def("attention_forward", &attention_forward); }
+void bind_attention_cpu(pybind11::module_& m) {
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+}
 
 }  // namespace fusednn

@@ -1,7 +1,7 @@
 // The kernels of attention of one instruction set, as a table. This file is compiled once for each.
 #include "fusednn/attention_cpu.h"
 
-#include "cpu/attention_forward.h"
+#include "cpu/attention_backward.h"
 #include "cpu/dtypes.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
@@ -21,8 +21,22 @@ void forward(const AttentionForward& p, const Parallel& parallel) {
   });
 }
 
+size_t backward_workspace(const AttentionBackward& p, int threads) {
+  Carver count(nullptr);
+  with_types(p.call.dtype,
+             [&]<class T, class S>() { AttentionBackwardKernel<T, S>(p, threads, count); });
+  return count.bytes;
+}
+
+void backward(const AttentionBackward& p, const Parallel& parallel) {
+  Carver shared(p.call.workspace);
+  with_types(p.call.dtype, [&]<class T, class S>() {
+    AttentionBackwardKernel<T, S>(p, parallel.threads, shared).run(parallel);
+  });
+}
+
 }  // namespace
 
-extern const AttentionKernels attention_table = {forward_workspace, forward, nullptr, nullptr};
+extern const AttentionKernels attention_table = {forward_workspace, forward, backward_workspace, backward};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -17,7 +17,7 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int64_t kRowBlock = 96;
+constexpr int64_t kRowBlock = 192;
 constexpr int64_t kColumnBlock = 512;
 constexpr int64_t kPackedColumns = 512;           // a task of packing
 constexpr int64_t kScoreBytes = 512 << 10;        // of a block of rows whose weights are returned

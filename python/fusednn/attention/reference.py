@@ -127,9 +127,9 @@ def _attend(
         s = softcap * torch.tanh(s / softcap)
     bias, kept = _bias_and_kept(query, columns, mask, key_mask, slopes, window)
     if bias is not None:
-        s = s + torch.nn.functional.pad(bias, (0, extra))
+        s = s + _with_extra(bias, columns, extra, 0)
     if kept is not None:
-        s = s.masked_fill(~torch.nn.functional.pad(kept, (0, extra), value=True), -math.inf)
+        s = s.masked_fill(~_with_extra(kept, columns, extra, True), -math.inf)
     p, lse = _softmax(s)
     kept = p.detach() != 0
     if seed is not None and dropout_p > 0:
@@ -164,6 +164,13 @@ def _bias_and_kept(query, columns, mask, key_mask, slopes, window):
             bias = number if bias is None else bias + number
         kept = here if kept is None else kept & here
     return bias, kept
+
+
+def _with_extra(t: Tensor, columns: int, extra: int, value: Any) -> Tensor:
+    """Continue [..., S] or [..., 1] over the extra columns with `value`."""
+    if extra == 0:
+        return t
+    return torch.nn.functional.pad(t.expand(*t.shape[:-1], columns), (0, extra), value=value)
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
