@@ -57,8 +57,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         layout, and weights padded with zeros.
 
     Dtypes:
-        float32, float64; bfloat16 and float16 with scores, softmax and sums in float32. Under autocast
-        weights are float32, as torch's.
+        float32, float64; bfloat16 and float16 with scores, softmax and sums in float32. Under autocast the
+        weights that are returned have the dtype of torch's: float32, on the CPU autocast's.
 
     Raises:
         ValueError: an option of the constructor has no such value.
@@ -68,8 +68,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     What differs from torch, by intent:
         * A query that has nothing to attend to gets weights 0 and gradients 0, and the projection of zeros
-          for output, where torch returns NaN or, in some modes, an average. NaN at masked places goes
-          nowhere.
+          for output, where torch returns NaN or, in some modes, an average. NaN at masked places reaches no
+          output and no input's gradient; the gradients of the projections are sums over all positions.
         * With `add_bias_kv` or `add_zero_attn` the mask is read even if `is_causal` promises what it holds:
           torch masks the added columns then, but only where `need_weights` is False.
         * `is_causal` without `attn_mask` raises in inference, too, where torch's fast path ignores it.
@@ -251,8 +251,9 @@ def _attend(
     causal = is_causal and key_padding_mask is None and not need_weights and not layer.extra_columns
     mask = None if causal or attn_mask is None else _kept(attn_mask, q)
     output, weights = _fused(layer, q, k, v, mask, key_padding_mask, causal, kind)
-    # the memory of the output is [B, L, H, D]
-    output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3)
+    # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add its
+    # bias in another pass.
+    output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3).contiguous()
     output = linear(output.flatten(2), *layer.out_proj)
     if not batched:
         output = output.squeeze(0)
@@ -301,7 +302,9 @@ def _fused(
     if kind is None:
         return result, None
     output, weights = result
-    return output, weights.float() if autocast_enabled(weights.device) else weights
+    if weights.device.type != "cpu" and autocast_enabled(weights.device):
+        weights = weights.float()  # as torch's softmax there
+    return output, weights
 
 
 def _attend_nested(
