@@ -2,6 +2,9 @@
 
 from . import functional, models
 from ._version import __version__
+from .attention.luong import LuongAttention
+from .attention.modules import MultiheadAttention
+from .attention.transformer import TransformerEncoderLayer
 from .conv.block import DepthwiseSeparableConv2d
 from .conv.modules import DepthwiseConv1d, DepthwiseConv2d
 from .dispatch import explain
@@ -18,7 +21,10 @@ __all__ = [
     "DepthwiseSeparableConv2d",
     "GRUCell",
     "LSTMCell",
+    "LuongAttention",
+    "MultiheadAttention",
     "SpatialAttention",
+    "TransformerEncoderLayer",
     "__version__",
     "explain",
     "functional",

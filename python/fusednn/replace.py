@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .attention.modules import MultiheadAttention
+from .attention.transformer import TransformerEncoderLayer
 from .conv.modules import DepthwiseConv2d
 from .rnn.modules import GRUCell, LSTMCell
 
@@ -22,6 +24,8 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
     nn.Conv2d: DepthwiseConv2d,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
 }
 
 
