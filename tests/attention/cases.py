@@ -149,8 +149,8 @@ def make(
         grads["weights"] = normal(*lead, rows, columns + extra)
     slopes = (2.0 ** -torch.arange(1, heads + 1)).to(device) if alibi else None
     return Work(
-        tensors, grads, slopes, scale=1 / math.sqrt(max(size, 1)), window=window, offset=offset, softcap=softcap,
-        dropout=dropout, weights=weights,
+        tensors, grads, slopes, scale=1 / math.sqrt(max(size, 1)), window=window, offset=offset,
+        softcap=softcap, dropout=dropout, weights=weights,
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def fused_step(work: Work, tensors: dict[str, Tensor | None]) -> tuple[Tensor, T
 
 def torch_step(work: Work, tensors: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's own operations."""
-    if work.bounds[0] is None:
+    if work.bounds[0] is None or work.bounds[0].shape[0] == 1:
         return torch_attend(work, tensors)
     outputs, sums = [], []
     spans = zip(*(itertools.pairwise(b.tolist()) for b in work.bounds), strict=True)
@@ -243,7 +243,7 @@ def torch_attend(work: Work, tensors: dict[str, Tensor | None], number: int = 0)
 
 
 def run(step: Any, work: Work, wanted: Iterable[str] | None = None) -> Results:
-    """Run forward and, for the tensors `wanted` (None: all), backward; ``grad of <tensor>`` in the results."""
+    """Run forward and, for the tensors `wanted` (None: all), backward; ``grad of <tensor>`` among the rest."""
     floating = [n for n, t in work.tensors.items() if t is not None and t.dtype != torch.bool]
     names = [n for n in floating if wanted is None or n in wanted]
     tensors = {

@@ -20,8 +20,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "triton": (FORWARD, BACKWARD),
 }
 
-# Parameters of which a test in Triton or the emulator takes all values; the others take turns, as a call takes
-# a tenth of a second there, and seconds to compile on a device.
+# Parameters of which a test in Triton or the emulator takes all values; the others take turns, as a call
+# takes a tenth of a second there, and seconds to compile on a device.
 IN_FULL = ("case",)
 
 

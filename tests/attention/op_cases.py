@@ -33,8 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two extra": {"extra": 2, "groups": 1, "window": (-1, 0), "weights": "heads"},
     "dropout": {"dropout": 0.3, "weights": "mean"},
     "everything": {
-        "heads": 4, "groups": 2, "value_size": 3, "mask": "float 1h1s", "key_mask": "float", "extra": 2, "alibi": True,
-        "window": (2, 1), "offset": 1, "softcap": 3.0, "dropout": 0.2, "weights": "mean",
+        "heads": 4, "groups": 2, "value_size": 3, "mask": "float 1h1s", "key_mask": "float", "extra": 2,
+        "alibi": True, "window": (2, 1), "offset": 1, "softcap": 3.0, "dropout": 0.2, "weights": "mean",
     },
 }  # fmt: skip
 PACKED: dict[str, tuple[list[int], list[int], dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""The forward and every gradient against PyTorch's operations: masks, options, lengths, sizes, layouts, dtypes."""
+"""Results and gradients against PyTorch's operations: masks, options, lengths, sizes, layouts, dtypes."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ MASKS = [
     f"{kind} {sizes}"
     for kind in ("bool", "float")
     for sizes in (
-        "bhls", "bhls transposed", "bhls strided", "b1ls", "b1ls expanded", "1hls", "11ls", "11ls expanded", "b11s",
-        "1h1s", "bhl1", "111s expanded", "1111",
+        "bhls", "bhls transposed", "bhls strided", "b1ls", "b1ls expanded", "1hls", "11ls", "11ls expanded",
+        "b11s", "1h1s", "bhl1", "111s expanded", "1111",
     )
 ]  # fmt: skip
 
