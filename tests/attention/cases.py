@@ -243,7 +243,7 @@ def torch_attend(work: Work, tensors: dict[str, Tensor | None], number: int = 0)
 
 
 def run(step: Any, work: Work, wanted: Iterable[str] | None = None) -> Results:
-    """Run forward and, for the tensors `wanted` (None: all), backward; ``grad of <tensor>`` among the rest."""
+    """Run forward and, for the tensors `wanted` (None: all), backward; ``grad of <tensor>`` among others."""
     floating = [n for n, t in work.tensors.items() if t is not None and t.dtype != torch.bool]
     names = [n for n in floating if wanted is None or n in wanted]
     tensors = {
