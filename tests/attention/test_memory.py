@@ -12,7 +12,7 @@ from .conftest import trains
 
 AVERAGE = growth.BATCH * growth.LENGTH**2 * 4
 OF_ALL_HEADS = AVERAGE * growth.HEADS
-# The output, three gradients and a kernel's partial sums of them, of 4 MiB each, and the allocator's rounding.
+# The output, three gradients and partial sums of them, of 4 MiB each, and the allocator's rounding.
 WORKSPACE = 24 * 2**20
 
 
