@@ -22,7 +22,7 @@ bytes, each tensor that a pass reads or writes counted once, e bytes an element:
     A = B L E         the input; the output is as large
     W = B L L         averaged weights, where returned
     module inference  e (P + 2 A + W), and B L of the padding mask
-    module training   e (P + 2 A + W); e (4 A + B H L) written in the forward and read in the backward (queries,
+    module training   e (P + 2 A + W); e (4 A + B H L) written in the forward, read in the backward (queries,
                       keys, values, outputs of heads, log-sum-exp); in the backward e (P + 2 A) read
                       (parameters, input, the output's gradient), e (P + A) written; the mask twice
     decode            e (2 B H D + 2 B H S D)

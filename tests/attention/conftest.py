@@ -106,11 +106,27 @@ def training_place(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
     yield from _run(request)
 
 
-def _takes_large_work(place: suite.Place) -> bool:
+def _fast(place: suite.Place) -> bool:
     return not place.slow
 
 
-@pytest.fixture(params=_params((FORWARD,), _takes_large_work))
+def _fast_kernels(place: suite.Place) -> bool:
+    return not place.slow and place.backend != "reference"
+
+
+@pytest.fixture(params=_params((FORWARD,), _fast))
 def fast_place(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
     """Run the test on each backend that neither an interpreter nor an emulator runs."""
+    yield from _run(request)
+
+
+@pytest.fixture(params=_params((FORWARD,), _fast_kernels))
+def kernels(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
+    """Run the test on each of those that has kernels of its own."""
+    yield from _run(request)
+
+
+@pytest.fixture(params=_params((FORWARD, BACKWARD), _fast_kernels))
+def training_kernels(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
+    """Run the test on each of those that has the backward too."""
     yield from _run(request)

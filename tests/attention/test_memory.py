@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Place
+
 from . import growth
-from .conftest import trains
 
 AVERAGE = growth.BATCH * growth.LENGTH**2 * 4
 OF_ALL_HEADS = AVERAGE * growth.HEADS
@@ -16,12 +17,14 @@ OF_ALL_HEADS = AVERAGE * growth.HEADS
 WORKSPACE = 24 * 2**20
 
 
-def measured(backend: str, what: str) -> int:
-    """Peak growth in a process of its own."""
+def measured(place: Place, what: str) -> int:
+    """Peak growth, on the CPU in a process of its own."""
+    if place.device != "cpu":
+        return growth.on_device(what)
     if not growth.RESET.exists():
         pytest.skip("peak memory needs /proc/self/clear_refs")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.attention.growth", backend, what],
+        [sys.executable, "-m", "tests.attention.growth", place.backend, what],
         cwd=Path(__file__).resolve().parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -32,15 +35,16 @@ def measured(backend: str, what: str) -> int:
     return int(done.stdout)
 
 
-@pytest.mark.parametrize("what", ["forward", "backward", "backward of all"])
-def test_averaged_weights(fast_place, what):
+def test_plain_pytorch_takes_it_for_all_heads():
+    """What the kernels save, and that it would be seen."""
+    assert measured(Place("reference", "reference"), "forward") > OF_ALL_HEADS
+
+
+def test_averaged_weights(kernels):
+    assert AVERAGE <= measured(kernels, "forward") < 3 * AVERAGE + WORKSPACE < OF_ALL_HEADS / 2
+
+
+@pytest.mark.parametrize("what", ["backward", "backward of all"])
+def test_training_with_averaged_weights(training_kernels, what):
     """With gradients of the output, and of the weights too."""
-    if what != "forward" and not trains(fast_place):
-        pytest.skip(f"{fast_place.name} has no backward")
-    found = growth.on_device(what) if fast_place.device != "cpu" else measured(fast_place.backend, what)
-    assert found >= AVERAGE, "the weights themselves"
-    if fast_place.backend == "reference":  # plain PyTorch: what the others save, and that it would be seen
-        assert found > OF_ALL_HEADS
-    else:
-        assert found < 3 * AVERAGE + WORKSPACE
-        assert found < OF_ALL_HEADS / 2
+    assert AVERAGE <= measured(training_kernels, what) < 3 * AVERAGE + WORKSPACE < OF_ALL_HEADS / 2
