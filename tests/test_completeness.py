@@ -20,6 +20,7 @@ FAMILIES = {
     "spatial_softmax": "spatial",
     "spatial_attention": "spatial",
     "attention_lstm": "spatial",
+    "attention": "attention",
 }
 # Where the backward is that of another op.
 BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}

@@ -232,17 +232,23 @@ Gradients attention_backward(const OptionalTensor& grad_output, const OptionalTe
     check(*grad_weights, "grad_weights", sizes, type);
     weight_grads = grad_weights->contiguous();
   }
-  std::array<Tensor, 7> found;
-  for (Tensor& f : found) f = at::empty({0}, query.options());
-  if (output_mask[0]) found[0] = empty_by_rows(query, c.batch, c.heads, c.rows, c.size);
-  if (output_mask[1]) found[1] = empty_by_rows(query, c.batch, c.groups, c.columns, c.size);
-  if (output_mask[2]) found[2] = empty_by_rows(query, c.batch, c.groups, c.columns, c.value_size);
-  const OptionalTensor* const others[] = {&mask, &key_mask, &extra_key, &extra_value};
-  for (int i = 0; i < 4; ++i) {
-    if (!output_mask[3 + i]) continue;
-    TORCH_CHECK(*others[i] && (*others[i])->scalar_type() == type, "output_mask: got a gradient of argument ", 3 + i,
+  const std::array<const Tensor*, 7> like{&query,
+                                          &key,
+                                          &value,
+                                          mask ? &*mask : nullptr,
+                                          key_mask ? &*key_mask : nullptr,
+                                          extra_key ? &*extra_key : nullptr,
+                                          extra_value ? &*extra_value : nullptr};
+  // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the end.
+  std::array<Tensor, 7> found, written;
+  for (int i = 0; i < 7; ++i) {
+    found[i] = output_mask[i] ? Tensor() : at::empty({0}, query.options());
+    if (!output_mask[i]) continue;
+    TORCH_CHECK(like[i] && like[i]->scalar_type() == type, "output_mask: got a gradient of argument ", i,
                 " asked for, which has none");
-    found[3 + i] = at::empty((*others[i])->sizes(), query.options());
+    found[i] = at::empty_like(*like[i]);
+    const bool dense = i < 3 ? found[i].size(-1) <= 1 || found[i].stride(-1) == 1 : found[i].is_contiguous();
+    written[i] = dense ? found[i] : at::empty(found[i].sizes(), found[i].options());
   }
   if (t.empty() || c.sequences == 0) {
     for (Tensor& f : found) f.zero_();
@@ -253,20 +259,22 @@ Gradients attention_backward(const OptionalTensor& grad_output, const OptionalTe
   p.lse = sums.const_data_ptr();
   p.grad_lse = data_or_null(sum_grads);
   p.grad_weights = data_or_null(weight_grads);
-  if (output_mask[0]) p.grad_query = out_rows_of(found[0]);
-  if (output_mask[1]) p.grad_key = out_rows_of(found[1]);
-  if (output_mask[2]) p.grad_value = out_rows_of(found[2]);
-  if (output_mask[3] && found[3].numel()) p.grad_mask = found[3].mutable_data_ptr();
+  const auto rows_out = [&](int i) { return output_mask[i] ? out_rows_of(written[i]) : HeadRowsOut{}; };
+  const auto dense_out = [&](int i) {
+    return output_mask[i] && written[i].numel() ? written[i].mutable_data_ptr() : nullptr;
+  };
+  p.grad_query = rows_out(0), p.grad_key = rows_out(1), p.grad_value = rows_out(2);
+  p.grad_mask = dense_out(3), p.grad_key_mask = dense_out(4);
+  p.grad_extra_key = dense_out(5), p.grad_extra_value = dense_out(6);
   for (int64_t i = 0; mask && i < 4; ++i) p.mask_sizes[i] = mask->size(i);
-  if (output_mask[4] && found[4].numel()) p.grad_key_mask = found[4].mutable_data_ptr();
-  if (output_mask[5] && found[5].numel()) p.grad_extra_key = found[5].mutable_data_ptr();
-  if (output_mask[6] && found[6].numel()) p.grad_extra_value = found[6].mutable_data_ptr();
   const cpu::AttentionKernels& kernels = cpu::attention_kernels();
   const cpu::Parallel threads = torch_parallel();
   p.call = c;
   const Scratch scratch(kernels.backward_workspace(p, threads.threads));
   p.call.workspace = scratch.data();
   kernels.backward(p, threads);
+  for (int i = 0; i < 7; ++i)
+    if (output_mask[i] && !written[i].is_same(found[i])) found[i].copy_(written[i]);
   return std::tuple_cat(found);
 }
 

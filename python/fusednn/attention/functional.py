@@ -90,6 +90,14 @@ def scaled_dot_product_attention(
     name = "scaled_dot_product_attention"
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, argument, tensor)
+    optional = {
+        "attn_mask": attn_mask,
+        "key_padding_mask": key_padding_mask,
+        "extra_key": extra_key,
+        "extra_value": extra_value,
+    }
+    for argument, tensor in optional.items():
+        checks.check_tensor(name, argument, tensor, optional=True)
     if autocast_enabled(query.device):
         query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = _lowered(
             query, key, value, attn_mask, key_padding_mask, extra_key, extra_value

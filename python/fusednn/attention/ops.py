@@ -61,7 +61,7 @@ def _(query, key, value, mask, key_mask, extra_key, *rest):
 def _(grad_output, grad_lse, grad_weights, *rest):
     tensors, output_mask = rest[:_DIFFERENTIABLE], rest[-1]
     return tuple(
-        tensors[0].new_empty(0) if not wanted else t.new_empty(t.shape)
+        tensors[0].new_empty(0) if not wanted else torch.empty_like(t)
         for t, wanted in zip(tensors, output_mask, strict=True)
     )
 

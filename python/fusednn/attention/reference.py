@@ -8,8 +8,8 @@
     weights  p = exp(s - lse), lse = log sum over kept j of exp(s); 0 where not kept
     output   o_i = sum over kept j of p z v_j,  z = 0 or 1 / (1 - dropout_p)
 
-A row that keeps nothing has output, weights and gradients 0 and lse -inf. What a row does not keep it does not
-see: NaN and inf there reach neither its results nor its gradients. Scores and sums are float32 or wider, and
+A row that keeps nothing has output, weights and gradients 0 and lse -inf. What a row does not keep it does
+not see: NaN and inf there reach neither its results nor its gradients. Scores and sums are float32 or wider, and
 rounded once. docs/design/017-attention.md argues the contract.
 """
 
@@ -87,12 +87,68 @@ def attention_backward(*args: Any) -> tuple[Tensor, ...]:
     its options, and which gradients are wanted: the schema in ops.py.
     """
     grads, tensors, options, output_mask = args[:3], args[3:14], args[16:-1], args[-1]
-    found = differentiable_gradients(tensors, options, grads, output_mask)
-    like = [t if t is not None else tensors[0] for t in tensors[:7]]
-    return tuple(
-        t.new_empty(0) if not wanted else torch.zeros_like(t) if g is None else g
-        for t, wanted, g in zip(like, output_mask, found, strict=True)
+    with torch.no_grad():  # a formula, since in a compiled graph autograd does not record
+        found = _gradients(grads, tensors, options)
+        return tuple(
+            torch.empty_like(t).copy_(g) if wanted else tensors[0].new_empty(0)
+            for t, wanted, g in zip(tensors[:7], output_mask, found, strict=True)
+        )
+
+
+def _gradients(grads: Sequence[Any], tensors: Sequence[Any], options: Sequence[Any]) -> list[Tensor | None]:
+    """Gradients of the first seven of the op's tensors, in the accumulation dtype; None of bool masks."""
+    _, _, scale, *window, softcap, dropout_p, weights = options
+    rest = (scale, tuple(window), softcap, tensors[10], dropout_p)
+    wide = accumulation_dtype(tensors[0].dtype)
+    g_out, g_lse, g_weights = (None if g is None else g.to(wide) for g in grads)
+    if g_weights is not None and weights == "mean":
+        g_weights = g_weights[:, None] / tensors[0].shape[1]
+    if tensors[8] is None or tensors[9] is None:
+        return _gradients_of_one((g_out, g_lse, g_weights), tensors[:8], rest)
+    found: list[list[Tensor]] = [[t.new_empty(*t.shape[:2], 0, t.shape[3], dtype=wide)] for t in tensors[:3]]
+    bounds = zip(_spans(tensors[8]), _spans(tensors[9]), strict=True)
+    for n, (rows, columns) in enumerate(bounds):
+        q, k, v = tensors[0][:, :, rows], tensors[1][:, :, columns], tensors[2][:, :, columns]
+        given = (*(None if g is None else g[:, :, rows] for g in (g_out, g_lse)), None)
+        of_one = _gradients_of_one(given, (q, k, v, None, None, None, None, tensors[7]), rest, first_batch=n)
+        for parts, g in zip(found, of_one, strict=False):
+            parts.append(g)
+    return [*(torch.cat(parts, 2) for parts in found), *(None,) * 4]
+
+
+def _gradients_of_one(grads, tensors, options, first_batch=0) -> list[Tensor | None]:
+    g_out, g_lse, g_weights = grads
+    query, _, _, mask, key_mask, extra_key, _, _ = tensors
+    scale, softcap = options[0], options[2]
+    q, k, v, capped, kept, p, _, z = _weights(*tensors, *options, first_batch=first_batch)
+    dp = torch.zeros_like(p)
+    if g_out is not None:
+        dp = dp + g_out @ v.mT
+    if g_weights is not None:
+        dp = dp + g_weights
+    dp = (dp if z is None else dp * z).masked_fill(~kept, 0)
+    ds = dp - (p * dp).sum(-1, keepdim=True)
+    if g_lse is not None:
+        ds = ds + g_lse[..., None]
+    ds = (p * ds).masked_fill(~kept, 0)
+    seen = ds[..., : ds.shape[-1] - (0 if extra_key is None else extra_key.shape[1])]
+    d_mask = None if mask is None or mask.dtype == torch.bool else seen.sum_to_size(mask.shape)
+    d_key_mask = None if key_mask is None or key_mask.dtype == torch.bool else seen.sum((1, 2))
+    if softcap > 0:
+        ds = (ds * (1 - (capped / softcap) ** 2)).masked_fill(~kept, 0)
+    if g_out is None:
+        g_out = p.new_zeros(*p.shape[:3], v.shape[3])
+    d_query = _weighted_sum(ds, kept, k) * scale
+    d_key = _weighted_sum(ds.mT, kept.mT, q) * scale
+    d_value = _weighted_sum((p if z is None else p * z).mT, kept.mT, g_out)
+    groups, columns = tensors[1].shape[1:3]
+    d_key, d_value = (
+        t.unflatten(1, (groups, query.shape[1] // max(groups, 1))).sum(2) for t in (d_key, d_value)
     )
+    d_extra = (None, None)
+    if extra_key is not None:
+        d_extra = tuple(t[:, :, columns:].sum(0) for t in (d_key, d_value))
+    return [d_query, d_key[:, :, :columns], d_value[:, :, :columns], d_mask, d_key_mask, *d_extra]
 
 
 def differentiable_gradients(
@@ -106,11 +162,19 @@ def differentiable_gradients(
     return gradients_by_autograd(forward, tensors[:7], grads, needs)
 
 
-def _attend(
-    query, key, value, mask, key_mask, extra_key, extra_value, slopes, scale, window, softcap, seed, dropout_p,
-    first_batch=0,
-):  # fmt: skip
+def _attend(*tensors_and_options, **first_batch):
     """Output, lse and weights of every head, in the accumulation dtype."""
+    _, _, v, _, kept, p, lse, z = _weights(*tensors_and_options, **first_batch)
+    if z is not None:
+        p = p * z
+    return _weighted_sum(p, kept, v), lse, p
+
+
+def _weights(
+    query, key, value, mask, key_mask, extra_key, extra_value, slopes, scale, window, softcap, seed,
+    dropout_p, first_batch=0,
+):  # fmt: skip
+    """Queries, every head's keys and values; and of all columns scores after softcap, kept, p, lse, z."""
     batch, heads, rows, _ = query.shape
     columns, extra = key.shape[2], 0
     wide = accumulation_dtype(query.dtype)
@@ -125,17 +189,18 @@ def _attend(
     s = _products(q, k) * scale  # [B, H, L, S + X]
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
+    capped = s
     bias, kept = _bias_and_kept(query, columns, mask, key_mask, slopes, window)
     if bias is not None:
         s = s + _with_extra(bias, columns, extra, 0)
     if kept is not None:
         s = s.masked_fill(~_with_extra(kept, columns, extra, True), -math.inf)
-    p, lse = _softmax(s)
-    kept = p.detach() != 0
+    p, lse, kept = _softmax(s)
+    z = None
     if seed is not None and dropout_p > 0:
         drawn = dropout.kept_weights(seed, dropout_p, batch, heads, rows, columns + extra, first_batch)
-        p = (p * dropout.keep_scale(dropout_p)).masked_fill(~drawn, 0)
-    return _weighted_sum(p, kept, v), lse, p
+        z = drawn.to(wide) * dropout.keep_scale(dropout_p)
+    return q, k, v, capped, kept, p, lse, z
 
 
 def _bias_and_kept(query, columns, mask, key_mask, slopes, window):
@@ -173,8 +238,8 @@ def _with_extra(t: Tensor, columns: int, extra: int, value: Any) -> Tensor:
     return torch.nn.functional.pad(t.expand(*t.shape[:-1], columns), (0, extra), value=value)
 
 
-def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and log sum exp over the last dimension; 0 and -inf in rows of nothing but -inf."""
+def _softmax(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and log sum exp over the last dimension, 0 and -inf in rows of -inf; where scores are above."""
     gone = s.detach() == -math.inf
     s = s.masked_fill(gone, -math.inf)  # no gradient there
     largest = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
@@ -183,7 +248,8 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     total = e.sum(-1, keepdim=True)
     nothing = total == 0
     total = total.masked_fill(nothing, 1)
-    return e / total, (largest + total.log()).masked_fill(nothing, -math.inf).squeeze(-1)
+    p = (e / total).masked_fill(gone, 0)  # where the rest of the row is NaN, too
+    return p, (largest + total.log()).masked_fill(nothing, -math.inf).squeeze(-1), ~gone
 
 
 def _all_finite(t: Tensor) -> bool:
@@ -192,7 +258,7 @@ def _all_finite(t: Tensor) -> bool:
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:
-    """Return ``q k^T``; a row's gradient does not see the keys that are not finite and that it doesn't keep."""
+    """Return ``q k^T``; a row's gradient does not see keys that are not finite and that it doesn't keep."""
     if _all_finite(k):
         return q @ k.mT
     special = ~k.detach().isfinite().all(-1)  # [B, H, S]
