@@ -41,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
   fusednn::bind_spatial_cpu_eager(cpu);
   fusednn::bind_attention_cpu(cpu);
   fusednn::bind_attention_lstm_cpu(cpu);
+  fusednn::bind_projection_cpu(cpu);
 #if defined(FUSEDNN_WITH_CUDA)
   pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");
   fusednn::bind_rnn_cuda(cuda, &fusednn::current_cuda_stream);

@@ -1,8 +1,8 @@
 // C[M, N] (+)= A[M, K] B[K, N] on register tiles, for operands in the core's own memory: N is padded to whole
 // vectors, rows of B lie together.
 //
-// A tile is 6 rows by 4 vectors with 32 registers, 6 by 2 with 16; narrow rests take more rows. K is cut into
-// blocks whose part of B stays in the first-level cache while all rows of A go past it.
+// A tile is 12 rows by 2 vectors with 32 registers, 6 by 2 with 16: it takes little of B for many products, so that
+// B may come from the second-level cache, and sums over K are long. K is cut into blocks, whose sums are added up.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -10,8 +10,8 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int kWide = FUSEDNN_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a tile
-constexpr int64_t kDepth = FUSEDNN_VECTOR_BYTES == 64 ? 64 : 128;
+constexpr int kWide = 2;  // vectors of a tile
+constexpr int64_t kDepth = 128;  // a longer chain of sums would err more than torch's
 
 template <int V>
 constexpr int tile_rows() {
@@ -63,19 +63,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t K, Strided<T> a, const T* b
     for (; v + kWide <= vectors; v += kWide)
       multiply_panel<kWide>(rows, depth, part, rows_of_b + v * w, b_stride, c + v * w, c_stride, into);
     const T* rest = rows_of_b + v * w;
-    switch (vectors - v) {
-      case 1:
-        multiply_panel<1>(rows, depth, part, rest, b_stride, c + v * w, c_stride, into);
-        break;
-      case 2:
-        multiply_panel<2>(rows, depth, part, rest, b_stride, c + v * w, c_stride, into);
-        break;
-      case 3:
-        multiply_panel<3>(rows, depth, part, rest, b_stride, c + v * w, c_stride, into);
-        break;
-      default:
-        break;
-    }
+    if (v < vectors) multiply_panel<1>(rows, depth, part, rest, b_stride, c + v * w, c_stride, into);
     into = Into::add;
   }
 }

@@ -5,6 +5,7 @@
 #include "fusednn/attention_lstm_cpu.h"
 #include "fusednn/conv_cpu.h"
 #include "fusednn/cpu_features.h"
+#include "fusednn/projection_cpu.h"
 #include "fusednn/rnn_cpu.h"
 #include "fusednn/spatial_cpu.h"
 
@@ -16,6 +17,7 @@ extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
 extern const AttentionKernels attention_table;
+extern const ProjectionKernels projection_table;
 }  // namespace baseline
 #if defined(FUSEDNN_HAVE_X86_ISAS)
 namespace avx2 {
@@ -24,6 +26,7 @@ extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
 extern const AttentionKernels attention_table;
+extern const ProjectionKernels projection_table;
 }  // namespace avx2
 namespace avx512 {
 extern const RnnKernels rnn_table;
@@ -31,6 +34,7 @@ extern const ConvKernels conv_table;
 extern const SpatialKernels spatial_table;
 extern const AttentionLstmKernels attention_lstm_table;
 extern const AttentionKernels attention_table;
+extern const ProjectionKernels projection_table;
 }  // namespace avx512
 #endif
 
@@ -107,6 +111,14 @@ const AttentionKernels& attention_kernels() {
   if (current_isa() == Isa::avx2) return avx2::attention_table;
 #endif
   return baseline::attention_table;
+}
+
+const ProjectionKernels& projection_kernels() {
+#if defined(FUSEDNN_HAVE_X86_ISAS)
+  if (current_isa() == Isa::avx512) return avx512::projection_table;
+  if (current_isa() == Isa::avx2) return avx2::projection_table;
+#endif
+  return baseline::projection_table;
 }
 
 }  // namespace fusednn::cpu

@@ -94,3 +94,41 @@ def _operation(name: str, first: int) -> Operation:
 
 attention_forward = _operation("attention_forward", 0)
 attention_backward = _operation("attention_backward", 3)
+
+FEWEST_PROJECTED_ROWS = 64
+"""Below it `auto` leaves projections to torch: packing a weight costs what the product saves (018)."""
+
+
+def _against_projection(name: str, grad_or_input: Tensor) -> Reasons:
+    reasons = _against_cpu(name, grad_or_input)
+    if grad_or_input.dtype != torch.float32:
+        reasons = [*reasons, f"got tensors of {grad_or_input.dtype}, expected float32"]
+    return reasons
+
+
+def _few_rows(rows: Any) -> Reasons:
+    if rows >= FEWEST_PROJECTED_ROWS:
+        return []
+    return [f"got {rows} rows; torch's product is faster below {FEWEST_PROJECTED_ROWS}"]
+
+
+def _projection(name: str) -> Operation:
+    def cpu(*args: Any) -> Any:
+        return getattr(_native.extension.cpu, name)(*args)
+
+    return Operation(
+        name,
+        (
+            Implementation(
+                "cpu",
+                cpu,
+                lambda *args: _against_projection(name, args[0]),
+                lambda *args: _few_rows(args[0].shape[0]),
+            ),
+            Implementation("reference", getattr(reference, name)),
+        ),
+    )
+
+
+projection_forward = _projection("projection_forward")
+projection_backward = _projection("projection_backward")

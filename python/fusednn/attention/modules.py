@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..transforms import autocast_enabled
 from . import functional, mha_checks, nested
 from .mha_checks import Layer
-from .projections import extra_columns, project_in
+from .projections import extra_columns, project, project_in
 from .rotary import BASE, alibi_slopes, rotary_tables, rotate, tables_at
 
 torch.fx.wrap("_attend")
@@ -254,7 +253,7 @@ def _attend(
     # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add its
     # bias in another pass.
     output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3).contiguous()
-    output = linear(output.flatten(2), *layer.out_proj)
+    output = project(output.flatten(2), *layer.out_proj)
     if not batched:
         output = output.squeeze(0)
         weights = None if weights is None else weights.squeeze(0)
@@ -334,7 +333,7 @@ def _attend_nested(
             alibi_slopes=alibi_slopes(layer.num_heads, q.device) if layer.alibi else None,
         )
         weights = None
-    return nested.unpack(linear(output.flatten(1), *layer.out_proj), query), weights
+    return nested.unpack(project(output.flatten(1), *layer.out_proj), query), weights
 
 
 def _rotate_packed(x: Tensor, packed: nested.Packed, base: float) -> Tensor:

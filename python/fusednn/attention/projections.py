@@ -6,7 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import _native, settings
+from ..transforms import autocast_enabled, needs_torchs_ops
+from . import projection_ops  # noqa: F401  registers torch.ops.fusednn.projection_*
 from .mha_checks import Layer
+
+
+def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``input weight^T + bias`` as ``torch.nn.functional.linear`` does.
+
+    In float32 on the CPU it is an op of ours, which is faster there; elsewhere torch's.
+    """
+    tensors = (input, weight, bias)
+    ours = (
+        input.device.type == "cpu"
+        and settings.backend() in ("auto", "cpu")
+        and _native.extension is not None
+        and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+        and not autocast_enabled(input.device)
+        and not needs_torchs_ops(*tensors)
+    )
+    if not ours:
+        return linear(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    found = torch.ops.fusednn.projection_forward(rows, weight, bias)
+    return found.view(*input.shape[:-1], weight.shape[0])
 
 
 def project_in(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,11 +43,11 @@ def project_in(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple
     bias = layer.in_proj_bias
     if len(layer.in_proj) == 3:
         biases = (None, None, None) if bias is None else bias.split((h * d, g * d, g * d))
-        q, k, v = (linear(x, w, b) for x, w, b in zip((query, key, value), layer.in_proj, biases))
+        q, k, v = (project(x, w, b) for x, w, b in zip((query, key, value), layer.in_proj, biases))
         return _heads(q, h, d), _heads(k, g, d), _heads(v, g, d)
     (weight,) = layer.in_proj
     if query is key and key is value:
-        q, k, v = _heads(linear(query, weight, bias), h + 2 * g, d).split((h, g, g), -2)
+        q, k, v = _heads(project(query, weight, bias), h + 2 * g, d).split((h, g, g), -2)
         return q, k, v
     if key is value:
         q, kv = _products(weight, bias, (query, key), (h * d, 2 * g * d))
@@ -54,7 +78,7 @@ def _products(
 ) -> list[Tensor]:
     # split, not slices: its gradient is one cat
     biases = (None,) * len(rows) if bias is None else bias.split(rows)
-    return [linear(x, w, b) for x, w, b in zip(inputs, weight.split(rows), biases)]
+    return [project(x, w, b) for x, w, b in zip(inputs, weight.split(rows), biases)]
 
 
 def _heads(x: Tensor, heads: int, d: int) -> Tensor:
