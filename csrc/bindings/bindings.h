@@ -26,6 +26,7 @@ void bind_projection_cpu(pybind11::module_& m);
 void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of);
 void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of);
 void bind_spatial_cuda(pybind11::module_& m, StreamOf stream_of);
+void bind_attention_cuda(pybind11::module_& m, StreamOf stream_of);
 void bind_attention_lstm_cuda(pybind11::module_& m, StreamOf stream_of);
 
 }  // namespace fusednn

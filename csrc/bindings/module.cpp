@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   fusednn::bind_rnn_cuda(cuda, &fusednn::current_cuda_stream);
   fusednn::bind_conv_cuda(cuda, &fusednn::current_cuda_stream);
   fusednn::bind_spatial_cuda(cuda, &fusednn::current_cuda_stream);
+  fusednn::bind_attention_cuda(cuda, &fusednn::current_cuda_stream);
   fusednn::bind_attention_lstm_cuda(cuda, &fusednn::current_cuda_stream);
 #endif
 }

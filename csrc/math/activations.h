@@ -12,6 +12,8 @@ namespace fusednn::math {
 
 FUSEDNN_HOST_DEVICE float exp(float x) { return ::expf(x); }
 FUSEDNN_HOST_DEVICE double exp(double x) { return ::exp(x); }
+FUSEDNN_HOST_DEVICE float log(float x) { return ::logf(x); }
+FUSEDNN_HOST_DEVICE double log(double x) { return ::log(x); }
 FUSEDNN_HOST_DEVICE float tanh(float x) { return ::tanhf(x); }
 FUSEDNN_HOST_DEVICE double tanh(double x) { return ::tanh(x); }
 

@@ -13,5 +13,6 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   fusednn::bind_rnn_cuda(m, &only_stream);
   fusednn::bind_conv_cuda(m, &only_stream);
   fusednn::bind_spatial_cuda(m, &only_stream);
+  fusednn::bind_attention_cuda(m, &only_stream);
   fusednn::bind_attention_lstm_cuda(m, &only_stream);
 }
