@@ -63,8 +63,10 @@ def test_every_combination(device, constructor):
 @pytest.mark.parametrize("inputs", SAME)
 def test_dtypes_and_lengths(device, dtype, weights, inputs):
     ours, theirs, oracle = layers(48, 3, batch_first=True, device=device, dtype=dtype)
+    # One key alone is for float64: its score's gradient is 0, the difference of two equal sums.
+    short = (1, 1) if dtype == torch.float64 else (2, 2)
     for length, keys, attn, padding in (
-        (1, 1, "none", "none"),
+        (*short, "none", "none"),
         (1, 33, "bool", "bool"),
         (40, 17, "float", "none"),
         (33, 64, "none", "float"),
