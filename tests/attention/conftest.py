@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,33 @@ KERNELS: dict[str, tuple[str, ...]] = {
 # takes a tenth of a second there, and seconds to compile on a device.
 IN_FULL = ("case",)
 
+# In the interpreter a call and its backward take a second: of so many neighbours among a test's cases it runs
+# the first. Tests not listed run all of theirs.
+ONE_OF = {
+    "test_agrees_with_torch": 2,
+    "test_masks": 3,
+    "test_lengths": 2,
+    "test_head_sizes": 2,
+    "test_expanded": 3,
+    "test_gradients_of_some_results": 3,
+    "test_gradients_of_some_tensors": 3,
+    "test_hidden_keys_and_values_do_not_leak": 2,
+    "test_nothing_to_attend_to": 3,
+    "test_large_queries": 3,
+    "test_scores_far_from_zero": 2,
+    "test_the_same_bits_again": 3,
+    "test_empty": 3,
+    "test_shapes_as_torchs": 3,
+    "test_masks_as_torchs": 2,
+    "test_windows": 3,
+    "test_results_in_order": 4,
+    "test_every_backend_draws_the_same_mask": 2,
+    "test_gradcheck": 5,
+    "test_gradgradcheck": 6,
+    "test_fakes_of_the_forward": 4,
+    "test_fakes_of_the_backward": 4,
+}
+
 
 def _variant(item: pytest.Item) -> tuple[str, str] | None:
     """Values of the parameters in full and of the others, of a test where calls are slow."""
@@ -41,17 +69,25 @@ def _variant(item: pytest.Item) -> tuple[str, str] | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where calls are slow, a test of many cases takes one combination of its other parameters for each."""
     found = {item: variant for item in items if (variant := _variant(item)) is not None}
-    cases: dict[str, dict[str, int]] = {}
-    variants: dict[str, dict[str, int]] = {}
+    cases: dict[tuple[Path, str], dict[str, int]] = {}
+    variants: dict[tuple[Path, str], dict[str, int]] = {}
     for item, (case, variant) in found.items():
         for numbers, name in ((cases, case), (variants, variant)):
-            of_test = numbers.setdefault(item.originalname, {})
+            of_test = numbers.setdefault((item.path, item.originalname), {})
             of_test.setdefault(name, len(of_test))
     left = set()
     for item, (case, variant) in found.items():
-        its_cases, its_variants = cases[item.originalname], variants[item.originalname]
-        if its_variants[variant] != its_cases[case] % len(its_variants):
+        test = item.path, item.originalname
+        if variants[test][variant] != cases[test][case] % len(variants[test]):
             left.add(item)
+    seen: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        if item.path.parent != Path(__file__).parent or item in left or not suite.INTERPRETED:
+            continue
+        test = item.path, item.originalname
+        if item.get_closest_marker("interpreter") and seen[test] % ONE_OF.get(test[1], 1):
+            left.add(item)
+        seen[test] += 1
     if left:
         config.hook.pytest_deselected(items=list(left))
         items[:] = [item for item in items if item not in left]

@@ -80,7 +80,7 @@ MASKS = {
 @pytest.mark.parametrize("case", MASKS)
 def test_masks_as_torchs(place, case, kind):
     q, k, v = (normal(*shape, device=place.device, seed=i) for i, shape in enumerate(SHAPES[case]))
-    for shape in MASKS[case]:
+    for shape in MASKS[case][:: 3 if place.slow else 1]:
         mask = normal(*shape, device=place.device)
         mask = mask if kind == "float" else mask.add(1) > 0
         if kind == "bool" and mask.dim():

@@ -76,6 +76,21 @@ def test_empty_rows_in_the_second_order(training_place):
         assert g[1].ne(0).any()
 
 
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_hidden_nan_in_the_second_order(training_place, name):
+    """Keys and values that no row sees reach neither first nor second derivatives."""
+    work = at(training_place, make(key_mask="bool", weights="heads", dtype=torch.float64))
+    hidden = ~work.tensors["key_mask"][:, None, :, None]
+    found = []
+    for poison in (torch.nan, 0.0):
+        function, leaves = function_of(work.with_(**{name: work.tensors[name].masked_fill(hidden, poison)}))
+        loss = sum(t.square().sum() for t in function(*leaves))
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        found.append([*first, *second])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_a_gradient_penalty(training_place):
     """A second derivative in use: the norm of the gradient of the weights' entropy."""
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,8 @@ def test_opcheck_of_autograd_and_dynamic_shapes(name, case):
 
 def _fakes_agree(place, name: str, dtype: torch.dtype) -> None:
     op = getattr(torch.ops.fusednn, name)
-    for case, args in op_cases(name, dtype).items():
+    first, step = (DTYPES.index(dtype), 5) if place.slow else (0, 1)
+    for case, args in list(op_cases(name, dtype).items())[first::step]:
         args = detached(args, place.device)
         real = op(*args)
         with FakeTensorMode() as mode:
