@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 
+#include "bindings/attention_cpu.h"
 #include "bindings/bindings.h"
 #include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
@@ -156,30 +157,19 @@ struct AttentionTensors {
   }
 };
 
-using Result = std::tuple<Tensor, Tensor, Tensor>;
-
-Result attention_forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                         const OptionalTensor& key_mask, const OptionalTensor& extra_key,
-                         const OptionalTensor& extra_value, const OptionalTensor& alibi_slopes,
-                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                         const OptionalTensor& dropout_seed, int64_t, int64_t, double scale, int64_t window_left,
-                         int64_t window_right, int64_t position_offset, double softcap, double dropout_p,
-                         const std::string& weights) {
-  AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
-                     cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
-                     dropout_p);
+AttentionResult run_forward(const AttentionTensors& t, const std::string& weights, const Tensor& output) {
   const Attention& c = t.call;
   cpu::AttentionForward p{};
   p.returned = weights_named(weights);
   TORCH_CHECK(p.returned == ReturnedWeights::none || !c.cu_seqlens_q, "weights: got '", weights,
               "', expected 'none' for packed sequences");
-  const Tensor output = empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size);
-  const Tensor lse = at::empty({c.batch, c.heads, c.rows}, query.options().dtype(wide_type(query)));
+  const auto options = t.query.options();
+  const Tensor lse = at::empty({c.batch, c.heads, c.rows}, options.dtype(wide_type(t.query)));
   const int64_t columns = c.columns + c.extra;
   at::DimVector sizes{0};
   if (p.returned == ReturnedWeights::mean) sizes = {c.batch, c.rows, columns};
   if (p.returned == ReturnedWeights::heads) sizes = {c.batch, c.heads, c.rows, columns};
-  const Tensor found = at::empty(sizes, query.options());
+  const Tensor found = at::empty(sizes, options);
   if (t.empty() || c.sequences == 0) {
     if (found.numel()) found.zero_();  // the mean of no heads
     return {output, lse, found};
@@ -196,9 +186,22 @@ Result attention_forward(const Tensor& query, const Tensor& key, const Tensor& v
   return {output, lse, found};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+AttentionResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const OptionalTensor& mask, const OptionalTensor& key_mask,
+                                  const OptionalTensor& extra_key, const OptionalTensor& extra_value,
+                                  const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
+                                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t,
+                                  int64_t, double scale, int64_t window_left, int64_t window_right,
+                                  int64_t position_offset, double softcap, double dropout_p,
+                                  const std::string& weights) {
+  const AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
+                           cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
+                           dropout_p);
+  const Attention& c = t.call;
+  return run_forward(t, weights, empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size));
+}
 
-Gradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
+AttentionGradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
                              const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
                              const Tensor& value, const OptionalTensor& mask, const OptionalTensor& key_mask,
                              const OptionalTensor& extra_key, const OptionalTensor& extra_value,
@@ -279,6 +282,40 @@ Gradients attention_backward(const OptionalTensor& grad_output, const OptionalTe
 }
 
 }  // namespace
+
+namespace {
+
+AttentionTensors layer_tensors(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask) {
+  const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(heads[0].size(3), 1)));
+  return AttentionTensors(heads[0], heads[1], heads[2], {}, key_mask, {}, {}, {}, {}, {}, {}, scale, -1, -1, 0, 0, 0);
+}
+
+}  // namespace
+
+AttentionResult self_attention_forward(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
+                                       const std::string& weights, const Tensor& output) {
+  return run_forward(layer_tensors(heads, key_mask), weights, output);
+}
+
+void self_attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_weights,
+                             const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
+                             const std::string& weights, const Tensor& output, const Tensor& lse,
+                             const std::array<Tensor, 3>& grads) {
+  const AttentionTensors t = layer_tensors(heads, key_mask);
+  cpu::AttentionBackward p{};
+  p.returned = weights_named(weights);
+  if (grad_output) p.grad_output = rows_of(*grad_output);
+  p.output = rows_of(output);
+  p.lse = lse.const_data_ptr();
+  p.grad_weights = data_or_null(grad_weights);
+  p.grad_query = out_rows_of(grads[0]), p.grad_key = out_rows_of(grads[1]), p.grad_value = out_rows_of(grads[2]);
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  p.call = t.call;
+  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
+  p.call.workspace = scratch.data();
+  kernels.backward(p, threads);
+}
 
 void bind_attention_cpu(pybind11::module_& m) {
   m.def("attention_forward", &attention_forward);

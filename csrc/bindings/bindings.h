@@ -21,6 +21,7 @@ void bind_conv_cpu_eager(pybind11::module_& m);
 void bind_spatial_cpu(pybind11::module_& m);
 void bind_spatial_cpu_eager(pybind11::module_& m);
 void bind_attention_cpu(pybind11::module_& m);
+void bind_attention_cpu_eager(pybind11::module_& m);
 void bind_attention_lstm_cpu(pybind11::module_& m);
 void bind_projection_cpu(pybind11::module_& m);
 void bind_rnn_cuda(pybind11::module_& m, StreamOf stream_of);

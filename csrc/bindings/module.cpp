@@ -40,6 +40,7 @@ PYBIND11_MODULE(_C, m) {
   fusednn::bind_spatial_cpu(cpu);
   fusednn::bind_spatial_cpu_eager(cpu);
   fusednn::bind_attention_cpu(cpu);
+  fusednn::bind_attention_cpu_eager(cpu);
   fusednn::bind_attention_lstm_cpu(cpu);
   fusednn::bind_projection_cpu(cpu);
 #if defined(FUSEDNN_WITH_CUDA)

@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "bindings/attention_cpu.h"
 #include "bindings/bindings.h"
 #include "bindings/scratch.h"
 #include "bindings/tensor_checks.h"
@@ -51,6 +52,8 @@ void run(MatrixProduct& p) {
   p.workspace = scratch.data();
   kernels.multiply(p, threads);
 }
+
+}  // namespace
 
 Tensor projection_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const Sizes s = sizes_of(input, weight);
@@ -114,8 +117,6 @@ std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const
   if (output_mask[2]) at::sum_out(const_cast<Tensor&>(d_bias), g, 0);
   return {d_input, empty(false, {}), d_bias};
 }
-
-}  // namespace
 
 void bind_projection_cpu(pybind11::module_& m) {
   m.def("projection_forward", &projection_forward);

@@ -8,6 +8,9 @@
 // all sums, depend on the shape alone: the same bits for any number of threads. For a block of rows and columns:
 // five products, of which s and dp come from panels (attention_pack.h), the others from rows.
 //
+// lse has 24 bits. Where it is large (masks of finfo.min) 2^(s - lse) would be off by as many of them as it has before
+// the point, so that such rows' largest score and sum are found again.
+//
 // Gradients of masks, which sum over samples, heads or rows, are a pass of their own over the masks' blocks.
 // Bytes: q, g once for each part, keys and values in cache. Flops: 2 L S (3 D + 2 V) a head.
 #pragma once
@@ -18,6 +21,7 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kBackwardRows = 96;
 constexpr int64_t kBackwardColumns = 256;
+constexpr double kLargeLse = 64;
 constexpr int64_t kBackwardTasks = 8;  // with fewer heads, columns are cut into parts
 
 template <class T, class S>
@@ -47,6 +51,8 @@ class AttentionBackwardKernel {
     finite_ = shared.take<bool>(c_.sequences * c_.groups * pack_parts_);
     delta_ = shared.take<T>(c_.batch * c_.heads * c_.rows);
     const int64_t all_rows = c_.batch * c_.heads * c_.rows;
+    subtract_ = shared.take<T>(all_rows);
+    factor_ = shared.take<T>(all_rows);
     partial_ = parts_ > 1 ? shared.take<T>(parts_ * all_rows * q_pitch_) : nullptr;
     extra_keys_ = shared.take<T>(c_.batch * c_.groups * c_.extra * c_.size);
     extra_values_ = shared.take<T>(c_.batch * c_.groups * c_.extra * c_.value_size);
@@ -86,7 +92,7 @@ class AttentionBackwardKernel {
 
  private:
   struct Room {  // of a thread
-    T *query, *grad, *scores, *ds, *capped, *kept, *grad_query, *grad_keys, *grad_values, *lse;
+    T *query, *grad, *scores, *ds, *capped, *kept, *grad_query, *grad_keys, *grad_values;
   };
 
   Room room(Carver& own) const {
@@ -101,7 +107,6 @@ class AttentionBackwardKernel {
     r.grad_query = own.template take<T>(maximum(R * q_pitch_, R * pitch_));
     r.grad_keys = own.template take<T>(minimum(part_columns_, all_columns_) * q_pitch_);
     r.grad_values = own.template take<T>(minimum(part_columns_, all_columns_) * v_pitch_);
-    r.lse = own.template take<T>(R);
     return r;
   }
   Room room_of(int thread) const {
@@ -138,7 +143,7 @@ class AttentionBackwardKernel {
     return (q.batch * c_.heads + head) * c_.rows + q.first_row + row;
   }
 
-  // Rows of q (scaled), of the output's gradient, and lse in base 2.
+  // Rows of q (scaled) and of the output's gradient.
   void load_rows(const Sequence& q, int64_t head, int64_t row, int64_t rows, const Room& r) const {
     const int64_t at = q.first_row + row;
     const Source<S> queries{head_row<S>(c_.query, q.batch, head, at), c_.query.row_stride, rows, nullptr, 0, c_.size};
@@ -150,9 +155,42 @@ class AttentionBackwardKernel {
     } else {
       std::memset(r.grad, 0, rows * v_pitch_ * sizeof(T));
     }
+  }
+
+  // What a row's scores are taken off, and what 2^ that is multiplied by, to be weights.
+  void find_sums(const Sequence& q, int64_t head, int64_t row, int64_t rows, const Room& r) const {
     const T* lse = static_cast<const T*>(p_.lse) + row_index(q, head, row);
-    for (int64_t i = 0; i < rows; ++i)  // rows that keep nothing: 2^(-inf)
-      r.lse[i] = lse[i] == minus_infinity<T>() ? -minus_infinity<T>() : lse[i] * T(kLog2e);
+    T *subtract = subtract_ + row_index(q, head, row), *factor = factor_ + row_index(q, head, row);
+    bool large = false;
+    for (int64_t i = 0; i < rows; ++i) {  // rows that keep nothing: 2^(-inf)
+      subtract[i] = lse[i] == minus_infinity<T>() ? -minus_infinity<T>() : lse[i] * T(kLog2e);
+      factor[i] = T(1);
+      large = large || is_large(lse[i]);
+    }
+    if (!large) return;
+    const int64_t columns = q.columns + c_.extra;
+    for (int64_t i = 0; i < rows; ++i)
+      if (is_large(lse[i])) subtract[i] = minus_infinity<T>(), factor[i] = T(0);
+    for (int64_t j = 0; j < columns; j += column_block_) {
+      const int64_t count = minimum(column_block_, columns - j);
+      make_scores(q, head, row, rows, j, count, r);
+      for (int64_t i = 0; i < rows; ++i) {
+        if (!is_large(lse[i])) continue;
+        T* s = r.scores + i * pitch_;
+        const T block = largest_of(s, padded<T>(count)), largest = block > subtract[i] ? block : subtract[i];
+        if (largest == minus_infinity<T>()) continue;
+        T down[Vec<T>::size];
+        exp2(Vec<T>(subtract[i] - largest)).store(down);
+        factor[i] = factor[i] * down[0] + exp2_row(s, padded<T>(count), largest);
+        subtract[i] = largest;
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      if (is_large(lse[i])) factor[i] = T(1) / factor[i];
+  }
+
+  static bool is_large(T lse) {
+    return (lse > T(kLargeLse) || lse < -T(kLargeLse)) && lse - lse == T(0);
   }
 
   const S* weights_gradient(const Sequence& q, int64_t head, int64_t row) const {
@@ -164,8 +202,8 @@ class AttentionBackwardKernel {
     return p_.returned == ReturnedWeights::mean ? T(1) / static_cast<T>(c_.heads) : T(1);
   }
 
-  // Weights p of rows [row, row + rows) and columns [j, j + count), before dropout.
-  void make_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
+  // Scores of rows [row, row + rows) and columns [j, j + count), up to whole vectors.
+  void make_scores(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
                     const Room& r) const {
     constexpr int64_t P = kPanelColumns<T>;
     const T* panels = key_panels_ + places_.panels(q, head / (c_.heads / c_.groups)) * c_.size * P;
@@ -177,7 +215,19 @@ class AttentionBackwardKernel {
       if (!plain_scores(c_) || count % Vec<T>::size)
         finish_scores<T, S>(c_, q, head, row + i, j, count, key_bias_.of(q), s,
                             c_.softcap > 0 ? r.capped + i * pitch_ : nullptr);
-      exp2_row(s, padded<T>(count), r.lse[i]);
+    }
+  }
+
+  // Weights p, before dropout, in their place.
+  void make_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
+                    const Room& r) const {
+    make_scores(q, head, row, rows, j, count, r);
+    for (int64_t i = 0; i < rows; ++i) {
+      T* s = r.scores + i * pitch_;
+      const int64_t at = row_index(q, head, row + i);
+      exp2_row(s, padded<T>(count), subtract_[at]);
+      if (factor_[at] == T(1)) continue;
+      for (int64_t k = 0; k < count; k += Vec<T>::size) (Vec<T>::load(s + k) * Vec<T>(factor_[at])).store(s + k);
     }
   }
 
@@ -227,6 +277,7 @@ class AttentionBackwardKernel {
     const int64_t rows = minimum(blocks_.height, q.rows - row), columns = q.columns + c_.extra;
     if (rows <= 0) return;
     load_rows(q, head, row, rows, r);
+    find_sums(q, head, row, rows, r);
     T* delta = delta_ + row_index(q, head, row);
     const T* grad_lse = static_cast<const T*>(p_.grad_lse);
     for (int64_t i = 0; i < rows; ++i) {
@@ -426,7 +477,7 @@ class AttentionBackwardKernel {
   const RowBlocks blocks_;
   const int64_t column_block_, pitch_, q_pitch_, v_pitch_;
   int64_t pack_parts_, parts_, part_columns_, thread_bytes_;
-  T *key_panels_, *value_panels_, *keys_, *delta_, *partial_, *extra_keys_, *extra_values_;
+  T *key_panels_, *value_panels_, *keys_, *delta_, *subtract_, *factor_, *partial_, *extra_keys_, *extra_values_;
   bool* finite_;
   char* base_;
 };

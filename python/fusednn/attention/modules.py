@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms import autocast_enabled
-from . import functional, mha_checks, nested
+from . import functional, mha_checks, nested, shortcut
 from .mha_checks import Layer
 from .projections import extra_columns, project, project_in
 from .rotary import BASE, alibi_slopes, rotary_tables, rotate, tables_at
@@ -180,6 +180,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: a hint that `attn_mask` is causal; where there is no other mask and no weights are
                 needed, the mask is not read then.
         """
+        if attn_mask is None and not is_causal and shortcut.applies(query, key, value):
+            kind = ("mean" if average_attn_weights else "heads") if need_weights else "none"
+            found = shortcut.attend(self, query, key_padding_mask, kind)
+            if found is not None:
+                return found
         return _attend(
             self._layer(),
             query,
