@@ -21,6 +21,7 @@ FAMILIES = {
     "spatial_attention": "spatial",
     "attention_lstm": "spatial",
     "attention": "attention",
+    "projection": "attention",
 }
 # Where the backward is that of another op.
 BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}

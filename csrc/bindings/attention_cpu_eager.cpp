@@ -139,8 +139,9 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
     const variable_list s = ctx->get_saved_variables();
     l.heads = ctx->saved_data["heads"].toInt();
     l.batch_first = ctx->saved_data["batch_first"].toBool();
-    std::array<bool, 5> needs;
-    for (int i = 0; i < 5; ++i) needs[i] = s[i].defined() && ctx->needs_input_grad(i);
+    std::array<bool, 5> needs{};
+    int edge = 0;  // a bias that is not there has none
+    for (int i = 0; i < 5; ++i) needs[i] = s[i].defined() && ctx->needs_input_grad(edge++);
     if (watched(grads)) {
       const variable_list found = differentiable_backward(s, grads, needs, l.heads, l.batch_first, l.weights);
       std::copy(found.begin(), found.end(), result.begin());

@@ -272,6 +272,24 @@ class AttentionBackwardKernel {
     drop_weights(c_, q.index, head, row, j, count, r.kept);
   }
 
+  // g . o of at most 8 rows, summed as the tiles sum g . v: for a row that keeps a single column they are equal, and
+  // the gradient of its score is 0.
+  void add_outputs(const Sequence& q, int64_t head, int64_t row, int64_t rows, const T* grad, T* delta) const {
+    const S* o[8];
+    T total[8], part[8];
+    for (int64_t i = 0; i < 8; ++i) {
+      total[i] = T(0);
+      o[i] = head_row<S>(p_.output, q.batch, head, q.first_row + row + minimum(i, rows - 1));
+    }
+    for (int64_t v = 0; v < c_.value_size; v += kDepth) {
+      for (int64_t i = 0; i < 8; ++i) part[i] = T(0);
+      for (int64_t k = v; k < minimum(c_.value_size, v + kDepth); ++k)
+        for (int64_t i = 0; i < 8; ++i) part[i] += grad[minimum(i, rows - 1) * v_pitch_ + k] * T(widen(o[i][k]));
+      for (int64_t i = 0; i < 8; ++i) total[i] += part[i];
+    }
+    for (int64_t i = 0; i < rows; ++i) delta[i] = total[i];
+  }
+
   // delta - grad_lse of a block of rows.
   void find_delta(const Sequence& q, int64_t head, int64_t row, const Room& r) const {
     const int64_t rows = minimum(blocks_.height, q.rows - row), columns = q.columns + c_.extra;
@@ -280,13 +298,10 @@ class AttentionBackwardKernel {
     find_sums(q, head, row, rows, r);
     T* delta = delta_ + row_index(q, head, row);
     const T* grad_lse = static_cast<const T*>(p_.grad_lse);
-    for (int64_t i = 0; i < rows; ++i) {
-      const S* o = head_row<S>(p_.output, q.batch, head, q.first_row + row + i);
-      Vec<T> total(T(0));
-      for (int64_t v = 0; v < c_.value_size; v += Vec<T>::size)
-        total = total + Vec<T>::load(r.grad + i * v_pitch_ + v) * Vec<T>::load(o + v, c_.value_size - v);
-      delta[i] = sum(total) - (grad_lse ? grad_lse[row_index(q, head, row + i)] : T(0));
-    }
+    constexpr int64_t together = 8;  // sums at a time, each a chain
+    for (int64_t i = 0; i < rows; i += together) add_outputs(q, head, row + i, minimum(together, rows - i),
+                                                             r.grad + i * v_pitch_, delta + i);
+    for (int64_t i = 0; grad_lse && i < rows; ++i) delta[i] -= grad_lse[row_index(q, head, row + i)];
     if (!p_.grad_weights) return;
     for (int64_t j = 0; j < columns; j += column_block_) {
       const int64_t count = minimum(column_block_, columns - j);

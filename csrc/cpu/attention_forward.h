@@ -125,8 +125,8 @@ class AttentionForwardKernel {
         all_columns_(longest_columns(p.call)),
         keeps_weights_(p.returned != ReturnedWeights::none),
         blocks_(longest_rows(p.call), row_limit()),
-        column_block_(keeps_weights_ ? ceil_div(all_columns_, kPanelColumns<T>) * kPanelColumns<T>
-                                     : minimum(kColumnBlock, places_.panels_of(all_columns_) * kPanelColumns<T>)),
+        column_block_(keeps_weights_ ? places_.panels_of(maximum(1, all_columns_)) * kPanelColumns<T>
+                                     : minimum(kColumnBlock, places_.panels_of(maximum(1, all_columns_)) * kPanelColumns<T>)),
         pitch_(column_block_ + Vec<T>::size),
         q_pitch_(padded<T>(c_.size)),
         v_pitch_(padded<T>(c_.value_size)) {

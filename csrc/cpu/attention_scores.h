@@ -61,6 +61,17 @@ FUSEDNN_INLINE Vec<T> exp2(Vec<T> t) {
   return V(t.v < V(C::lowest).v ? none.v : y.v);
 }
 
+template <class T>
+struct ExpLimits;
+template <>
+struct ExpLimits<float> {
+  static constexpr float least = -__FLT_MAX__;
+};
+template <>
+struct ExpLimits<double> {
+  static constexpr double least = -__DBL_MAX__;
+};
+
 struct Columns {
   int64_t begin, end;
 };
@@ -122,8 +133,17 @@ FUSEDNN_INLINE Vec<T> hidden(const bool* p, int64_t stride, int64_t n) {
 
 template <class T>
 FUSEDNN_INLINE Vec<T> add_or_hide(Vec<T> s, Vec<T> bias) {
-  const Vec<T> none(minus_infinity<T>());
-  return Vec<T>(bias.v == none.v ? none.v : (s + bias).v);
+  const Vec<T> none(minus_infinity<T>());  // what is hidden already stays so, whatever the bias is
+  return Vec<T>(((bias.v == none.v) | (s.v == none.v)) ? none.v : (s + bias).v);
+}
+
+// A mask's number in base 2; finite ones, such as the dtype's least, stay finite.
+template <class T>
+FUSEDNN_INLINE Vec<T> in_base_2(Vec<T> bias) {
+  const Vec<T> none(minus_infinity<T>()), least(ExpLimits<T>::least), most(-ExpLimits<T>::least);
+  const Vec<T> scaled = bias * Vec<T>(T(kLog2e));
+  const Vec<T> held(scaled.v < least.v ? least.v : scaled.v > most.v ? most.v : scaled.v);
+  return Vec<T>(bias.v == none.v ? none.v : held.v);
 }
 
 // key_mask of one sequence in base 2: what is added to a column's scores, -inf where it is hidden; extra columns 0.
@@ -133,10 +153,13 @@ Columns widen_key_mask(const Attention& c, const Sequence& q, T* bias) {
   Columns kept{q.columns, 0};
   const int64_t at = q.batch * c.key_mask.batch_stride, step = c.key_mask.column_stride;
   for (int64_t j = 0; j < q.columns; ++j) {
-    if (c.key_mask.is_bool)
+    if (c.key_mask.is_bool) {
       bias[j] = static_cast<const bool*>(c.key_mask.data)[at + j * step] ? T(0) : minus_infinity<T>();
-    else
-      bias[j] = static_cast<T>(widen(static_cast<const S*>(c.key_mask.data)[at + j * step])) * T(kLog2e);
+    } else {
+      T number[Vec<T>::size];
+      in_base_2(Vec<T>(T(widen(static_cast<const S*>(c.key_mask.data)[at + j * step])))).store(number);
+      bias[j] = number[0];
+    }
     if (bias[j] == minus_infinity<T>()) continue;
     kept.begin = minimum(kept.begin, j);
     kept.end = j + 1;
@@ -166,7 +189,12 @@ void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t 
   if (c.alibi_slopes) {
     const T slope = T(c.alibi_slopes[head] * kLog2e);
     const T at = static_cast<T>(row + c.position_offset - first);
-    for (int64_t j = 0; j < real; ++j) s[j] -= slope * __builtin_fabs(at - static_cast<T>(j));
+    T from[w];
+    for (int i = 0; i < w; ++i) from[i] = static_cast<T>(i);
+    for (int64_t j = 0; j < real; j += w) {
+      const V distance = abs(V(at - static_cast<T>(j)) - V::load(from));
+      (V::load(s + j, real - j) - V(slope) * distance).store(s + j, real - j);
+    }
   }
   if (c.mask.data) {
     const Mask& m = c.mask;
@@ -175,8 +203,7 @@ void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t 
     for (int64_t j = 0; j < real; j += w) {
       const int64_t n = minimum(w, real - j);
       const V bias = m.is_bool ? hidden<T>(static_cast<const bool*>(m.data) + at + j * step, step, n)
-                               : strided_load<T>(static_cast<const S*>(m.data) + at + j * step, step, n) *
-                                     V(T(kLog2e));
+                               : in_base_2(strided_load<T>(static_cast<const S*>(m.data) + at + j * step, step, n));
       add_or_hide(V::load(s + j, n), bias).store(s + j, n);
     }
   }

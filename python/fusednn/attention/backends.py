@@ -112,10 +112,15 @@ def _few_rows(rows: Any) -> Reasons:
     return [f"got {rows} rows; torch's product is faster below {FEWEST_PROJECTED_ROWS}"]
 
 
+def _products_are_torchs(*_args: Any) -> Reasons:
+    return ["its products are torch's, which comes last"]
+
+
 def _projection(name: str) -> Operation:
     def cpu(*args: Any) -> Any:
         return getattr(_native.extension.cpu, name)(*args)
 
+    torchs = getattr(reference, name)
     return Operation(
         name,
         (
@@ -125,7 +130,10 @@ def _projection(name: str) -> Operation:
                 lambda *args: _against_projection(name, args[0]),
                 lambda *args: _few_rows(args[0].shape[0]),
             ),
-            Implementation("reference", getattr(reference, name)),
+            # Where attention is asked for by name, the products around it are torch's.
+            Implementation("cuda", torchs, unprofitable=_products_are_torchs),
+            Implementation("triton", torchs, unprofitable=_products_are_torchs),
+            Implementation("reference", torchs),
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +67,7 @@ def softcap_of(name: str, softcap: float | None) -> float:
     """
     if softcap is None:
         return 0.0
-    if not softcap > 0:
+    if not 0 < softcap < math.inf:
         raise ValueError(f"{name}: softcap: got {softcap}, expected a positive number or None")
     return float(softcap)
 
@@ -74,12 +76,13 @@ def window_of(name: str, window: int | Sequence[int | None] | None, causal: bool
     """Return how many positions to the left and to the right of its own a row sees; -1: all.
 
     Raises:
+        TypeError: a number is not an integer.
         ValueError: a number is below -1, or there are not two.
     """
     pair = window if isinstance(window, (tuple, list)) else (window, window)
     if len(pair) != 2:
         raise ValueError(f"{name}: window: got {window}, expected a number or (left, right)")
-    left, right = (-1 if side is None else int(side) for side in pair)
+    left, right = (-1 if side is None else operator.index(side) for side in pair)
     if left < -1 or right < -1:
         raise ValueError(
             f"{name}: window: got {window}, expected numbers of positions, -1 or None for no limit"

@@ -211,7 +211,7 @@ def varlen_attention(
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     output, lse, _ = _attend(
         q, k, v, None, None, None, None, slopes, bounds_q, bounds_k, _seed(dropout_p, query.device),
-        _longest(bounds_q, max_seqlen_q), _longest(bounds_k, max_seqlen_k), scale,
+        _longest(name, "max_seqlen_q", bounds_q, max_seqlen_q), _longest(name, "max_seqlen_k", bounds_k, max_seqlen_k), scale,
         *checks.window_of(name, window, is_causal), 0, checks.softcap_of(name, softcap), float(dropout_p), "none",
     )  # fmt: skip
     found = output[0].transpose(0, 1)
@@ -282,15 +282,21 @@ def _seed(dropout_p: float, device: torch.device) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def _longest(bounds: Tensor, given: int | None) -> int:
-    if given is not None:
+def _longest(name: str, argument: str, bounds: Tensor, given: int | None) -> int:
+    if given is not None and (bounds.device.type != "cpu" or torch.compiler.is_compiling()):
         return given
-    return int(bounds.diff().max()) if bounds.shape[0] > 1 else 0
+    longest = int(bounds.diff().max()) if bounds.shape[0] > 1 else 0
+    if given is not None and given < longest:
+        raise RuntimeError(f"{name}: {argument}: got {given}, but the longest sequence has {longest} rows")
+    return longest if given is None else given
 
 
 def _torch_serves(query: Tensor) -> bool:
-    """Whether `auto` leaves a plain call to torch: on devices, where ours have not been measured yet."""
-    if query.device.type != "cuda" or settings.backend() != "auto":
+    """Whether `auto` leaves a plain call to torch: on devices, where ours have not been measured yet.
+
+    Not in a traced graph, which does not see which backend will be asked for where it runs.
+    """
+    if query.device.type != "cuda" or torch.compiler.is_compiling() or settings.backend() != "auto":
         return False
     reasons: dict[str, tuple[str, ...]] = {"triton": ("torch's attention serves plain calls: ours is not measured yet",)}
     record_choice("attention_forward", "torch", reasons)
