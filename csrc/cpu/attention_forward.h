@@ -125,8 +125,8 @@ class AttentionForwardKernel {
         all_columns_(longest_columns(p.call)),
         keeps_weights_(p.returned != ReturnedWeights::none),
         blocks_(longest_rows(p.call), row_limit()),
-        column_block_(keeps_weights_ ? ceil_div(all_columns_, kPanelColumns<T>) * kPanelColumns<T>
-                                     : minimum(kColumnBlock, places_.panels_of(all_columns_) * kPanelColumns<T>)),
+        column_block_(keeps_weights_ ? ceil_div(some_columns(), kPanelColumns<T>) * kPanelColumns<T>
+                                     : minimum(kColumnBlock, places_.panels_of(some_columns()) * kPanelColumns<T>)),
         pitch_(column_block_ + Vec<T>::size),
         q_pitch_(padded<T>(c_.size)),
         v_pitch_(padded<T>(c_.value_size)) {
@@ -174,9 +174,11 @@ class AttentionForwardKernel {
     T *query, *scores, *output, *mean, *largest, *total;
   };
 
+  int64_t some_columns() const { return maximum(1, all_columns_); }  // blocks are not empty, though keys may be
+
   int64_t row_limit() const {
     if (!keeps_weights_) return kRowBlock;
-    return maximum(6, minimum(kRowBlock, kScoreBytes / (2 * maximum(1, all_columns_) * int64_t{sizeof(T)}) / 6 * 6));
+    return maximum(6, minimum(kRowBlock, kScoreBytes / (2 * some_columns() * int64_t{sizeof(T)}) / 6 * 6));
   }
 
   Room room(int, Carver& own, int64_t R) const {

@@ -8,7 +8,18 @@ from torch import nn
 
 import fusednn
 
-from .module_cases import DEVICES, DTYPES, NO_WEIGHTS, SAME, WEIGHTS, assert_agree, assert_equal_in_float64, call, layers, run
+from .module_cases import (
+    DEVICES,
+    DTYPES,
+    NO_WEIGHTS,
+    SAME,
+    WEIGHTS,
+    assert_agree,
+    assert_equal_in_float64,
+    call,
+    layers,
+    run,
+)
 
 MASKS = ("none", "bool", "float")
 CONSTRUCTORS = list(itertools.product((False, True), repeat=5))
@@ -17,9 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "constructor", CONSTRUCTORS, ids=lambda c: "".join(str(int(x)) for x in c)
-)
+@pytest.mark.parametrize("constructor", CONSTRUCTORS, ids=lambda c: "".join(str(int(x)) for x in c))
 def test_every_combination(device, constructor):
     """All masks and weights for each layer; which inputs are the same tensor, and batches, take turns.
 

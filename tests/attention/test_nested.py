@@ -25,7 +25,9 @@ def nested(rows, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"num_kv_heads": 1}, {"rotary": True}, {"window": 1, "alibi": True}], ids=str
+    "options",
+    [{}, {"bias": False}, {"num_kv_heads": 1}, {"rotary": True}, {"window": 1, "alibi": True}],
+    ids=str,
 )
 def test_self_attention(device, layout, weights, options):
     ours = fusednn.MultiheadAttention(8, 2, batch_first=True, device=device, **options)
@@ -43,7 +45,10 @@ def test_self_attention(device, layout, weights, options):
             inside = found[n, ..., : LENGTHS[n], : LENGTHS[n]]
             torch.testing.assert_close(inside, expected)
             assert found[n].count_nonzero() == inside.count_nonzero()
-        loss, expected_loss = loss + found.square().sum(), expected_loss + sum(w.square().sum() for _, w in alone)
+        loss, expected_loss = (
+            loss + found.square().sum(),
+            expected_loss + sum(w.square().sum() for _, w in alone),
+        )
     wanted = [*rows, *ours.parameters()]
     torch.testing.assert_close(
         torch.autograd.grad(loss, wanted), torch.autograd.grad(expected_loss, wanted), rtol=1e-4, atol=1e-5
