@@ -109,7 +109,7 @@ def test_samples(info, device, dtype, training):
             assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
             if dtype == torch.float64:
                 torch.testing.assert_close(
-                    tensor, expected[name], msg=lambda text, n=name: f"{what} {n}: {text}"
+                    tensor, expected[name], msg=lambda text, n=f"{what} {name}": f"{n}: {text}"
                 )
             else:
                 error = (tensor.double() - exact[name]).abs().max().item()

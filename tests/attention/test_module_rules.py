@@ -128,7 +128,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_is_torchs_class(options):
-    """isinstance, attributes, repr, parameters and their initial values; the generator stands where it would."""
+    """isinstance, attributes, repr, parameters and their initial values, and the generator's state."""
     torch.manual_seed(1)
     ours, state = fusednn.MultiheadAttention(12, 3, 0.1, **options), torch.get_rng_state()
     torch.manual_seed(1)
