@@ -15,7 +15,13 @@ import fusednn
 from fusednn.replace import REPLACEMENTS
 
 PAIRS = list(REPLACEMENTS.items())
-ARGUMENTS = {nn.LSTMCell: (3, 3), nn.GRUCell: (3, 3), nn.Conv2d: (4, 8, 3, 2, 1, 1, 4, False, "reflect")}
+ARGUMENTS = {
+    nn.LSTMCell: (3, 3),
+    nn.GRUCell: (3, 3),
+    nn.Conv2d: (4, 8, 3, 2, 1, 1, 4, False, "reflect"),
+    nn.MultiheadAttention: (8, 2, 0.1, False, True, True, 5),
+    nn.TransformerEncoderLayer: (8, 2, 12, 0.1, "gelu"),
+}
 
 
 class Decoder(nn.Module):
@@ -158,6 +164,51 @@ def test_only_depthwise_convolutions_are_replaced():
     assert [e.operation for e in fusednn.explain(model[0], x)] == ["depthwise_conv2d_forward"]
     fusednn.restore_layers(model)
     assert {type(m) for m in model} == {nn.Conv2d}
+
+
+def test_attention_inside_torchs_transformer():
+    model = nn.Transformer(8, 2, 2, 1, 12, dropout=0.0, batch_first=True).eval()
+    source, target = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(source, target, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+    state = list(model.state_dict())
+    report = fusednn.replace_layers(model)
+    assert {e.names[0] for e in report.changed} == {
+        "encoder.layers.0",
+        "encoder.layers.0.self_attn",
+        "encoder.layers.1",
+        "encoder.layers.1.self_attn",
+        "decoder.layers.0.self_attn",
+        "decoder.layers.0.multihead_attn",
+    }
+    assert type(model.decoder.layers[0]) is nn.TransformerDecoderLayer
+    assert (
+        type(model.encoder.layers[0].self_attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+    assert list(model.state_dict()) == state
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            arguments = (source, target)
+            masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+            torch.testing.assert_close(model(*arguments, **masks), expected)
+            called = [e.operation for e in fusednn.explain(model, *arguments, **masks)]
+            assert called.count("attention_forward") == 4
+    fusednn.restore_layers(model)
+    assert type(model.encoder.layers[0].self_attn) is nn.MultiheadAttention
+    torch.testing.assert_close(model(source, target, **masks), expected)
+
+
+def test_an_encoder_layer_without_its_attention():
+    """Either may be swapped alone."""
+    for chosen in ("", "self_attn"):
+        torch.manual_seed(0)
+        layer, x = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), torch.randn(2, 5, 8)
+        expected = layer(x)
+        report = fusednn.replace_layers(layer, include=lambda name, _, chosen=chosen: name == chosen)
+        assert [e.names[0] for e in report.changed] == [chosen]
+        torch.testing.assert_close(layer(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(layer.eval()(x), expected)
 
 
 def test_references_outside_the_module_tree_follow(model):

@@ -37,7 +37,7 @@ void pack(const PackedOperand& b, const Parallel& parallel) {
   });
 }
 
-bool copied(const MatrixProduct& p) { return p.a_depth_stride != 1; }
+bool copied(const MatrixProduct& p) { return p.a_depth_stride != 1 || p.row_sums; }
 
 // Blocks as many as threads have equal shares of; what they are does not change a sum.
 int64_t block_height(const MatrixProduct& p, int threads) {

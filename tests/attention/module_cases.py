@@ -105,7 +105,7 @@ def call(
 
 
 def run(module: nn.Module, call: Call) -> dict[str, Tensor | None]:
-    """Return output, weights and the gradients of all inputs and parameters for random ones of the results."""
+    """Return output, weights and the gradients of inputs and parameters, for random ones of the results."""
     parameter = next(module.parameters())
     leaves = {
         name: t.to(parameter.device, parameter.dtype).clone().requires_grad_()

@@ -58,7 +58,36 @@ def works(dtype: torch.dtype) -> dict[str, Work]:
 
 def op_cases(name: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple]:
     """Return arguments of the op `name` by case."""
-    return {"attention_forward": _forward, "attention_backward": _backward}[name](dtype)
+    return {
+        "attention_forward": _forward,
+        "attention_backward": _backward,
+        "projection_forward": _projection_forward,
+        "projection_backward": _projection_backward,
+    }[name](dtype)
+
+
+def _projection_forward(dtype: torch.dtype) -> dict[str, tuple]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    cases: dict[str, tuple] = {}
+    for rows, inputs, outputs in ((0, 3, 5), (4, 3, 5), (70, 33, 20), (3, 0, 4), (3, 4, 0)):
+        text = f"M={rows} K={inputs} N={outputs}"
+        cases[text] = (normal(rows, inputs), normal(outputs, inputs), normal(outputs))
+        cases[f"{text} no bias"] = (*cases[text][:2], None)
+    return cases
+
+
+def _projection_backward(dtype: torch.dtype) -> dict[str, tuple]:
+    cases = {}
+    for case, (input, weight, bias) in _projection_forward(dtype).items():
+        grad = reference.projection_forward(input, weight, bias).detach().cos()
+        cases[case] = (grad, input, weight, [True, True, bias is not None])
+        cases[f"{case} of the input"] = (grad, input, weight, [True, False, False])
+        cases[f"{case} of the bias"] = (grad, input, weight, [False, False, True])
+    return cases
 
 
 def _arguments(work: Work) -> tuple:

@@ -1,4 +1,4 @@
-"""What MultiheadAttention has beyond torch's: grouped queries, windows, soft caps, rotary embedding, ALiBi."""
+"""MultiheadAttention beyond torch's: grouped queries, windows, soft caps, rotary embedding, ALiBi."""
 
 import itertools
 import math

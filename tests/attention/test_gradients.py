@@ -11,10 +11,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from fusednn.functional import scaled_dot_product_attention
 
 from .cases import TENSORS, Work, fused_step, make
-from .op_cases import works
+from .op_cases import op_cases, works
 
 # Where calls take long, gradcheck's fast mode: along random directions.
-CHECKED = ("attention",)  # what the tests here differentiate
+CHECKED = ("attention", "projection")  # what the tests here differentiate
+
+CASE = "M=4 K=3 N=5"
 
 WORKS = {
     case: work
@@ -52,6 +54,20 @@ def test_gradcheck(training_place, case):
 @pytest.mark.parametrize("case", WORKS)
 def test_gradgradcheck(training_place, case):
     assert gradgradcheck(*function_of(at(training_place, WORKS[case])), fast_mode=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_projections(bias):
+    input, weight, b = (
+        t.detach().requires_grad_() for t in op_cases("projection_forward", torch.float64)[CASE]
+    )
+    leaves = (input, weight, b) if bias else (input, weight)
+
+    def function(*given: Tensor) -> Tensor:
+        return torch.ops.fusednn.projection_forward(*given, *(() if bias else (None,)))
+
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("case", ["heads", "float mask"])

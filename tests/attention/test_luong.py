@@ -26,7 +26,10 @@ def layer(score, device="cpu", dtype=torch.float32, **options):
 
 
 def inputs(module, dtype=torch.float32, device="cpu", steps=(T,)):
-    return [random(B, *steps, HD).to(device, dtype), random(B, S, module.source_size, seed=1).to(device, dtype)]
+    return [
+        random(B, *steps, HD).to(device, dtype),
+        random(B, S, module.source_size, seed=1).to(device, dtype),
+    ]
 
 
 def by_hand(module, hidden, source, counts=(S,) * B):
@@ -99,7 +102,11 @@ def test_dtypes(device, score, dtype):
         "concat": lambda: module.v(torch.tanh(module.score(pairs(hidden, source)))).squeeze(-1),
     }[score]()
     weights = scores.softmax(-1)
-    theirs = (torch.tanh(module.combine(torch.cat((weights @ source, hidden), -1))), weights @ source, weights)
+    theirs = (
+        torch.tanh(module.combine(torch.cat((weights @ source, hidden), -1))),
+        weights @ source,
+        weights,
+    )
     attended, found = module(hidden, source)
     context, _ = module.context(hidden, source)
     for name, *three in zip(("h~", "context", "weights"), (attended, context, found), theirs, exact):
@@ -202,9 +209,7 @@ def test_autocast(device, score):
 
 
 def test_parameters():
-    shapes = {
-        score: {k: tuple(p.shape) for k, p in layer(score).named_parameters()} for score in SCORES
-    }
+    shapes = {score: {k: tuple(p.shape) for k, p in layer(score).named_parameters()} for score in SCORES}
     assert shapes == {
         "dot": {"combine.weight": (8, 16)},
         "general": {"score.weight": (8, 10), "combine.weight": (8, 18)},

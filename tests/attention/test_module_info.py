@@ -22,7 +22,9 @@ PAIRS = {
 def _infos():
     common = pytest.importorskip("torch.testing._internal.common_modules")
     return [
-        pytest.param(info, id=info.module_cls.__name__) for info in common.module_db if info.module_cls in PAIRS
+        pytest.param(info, id=info.module_cls.__name__)
+        for info in common.module_db
+        if info.module_cls in PAIRS
     ]
 
 
@@ -106,7 +108,9 @@ def test_samples(info, device, dtype, training):
         for name, tensor in actual.items():
             assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
             if dtype == torch.float64:
-                torch.testing.assert_close(tensor, expected[name], msg=lambda text, n=name: f"{what} {n}: {text}")
+                torch.testing.assert_close(
+                    tensor, expected[name], msg=lambda text, n=f"{what} {name}": f"{n}: {text}"
+                )
             else:
                 error = (tensor.double() - exact[name]).abs().max().item()
                 spent.setdefault(name, []).append(error / error_budget(expected[name], exact[name]))
@@ -118,7 +122,6 @@ def test_samples(info, device, dtype, training):
         assert sum(shares) / len(shares) <= 1, name
 
 
-
 @pytest.mark.parametrize("info", _infos())
 def test_samples_of_bad_input(info):
     """Torch has none of these layers yet; test_module_rules.py has ours."""
@@ -126,7 +129,10 @@ def test_samples_of_bad_input(info):
         return
     samples = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=False, training=False)
     for sample in samples:
-        arguments, forward = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
+        arguments, forward = (
+            sample.module_error_input.constructor_input,
+            sample.module_error_input.forward_input,
+        )
         module = PAIRS[info.module_cls](*_swapped(arguments), **arguments.kwargs)
         with pytest.raises(sample.error_type, match=sample.error_regex):
             module(*forward.args, **forward.kwargs)

@@ -128,7 +128,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_is_torchs_class(options):
-    """isinstance, attributes, repr, parameters and their initial values; the generator stands where it would."""
+    """isinstance, attributes, repr, parameters and their initial values, and the generator's state."""
     torch.manual_seed(1)
     ours, state = fusednn.MultiheadAttention(12, 3, 0.1, **options), torch.get_rng_state()
     torch.manual_seed(1)
@@ -143,7 +143,9 @@ def test_is_torchs_class(options):
         assert a.is_meta or a.equal(b)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "window": (2, 0), "rotary": 100.0, "alibi": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_kv_heads": 2, "window": (2, 0), "rotary": 100.0, "alibi": True}]
+)
 @pytest.mark.parametrize("way", ["copy", "deepcopy", "pickle", "torch.save"])
 def test_copies_and_files(options, way):
     ours = fusednn.MultiheadAttention(16, 4, **options)
@@ -154,7 +156,11 @@ def test_copies_and_files(options, way):
         file.seek(0)
         copied = torch.load(file, weights_only=False)
     else:
-        ways = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+        ways = {
+            "copy": copy.copy,
+            "deepcopy": copy.deepcopy,
+            "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+        }
         copied = ways[way](ours)
     assert type(copied) is fusednn.MultiheadAttention
     assert repr(copied) == repr(ours)

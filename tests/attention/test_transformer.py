@@ -134,7 +134,10 @@ def test_in_an_encoder(batch_first, norm_first, given, grad):
         "nothing": {},
         "mask": {"mask": causal},
         "padding": {"src_key_padding_mask": padding},
-        "both": {"mask": causal, "src_key_padding_mask": torch.zeros(4, 4).masked_fill(padding, -float("inf"))},
+        "both": {
+            "mask": causal,
+            "src_key_padding_mask": torch.zeros(4, 4).masked_fill(padding, -float("inf")),
+        },
         "ragged": {"src_key_padding_mask": padding.roll(1, 1)},
     }[given]
     packed = []
