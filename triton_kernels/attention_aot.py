@@ -44,7 +44,8 @@ def _case(
     names = function.arg_names
     numbers = any(name in given and name not in bytes for name in ("mask", "key_mask"))
     low = numbers or _ITEM[dtype] > 2
-    tile = Tile.of(kind, size, size, _ITEM[dtype], 4096, 4096, capability, "mask" in given, "seed" in given)
+    tile = Tile.of(kind, size, size, _ITEM[dtype], 4096, 4096, capability,
+                   masked="mask" in given, padded="key_mask" in given, dropout="seed" in given)  # fmt: skip
     options = tile.arguments
     blocks = {k: options.pop(k) for k in list(options) if k.startswith("BLOCK_")}
     fixed: dict[str, Any] = {
@@ -75,33 +76,33 @@ def _case(
     pointers = tuple(k for k, v in types.items() if v is None)
     integers = {k: v for k, v in types.items() if v is not None}
     strides = tuple(k for k, v in types.items() if v == "i32" and k not in _INTEGERS and k[:2] not in ("m_", "km", "w_"))
-    return AotCase(f"attention_{kernel}/{variant} {size}", function, pointers, integers, fixed, options,
+    return AotCase(f"attention_{kernel}/{variant} {size} {dtype}", function, pointers, integers, fixed, options,
                    (*pointers, *strides), (dtype,))  # fmt: skip
 
 
-_ALL = ("mask", "key_mask", "extra_key", "extra_value", "slopes", "seed", "d_extra_key", "d_extra_value", "grad_lse",
-        "w")  # fmt: skip
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k")
-
-
-def _everything(kernel: str, dtype: str, size: int) -> AotCase:
-    return _case(kernel, "all", dtype, size, _ALL, bytes=("key_mask",), LEFT=True, SOFTCAP=True)
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "padding": {"given": ("key_mask",), "bytes": ("key_mask",), "RIGHT": False},
+    "packed dropout": {"given": (*_PACKED, "seed")},
+    "mask dropout": {"given": ("mask", "key_mask", "seed", "grad_lse"), "bytes": ("key_mask",), "RIGHT": False},
+    "mask": {"given": ("mask", "w"), "RIGHT": False},
+    "extra softcap": {
+        "given": ("extra_key", "extra_value", "d_extra_key", "d_extra_value", "slopes"), "LEFT": True, "SOFTCAP": True,
+    },
+}  # fmt: skip
+_MAIN = (
+    *(("causal", "bf16", size) for size in (64, 128, 256)), ("padding", "bf16", 80), ("packed dropout", "fp16", 64),
+    ("mask dropout", "fp16", 128), ("extra softcap", "bf16", 64), ("causal", "fp32", 64), ("mask", "fp32", 128),
+    ("causal", "fp64", 64),
+)  # fmt: skip
+_OTHERS = (("mask dropout", "fp16", 64), ("mask", "bf16", 256), ("mask", "fp32", 128), ("mask", "fp64", 64))
 
 
 def _cases() -> list[AotCase]:
-    found = []
-    main = ("forward", "rows", "columns")
-    for kernel in main:
-        found += [_case(kernel, "causal", "bf16", size) for size in (64, 128, 256)]
-        found += [_everything(kernel, "fp16", size) for size in (128, 256)]
-        found += [_case(kernel, "padding", "bf16", 80, ("key_mask",), bytes=("key_mask",), RIGHT=False)]
-        found += [_everything(kernel, "fp32", size) for size in (64, 256)]
-        found += [_everything(kernel, "fp64", size) for size in (64, 256)]
-        found += [_case(kernel, "packed dropout", "fp16", 64, (*_PACKED, "seed"))]
-    for kernel in ("weights", "delta", "mask_gradient"):
-        found += [_everything(kernel, "bf16", size) for size in (64, 256)]
-        found += [_everything(kernel, "fp32", 128), _everything(kernel, "fp64", 256)]
-    return found
+    wanted = [(kernel, case) for kernel in ("forward", "rows", "columns") for case in _MAIN]
+    wanted += [(kernel, case) for kernel in ("weights", "delta", "mask_gradient") for case in _OTHERS]
+    return [_case(kernel, name, dtype, size, **_VARIANTS[name]) for kernel, (name, dtype, size) in wanted]
 
 
 AOT_CASES = _cases()

@@ -140,7 +140,8 @@ class Call:
         return Tile.of(
             kernel, self.query.shape[3], self.value.shape[3], self.query.element_size(),
             self.max_rows, self.max_columns, capability_of(self.query.device),
-            masked=self.mask is not None, dropout=self.dropout_seed is not None,
+            masked=self.mask is not None, padded=self.key_mask is not None,
+            dropout=self.dropout_seed is not None,
         )  # fmt: skip
 
     def empty_rows(self) -> Tensor:

@@ -103,59 +103,60 @@ def attention_columns_kernel(
     batch, first_row, first_key, rows, columns = sequence_of(
         sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
     n0 = tile * BLOCK_N
-    if n0 < columns:
-        KEYS: tl.constexpr = d_k is not None
-        VALUES: tl.constexpr = d_v is not None
-        j = n0 + tl.arange(0, BLOCK_N)
-        if key_mask is not None:
-            here = kept_keys(j, columns, key_mask + batch * km_b, km_s)
-        else:
-            here = j < columns
-        at_key = g_head.to(tl.int64)
-        k_tile = load_tile(k + batch * k_b + at_key * k_g + first_key * k_s, j, k_s, here, D, BLOCK_D)
-        v_tile = None
-        if KEYS and g is not None:
-            v_tile = load_tile(v + batch * v_b + at_key * v_g + first_key * v_s, j, v_s, here, V, BLOCK_V)
-        at_row = first_row + batch * heads * total_rows
-        q += batch * q_b + first_row * q_l
-        if g is not None:
-            g += batch * g_b + first_row * g_l
-        if w is not None:
-            w += batch * w_b
-        if mask is not None:
-            mask += batch * m_b
-        if key_mask is not None:
-            key_mask += batch * km_b
-        drawing = dropout_of(seed, threshold, sequence, g_head)
-        given = (q, mask, key_mask, slopes, lse, low, delta, g, w)
-        numbers = (scale, cap, number(keep_scale, wide), left, right, offset, w_factor)
-        strides = (q_h, q_l, g_h, g_l, w_h, w_l, w_s, m_h, m_l, m_s, km_s)
-        place = (rows, columns, at_row, total_rows)
-        state = (tl.zeros((BLOCK_N, BLOCK_D), wide), tl.zeros((BLOCK_N, BLOCK_V), wide))
-        limits = scoring_of(scale, cap, None, g_head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP, NATURAL)
-        begin, end, full_begin, full_end = row_tiles(n0, rows, columns, limits[1], BLOCK_M, BLOCK_N)
-        if mask is not None or key_mask is not None:
-            full_end = full_begin
-        # One loop over the tiles of all heads: nested ones keep more in registers than there are.
-        full = (full_end - full_begin) // BLOCK_M
-        for step in range(group * full):
-            head, m0 = g_head * group + step // full, full_begin + step % full * BLOCK_M
-            state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, False, KEYS,
-                                 VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
-                                 BLOCK_V)  # fmt: skip
-        others = (end - begin) // BLOCK_M - full
-        for step in range(group * others):
-            head, m1 = g_head * group + step // others, begin + step % others * BLOCK_M
-            m0 = tl.where(m1 < full_begin, m1, m1 + (full_end - full_begin))
-            state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, True, KEYS,
-                                 VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
-                                 BLOCK_V)  # fmt: skip
-        sum_k, sum_v = state
-        if d_k is not None:
-            sum_k = tl.where(here[:, None], sum_k * number(unscaled, wide), 0.0)
-            to = d_k + batch * dk_b + at_key * dk_g + first_key * dk_s
-            store_tile(to, j, dk_s, sum_k, j < columns, D, BLOCK_D)
-        if d_v is not None:
-            sum_v = tl.where(here[:, None], sum_v, 0.0)
-            to = d_v + batch * dv_b + at_key * dv_g + first_key * dv_s
-            store_tile(to, j, dv_s, sum_v, j < columns, V, BLOCK_V)
+    if n0 >= columns:  # of a packed sequence
+        return
+    KEYS: tl.constexpr = d_k is not None
+    VALUES: tl.constexpr = d_v is not None
+    j = n0 + tl.arange(0, BLOCK_N)
+    if key_mask is not None:
+        here = kept_keys(j, columns, key_mask + batch * km_b, km_s)
+    else:
+        here = j < columns
+    at_key = g_head.to(tl.int64)
+    k_tile = load_tile(k + batch * k_b + at_key * k_g + first_key * k_s, j, k_s, here, D, BLOCK_D)
+    v_tile = None
+    if KEYS and g is not None:
+        v_tile = load_tile(v + batch * v_b + at_key * v_g + first_key * v_s, j, v_s, here, V, BLOCK_V)
+    at_row = first_row + batch * heads * total_rows
+    q += batch * q_b + first_row * q_l
+    if g is not None:
+        g += batch * g_b + first_row * g_l
+    if w is not None:
+        w += batch * w_b
+    if mask is not None:
+        mask += batch * m_b
+    if key_mask is not None:
+        key_mask += batch * km_b
+    drawing = dropout_of(seed, threshold, sequence, g_head)
+    given = (q, mask, key_mask, slopes, lse, low, delta, g, w)
+    numbers = (scale, cap, number(keep_scale, wide), left, right, offset, w_factor)
+    strides = (q_h, q_l, g_h, g_l, w_h, w_l, w_s, m_h, m_l, m_s, km_s)
+    place = (rows, columns, at_row, total_rows)
+    state = (tl.zeros((BLOCK_N, BLOCK_D), wide), tl.zeros((BLOCK_N, BLOCK_V), wide))
+    limits = scoring_of(scale, cap, None, g_head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP, NATURAL)
+    begin, end, full_begin, full_end = row_tiles(n0, rows, columns, limits[1], BLOCK_M, BLOCK_N)
+    if mask is not None or key_mask is not None:
+        full_end = full_begin
+    # One loop over the tiles of all heads: nested ones keep more in registers than there are.
+    full = (full_end - full_begin) // BLOCK_M
+    for step in range(group * full):
+        head, m0 = g_head * group + step // full, full_begin + step % full * BLOCK_M
+        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, False, KEYS,
+                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+                             BLOCK_V)  # fmt: skip
+    others = (end - begin) // BLOCK_M - full
+    for step in range(group * others):
+        head, m1 = g_head * group + step // others, begin + step % others * BLOCK_M
+        m0 = tl.where(m1 < full_begin, m1, m1 + (full_end - full_begin))
+        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, True, KEYS,
+                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+                             BLOCK_V)  # fmt: skip
+    sum_k, sum_v = state
+    if d_k is not None:
+        sum_k = tl.where(here[:, None], sum_k * number(unscaled, wide), 0.0)
+        to = d_k + batch * dk_b + at_key * dk_g + first_key * dk_s
+        store_tile(to, j, dk_s, sum_k, j < columns, D, BLOCK_D)
+    if d_v is not None:
+        sum_v = tl.where(here[:, None], sum_v, 0.0)
+        to = d_v + batch * dv_b + at_key * dv_g + first_key * dv_s
+        store_tile(to, j, dv_s, sum_v, j < columns, V, BLOCK_V)

@@ -143,60 +143,61 @@ def attention_forward_kernel(
     if RIGHT:
         tile = tiles - 1 - tile
     m0 = tile * BLOCK_M
-    if m0 < rows:
-        i = m0 + tl.arange(0, BLOCK_M)
-        h, g = head.to(tl.int64), (head // group).to(tl.int64)
-        k += batch * k_b + g * k_g + first_key * k_s
-        v += batch * v_b + g * v_g + first_key * v_s
-        q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
-        scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
-                                       NATURAL)  # fmt: skip
-        masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
-        dropout = dropout_of(seed, threshold, sequence, head)
-        state = (tl.full((BLOCK_M,), float("-inf"), wide), tl.zeros((BLOCK_M,), wide),
-                 tl.zeros((BLOCK_M, BLOCK_V), wide))  # fmt: skip
-        if EXTRA > 0:
-            state = _attend_extra(state, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i,
-                                  columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
-                                  BLOCK_D, BLOCK_V)  # fmt: skip
-        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
-        if mask is not None or key_mask is not None:
-            full_end = full_begin
-        for n0 in range(full_begin, full_end, BLOCK_N):
-            state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
-                            dropout, False, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
-                            BLOCK_V)  # fmt: skip
-        for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
-            n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
-            state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
-                            dropout, True, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
-                            BLOCK_V)  # fmt: skip
+    if m0 >= rows:  # of a packed sequence
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    h, g = head.to(tl.int64), (head // group).to(tl.int64)
+    k += batch * k_b + g * k_g + first_key * k_s
+    v += batch * v_b + g * v_g + first_key * v_s
+    q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
+    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
+                                   NATURAL)  # fmt: skip
+    masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
+    dropout = dropout_of(seed, threshold, sequence, head)
+    state = (tl.full((BLOCK_M,), float("-inf"), wide), tl.zeros((BLOCK_M,), wide),
+             tl.zeros((BLOCK_M, BLOCK_V), wide))  # fmt: skip
+    if EXTRA > 0:
+        state = _attend_extra(state, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i,
+                              columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
+                              BLOCK_D, BLOCK_V)  # fmt: skip
+    begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+    if mask is not None or key_mask is not None:
+        full_end = full_begin
+    for n0 in range(full_begin, full_end, BLOCK_N):
+        state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
+                        dropout, False, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+                        BLOCK_V)  # fmt: skip
+    for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
+        n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
+        state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
+                        dropout, True, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+                        BLOCK_V)  # fmt: skip
 
-        largest, total, acc = state
-        if mask is not None or LEFT or RIGHT:
-            if not all_finite(acc):
-                base = tl.where(largest == float("-inf"), 0.0, largest)
-                acc = tl.zeros((BLOCK_M, BLOCK_V), wide)
-                if EXTRA > 0:
-                    known = (largest, total, acc)
-                    _, _, acc = _attend_extra(known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V,
-                                              i, columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
-                                              BLOCK_D, BLOCK_V)  # fmt: skip
-                for n0 in range(begin, end, CAREFUL_BLOCK):
-                    acc = _attend_carefully(acc, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position,
-                                            masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK,
-                                            BLOCK_D, BLOCK_V)  # fmt: skip
-        scale_out = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-        if seed is not None:
-            scale_out *= number(keep_scale, wide)
-        acc = tl.where((total == 0)[:, None], 0.0, acc * scale_out[:, None])
-        store_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, acc, i < rows, V, BLOCK_V)
-        base = tl.where(total == 0, 0.0, largest)
-        if not NATURAL:
-            base *= LN2
-        at = (batch * heads + h) * total_rows + first_row + i
-        more = logarithm(tl.where(total == 0, 1.0, total))
-        log = base + more
-        tl.store(lse + at, tl.where(total == 0, float("-inf"), log), mask=i < rows)
-        if low is not None:
-            tl.store(low + at, (more + (base - log)) * LOG2E, mask=i < rows)
+    largest, total, acc = state
+    if mask is not None or LEFT or RIGHT:
+        if not all_finite(acc):
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            acc = tl.zeros((BLOCK_M, BLOCK_V), wide)
+            if EXTRA > 0:
+                known = (largest, total, acc)
+                _, _, acc = _attend_extra(known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V,
+                                          i, columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
+                                          BLOCK_D, BLOCK_V)  # fmt: skip
+            for n0 in range(begin, end, CAREFUL_BLOCK):
+                acc = _attend_carefully(acc, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position,
+                                        masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK,
+                                        BLOCK_D, BLOCK_V)  # fmt: skip
+    scale_out = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    if seed is not None:
+        scale_out *= number(keep_scale, wide)
+    acc = tl.where((total == 0)[:, None], 0.0, acc * scale_out[:, None])
+    store_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, acc, i < rows, V, BLOCK_V)
+    base = tl.where(total == 0, 0.0, largest)
+    if not NATURAL:
+        base *= LN2
+    at = (batch * heads + h) * total_rows + first_row + i
+    more = logarithm(tl.where(total == 0, 1.0, total))
+    log = base + more
+    tl.store(lse + at, tl.where(total == 0, float("-inf"), log), mask=i < rows)
+    if low is not None:
+        tl.store(low + at, (more + (base - log)) * LOG2E, mask=i < rows)

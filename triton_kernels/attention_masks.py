@@ -74,7 +74,7 @@ def attention_mask_gradient_kernel(
         m0, n0 = (own_m + m_tile) * BLOCK_M, (own_n + n_tile) * BLOCK_N
         scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
                                        NATURAL)  # fmt: skip
-        begin, end, _, _ = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
         if (n0 >= begin) & (n0 < end):
             batch, h, g_head = sequence.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
             masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)

@@ -21,8 +21,8 @@ CAREFUL_BLOCK = tl.constexpr(16)  # keys of a tile where values that are not fin
 
 @triton.jit
 def number(bits, dtype: tl.constexpr):
-    """A number from the bits of a double: a launch would narrow a float to float32."""
-    return bits.to(tl.float64, bitcast=True).to(dtype)
+    """A number from the bits of a double: a launch would narrow a float to float32, and passes 0 in 32 bits."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
 
 
 @triton.jit
@@ -105,9 +105,9 @@ def store_tile(base, index, stride, x, present, SIZE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def products(x, y, PRECISION: tl.constexpr):
-    """x y^T [m, n] of x [m, d] and y [n, d]; of float64 without tl.dot, which Triton 3.6 fails to compile."""
+    """x y^T [m, n] of x [m, d] and y [n, d]."""
     if x.dtype == tl.float64:
-        found = tl.sum(x[:, None, :] * y[None, :, :], 2)
+        found = tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=tl.float64)
     elif INTERPRETING and x.dtype == tl.bfloat16:  # whose products the interpreter gets wrong
         found = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="ieee")
     else:
@@ -119,8 +119,8 @@ def products(x, y, PRECISION: tl.constexpr):
 def multiplied(x, y, sum, PRECISION: tl.constexpr):
     """Sum + x y, x [m, n] rounded to the type of y [n, d]."""
     x = rounded(x, y.dtype)
-    if y.dtype == tl.float64:
-        sum += tl.sum(x[:, :, None] * y[None, :, :], 1)
+    if y.dtype == tl.float64:  # without out_dtype Triton 3.6 fails to compile
+        sum = tl.dot(x, y, sum, input_precision="ieee", out_dtype=tl.float64)
     elif INTERPRETING and y.dtype == tl.bfloat16:
         sum = tl.dot(x.to(tl.float32), y.to(tl.float32), sum, input_precision="ieee")
     else:

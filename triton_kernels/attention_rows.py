@@ -43,9 +43,11 @@ from .attention_math import (
     weights_of,
 )
 
-# Natural lse beyond which its rounding shows in weights of 32 and of 16 bits.
-LARGE = tl.constexpr(32.0)
-LARGE_HALF = tl.constexpr(256.0)
+
+@triton.constexpr_function
+def limit_of(pointer):
+    """Natural lse beyond which its rounding shows in the weights; float64 is summed again anyway, for its last bits."""
+    return {64: 0.0, 32: 32.0, 16: 256.0}[pointer.element_ty.primitive_bitwidth]
 
 
 @triton.jit
@@ -119,69 +121,70 @@ def attention_delta_kernel(
     batch, first_row, first_key, rows, columns = sequence_of(
         sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
     m0 = tile * BLOCK_M
-    if m0 < rows:
-        i = m0 + tl.arange(0, BLOCK_M)
-        h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
-        at = (batch * heads + h) * total_rows + first_row + i
-        sum = tl.zeros((BLOCK_M,), wide)
-        if g is not None:
-            g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
-            o_tile = load_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, i < rows, V, BLOCK_V)
-            sum += tl.sum(g_tile.to(wide) * o_tile.to(wide), 1)
-        if grad_lse is not None:
-            sum -= tl.load(grad_lse + at, mask=i < rows, other=0.0)
-        own = tl.load(lse + at, mask=i < rows, other=0.0)
-        nothing = own == float("-inf")
-        if NATURAL or w is not None:
-            total, dot = tl.full((BLOCK_M,), 1.0, wide), tl.zeros((BLOCK_M,), wide)
-            again = w is not None
-            if not again:
-                limit: tl.constexpr = LARGE if q.dtype.element_ty.primitive_bitwidth >= 32 else LARGE_HALF
-                again = tl.max(tl.where(nothing, 0.0, tl.abs(own)), 0) > limit
-            if again:
-                base = tl.where(nothing, float("inf"), own)
-                if not NATURAL:
-                    base *= LOG2E
-                state = (tl.zeros((BLOCK_M,), wide), dot)
-                scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT,
-                                               SOFTCAP, NATURAL)  # fmt: skip
-                masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
-                dropout = dropout_of(seed, threshold, sequence, head)
-                weights = (None, w_h, w_l, w_s, number(w_factor, wide))
-                if w is not None:
-                    weights = (w + batch * w_b, w_h, w_l, w_s, number(w_factor, wide))
-                keep = number(keep_scale, wide)
-                scale_, cap_ = scoring
+    if m0 >= rows:  # of a packed sequence
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
+    at = (batch * heads + h) * total_rows + first_row + i
+    sum = tl.zeros((BLOCK_M,), wide)
+    if g is not None:
+        g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
+        o_tile = load_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, i < rows, V, BLOCK_V)
+        sum += tl.sum(g_tile.to(wide) * o_tile.to(wide), 1)
+    if grad_lse is not None:
+        sum -= tl.load(grad_lse + at, mask=i < rows, other=0.0)
+    own = tl.load(lse + at, mask=i < rows, other=0.0)
+    nothing = own == float("-inf")
+    if NATURAL or w is not None:
+        total, dot = tl.full((BLOCK_M,), 1.0, wide), tl.zeros((BLOCK_M,), wide)
+        again = w is not None
+        if not again:
+            again = tl.max(tl.where(nothing, 0.0, tl.abs(own)), 0) > limit_of(q.dtype)
+        if again:
+            base = tl.where(nothing, float("inf"), own)
+            if not NATURAL:
+                base *= LOG2E
+            state = (tl.zeros((BLOCK_M,), wide), dot)
+            scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT,
+                                           SOFTCAP, NATURAL)  # fmt: skip
+            masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
+            dropout = dropout_of(seed, threshold, sequence, head)
+            weights = (None, w_h, w_l, w_s, number(w_factor, wide))
+            if w is not None:
+                weights = (w + batch * w_b, w_h, w_l, w_s, number(w_factor, wide))
+            keep = number(keep_scale, wide)
+            scale_, cap_ = scoring
+            q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
+            k += batch * k_b + g_head * k_g + first_key * k_s
+            if EXTRA > 0:
+                x = tl.arange(0, EXTRA_BLOCK)
+                k_tile = load_tile(extra_key + g_head * EXTRA * D, x, D, x < EXTRA, D, BLOCK_D)
+                s, kept, _ = extra_scores(q_tile, k_tile, scoring, EXTRA, PRECISION)
+                drawn_there = None
+                if dropout[0] is not None:
+                    drawn_there = drawn_extra(dropout, i, columns, BLOCK_M)
+                here = kept & (i < rows)[:, None]
+                state = _sums(weights_of(s, base[:, None], None, NATURAL), drawn_there, keep, weights,
+                              i[:, None], (columns + x)[None, :], here, head, state)  # fmt: skip
+            begin, end, _, _ = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+            for n0 in range(begin, end, BLOCK_N):
+                j = n0 + tl.arange(0, BLOCK_N)
+                keys = load_tile(k, j, k_s, j < columns, D, BLOCK_D)
+                raw, t = raw_scores(products(q_tile, keys, PRECISION), scale_, cap_)
+                s_tile, seen = visible_scores(raw, i[:, None], j[None, :], rows, columns, position, masks, True)
                 drawn = None
-                q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
-                k += batch * k_b + g_head * k_g + first_key * k_s
-                if EXTRA > 0:
-                    x = tl.arange(0, EXTRA_BLOCK)
-                    k_tile = load_tile(extra_key + g_head * EXTRA * D, x, D, x < EXTRA, D, BLOCK_D)
-                    s, kept, _ = extra_scores(q_tile, k_tile, scoring, EXTRA, PRECISION)
-                    if dropout[0] is not None:
-                        drawn = drawn_extra(dropout, i, columns, BLOCK_M)
-                    here = kept & (i < rows)[:, None]
-                    state = _sums(weights_of(s, base[:, None], None, NATURAL), drawn, keep, weights, i[:, None],
-                                  (columns + x)[None, :], here, head, state)  # fmt: skip
-                begin, end, _, _ = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
-                for n0 in range(begin, end, BLOCK_N):
-                    j = n0 + tl.arange(0, BLOCK_N)
-                    k_tile = load_tile(k, j, k_s, j < columns, D, BLOCK_D)
-                    s, _ = raw_scores(products(q_tile, k_tile, PRECISION), scale_, cap_)
-                    s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, True)
-                    if dropout[0] is not None:
-                        drawn = drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N)
-                    p = tl.where(kept, weights_of(s, base[:, None], None, NATURAL), 0.0)
-                    state = _sums(p, drawn, keep, weights, i[:, None], j[None, :], kept, head, state)
-                total, dot = state
-                total = tl.where(total > 0, total, 1.0)
-                if NATURAL:
-                    dot /= total
-            sum += dot
+                if dropout[0] is not None:
+                    drawn = drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N)
+                p = tl.where(seen, weights_of(s_tile, base[:, None], None, NATURAL), 0.0)
+                state = _sums(p, drawn, keep, weights, i[:, None], j[None, :], seen, head, state)
+            total, dot = state
+            total = tl.where(total > 0, total, 1.0)
             if NATURAL:
-                tl.store(low + at, logarithm(total) * LOG2E, mask=i < rows)
-        tl.store(delta + at, tl.where(nothing, 0.0, sum), mask=i < rows)
+                dot /= total
+        sum += dot
+        if NATURAL:
+            tl.store(low + at, logarithm(total) * LOG2E, mask=i < rows)
+    tl.store(delta + at, tl.where(nothing, 0.0, sum), mask=i < rows)
 
 
 @triton.jit
@@ -271,62 +274,63 @@ def attention_rows_kernel(
     batch, first_row, first_key, rows, columns = sequence_of(
         sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
     m0 = tile * BLOCK_M
-    if m0 < rows:
-        i = m0 + tl.arange(0, BLOCK_M)
-        h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
-        scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
-                                       NATURAL)  # fmt: skip
-        masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
-        dropout = dropout_of(seed, threshold, sequence, head)
-        weights = None
-        if w is not None:
-            weights = (w + batch * w_b, w_h, w_l, w_s, number(w_factor, wide))
-        keep, last = number(keep_scale, wide), number(unscaled, wide)
-        q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
-        g_tile = None
-        if g is not None:
-            g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
-        at = (batch * heads + h) * total_rows + first_row + i
-        own, lost = load_lse(lse, low, at, i < rows, NATURAL)
-        if NATURAL:
-            lost = lost[:, None]
-        dot = tl.load(delta + at, mask=i < rows, other=0.0)
-        k += batch * k_b + g_head * k_g + first_key * k_s
-        v += batch * v_b + g_head * v_g + first_key * v_s
-        acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-        if EXTRA > 0:
-            if d_extra_key is not None:
-                d_extra_key += program * EXTRA * D
-            if d_extra_value is not None:
-                d_extra_value += program * EXTRA * V
-            acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
-                              extra_value + g_head * EXTRA * V, d_extra_key, d_extra_value, i, head, rows, columns,
-                              scoring, dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
-                              BLOCK_V, last)  # fmt: skip
-        if d_q is not None:
-            begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
-            if mask is not None or key_mask is not None:
-                full_end = full_begin
-            for n0 in range(full_begin, full_end, BLOCK_N):
-                acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
-                                v_s, scoring, position, masks, dropout, weights, False, False, SOFTCAP, NATURAL,
-                                PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-            for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
-                n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
-                acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
-                                v_s, scoring, position, masks, dropout, weights, True, False, SOFTCAP, NATURAL,
-                                PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-            if mask is not None or LEFT or RIGHT:
-                if not all_finite(acc):
-                    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-                    if EXTRA > 0:
-                        acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
-                                          extra_value + g_head * EXTRA * V, None, None, i, head, rows, columns, scoring,
-                                          dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
-                                          BLOCK_V, last)  # fmt: skip
-                    for n0 in range(begin, end, CAREFUL_BLOCK):
-                        acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns,
-                                        k_s, v_s, scoring, position, masks, dropout, weights, True, True, SOFTCAP,
-                                        NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
-                                        BLOCK_V)  # fmt: skip
-            store_tile(d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D)
+    if m0 >= rows:  # of a packed sequence
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
+    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
+                                   NATURAL)  # fmt: skip
+    masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
+    dropout = dropout_of(seed, threshold, sequence, head)
+    weights = None
+    if w is not None:
+        weights = (w + batch * w_b, w_h, w_l, w_s, number(w_factor, wide))
+    keep, last = number(keep_scale, wide), number(unscaled, wide)
+    q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
+    g_tile = None
+    if g is not None:
+        g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
+    at = (batch * heads + h) * total_rows + first_row + i
+    own, lost = load_lse(lse, low, at, i < rows, NATURAL)
+    if NATURAL:
+        lost = lost[:, None]
+    dot = tl.load(delta + at, mask=i < rows, other=0.0)
+    k += batch * k_b + g_head * k_g + first_key * k_s
+    v += batch * v_b + g_head * v_g + first_key * v_s
+    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
+    if EXTRA > 0:
+        if d_extra_key is not None:
+            d_extra_key += program * EXTRA * D
+        if d_extra_value is not None:
+            d_extra_value += program * EXTRA * V
+        acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
+                          extra_value + g_head * EXTRA * V, d_extra_key, d_extra_value, i, head, rows, columns,
+                          scoring, dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                          BLOCK_V, last)  # fmt: skip
+    if d_q is not None:
+        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+        if mask is not None or key_mask is not None:
+            full_end = full_begin
+        for n0 in range(full_begin, full_end, BLOCK_N):
+            acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
+                            v_s, scoring, position, masks, dropout, weights, False, False, SOFTCAP, NATURAL,
+                            PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
+        for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
+            n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
+            acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
+                            v_s, scoring, position, masks, dropout, weights, True, False, SOFTCAP, NATURAL,
+                            PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
+        if mask is not None or LEFT or RIGHT:
+            if not all_finite(acc):
+                acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
+                if EXTRA > 0:
+                    acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
+                                      extra_value + g_head * EXTRA * V, None, None, i, head, rows, columns, scoring,
+                                      dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                                      BLOCK_V, last)  # fmt: skip
+                for n0 in range(begin, end, CAREFUL_BLOCK):
+                    acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns,
+                                    k_s, v_s, scoring, position, masks, dropout, weights, True, True, SOFTCAP,
+                                    NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
+                                    BLOCK_V)  # fmt: skip
+        store_tile(d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D)

@@ -47,22 +47,30 @@ class Tile:
     @classmethod
     def of(
         cls, kernel: str, size: int, value_size: int, item: int, rows: int, columns: int,
-        capability: tuple[int, int], masked: bool = False, dropout: bool = False,
+        capability: tuple[int, int], masked: bool = False, padded: bool = False, dropout: bool = False,
     ) -> Tile:  # fmt: skip
         """Of FORWARD; ROWS, the backward of a tile of rows; COLUMNS, that of keys; SCORES, which keep no sums."""
         width, value_width = _power(size, 256), _power(value_size, 256)
         widest = max(width, value_width)
+        heavy = masked or dropout  # addresses or counters take registers, too
+        stages = 2
         if item == 8:
-            block_m, block_n, warps = 16, 16, 4
+            block_m, block_n, warps = 16, 16, 8 if kernel == SCORES else 4
+        elif item == 4 and widest <= 64:
+            block_m, block_n, warps = 32, 32, 4
+            stages = 1 if kernel == FORWARD else 2
         elif item == 4:
-            block_m, block_n, warps = (32, 32, 4) if widest <= 128 else (16, 16, 4)
+            block_m, block_n, warps = 16, 16, 8
+        elif widest > 128:
+            block_m, block_n, warps = (16 if kernel == SCORES else 32), 32, 8
         elif kernel == FORWARD:
-            block_m, block_n, warps = {16: (128, 64, 4), 32: (128, 64, 4), 64: (128, 64, 4)}.get(
-                widest, (128, 64, 8) if widest == 128 else (64, 32, 4)
-            )
+            block_m, block_n, warps = (64 if heavy else 128), (32 if heavy or (padded and widest > 64) else 64), 8
+        elif kernel == COLUMNS and widest <= 64:
+            block_m, block_n, warps = 32, 64, 4
         else:
-            block_m, block_n, warps = (64, 64, 4) if widest <= 64 else (64, 64, 8) if widest == 128 else (32, 32, 4)
-        return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, 2)
+            block_m, block_n = (32, 32) if heavy else (64, 64)
+            warps = 8 if widest > 64 else 4
+        return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, stages)
 
     @property
     def arguments(self) -> dict[str, Any]:

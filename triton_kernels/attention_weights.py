@@ -49,7 +49,7 @@ def attention_weights_kernel(
     column, outer = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     m0, outer = (outer % tiles) * BLOCK_M, outer // tiles
     first_head, sequence = outer % (heads // each) * each, outer // (heads // each)
-    batch, _, _, rows, columns = sequence_of(sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)
+    batch, first_row, first_key, rows, columns = sequence_of(sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)
     i, n0 = m0 + tl.arange(0, BLOCK_M), column * BLOCK_N
     extra = n0 >= columns
     keep = number(keep_scale, wide) / each.to(wide)
@@ -68,19 +68,19 @@ def attention_weights_kernel(
         if EXTRA > 0:
             if extra:
                 x = tl.arange(0, EXTRA_BLOCK)
-                k_tile = load_tile(extra_key + g_head * EXTRA * D, x, D, x < EXTRA, D, BLOCK_D)
-                s, _, _ = extra_scores(q_tile, k_tile, scoring, EXTRA, PRECISION)
-                p = weights_of(s, own[:, None], lost, NATURAL)
+                extra_tile = load_tile(extra_key + g_head * EXTRA * D, x, D, x < EXTRA, D, BLOCK_D)
+                s_extra, exists, t_extra = extra_scores(q_tile, extra_tile, scoring, EXTRA, PRECISION)
+                p_extra = weights_of(s_extra, own[:, None], lost, NATURAL)
                 if dropout[0] is not None:
-                    p = tl.where(drawn_extra(dropout, i, columns, BLOCK_M), p, 0.0)
-                sum_extra += p
-        begin, end, _, _ = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+                    p_extra = tl.where(drawn_extra(dropout, i, columns, BLOCK_M), p_extra, 0.0)
+                sum_extra += p_extra
+        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
         if (n0 >= begin) & (n0 < end):
             masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
             j = n0 + tl.arange(0, BLOCK_N)
             k_tile = load_tile(k + batch * k_b + g_head * k_g, j, k_s, j < columns, D, BLOCK_D)
-            s, _ = raw_scores(products(q_tile, k_tile, PRECISION), scale_, cap_)
-            s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, True)
+            raw, t = raw_scores(products(q_tile, k_tile, PRECISION), scale_, cap_)
+            s, kept = visible_scores(raw, i[:, None], j[None, :], rows, columns, position, masks, True)
             p = tl.where(kept, weights_of(s, own[:, None], lost, NATURAL), 0.0)
             if dropout[0] is not None:
                 p = tl.where(drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
@@ -90,5 +90,5 @@ def attention_weights_kernel(
     store(to, j, sum * keep, (i < rows)[:, None] & (j < columns))
     if EXTRA > 0:
         if extra:
-            x = tl.arange(0, EXTRA_BLOCK)[None, :]
-            store(to, columns + x, sum_extra * keep, (i < rows)[:, None] & (x < EXTRA))
+            at_extra = tl.arange(0, EXTRA_BLOCK)[None, :]
+            store(to, columns + at_extra, sum_extra * keep, (i < rows)[:, None] & (at_extra < EXTRA))
