@@ -82,7 +82,8 @@ def attention_forward(
         query: [B, H, L, D]; packed sequences: [1, H, T, D].
         key: [B, G, S, D], G divides H.
         value: [B, G, S, V].
-        mask: bool (True takes part) or of the query's dtype (added), each size that of [B, H, L, S] or 1; or None.
+        mask: bool (True takes part) or of the query's dtype (added), each size that of [B, H, L,
+                                                                                         S] or 1; or None.
         key_mask: [B, S], likewise.
         extra_key: [G, X, D], columns after the S, which nothing hides; or None.
         extra_value: [G, X, V].
@@ -101,7 +102,8 @@ def attention_forward(
         weights: none, mean or heads.
 
     Returns:
-        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0], [B, L, S + X] or [B, H, L, S + X].
+        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0], [B, L, S + X] or [B, H, L,
+                                                                                                  S + X].
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
@@ -112,7 +114,8 @@ def attention_forward(
         "attention_forward",
         (query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
          dropout_seed),
-        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p, weights),
+        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p,
+         weights),
     )  # fmt: skip
     low = call.empty_rows() if call.natural and weights != "none" else None
     with device_guard(query):
@@ -191,7 +194,8 @@ def attention_backward(
     call = Call.of(
         "attention_backward",
         (*given.values(), alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_seed),
-        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p, weights),
+        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p,
+         weights),
     )  # fmt: skip
     needed = {name for name, on in zip(NAMES, output_mask, strict=True) if on and given[name] is not None}
     grads = (grad_output, grad_lse, None if weights == "none" else grad_weights)

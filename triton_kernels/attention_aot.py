@@ -29,15 +29,17 @@ _INTEGERS = {
     "slopes": "*fp32", "seed": "*i64",
 }  # fmt: skip
 _OPTIONAL = {  # tensors that a plain call has not
-    "mask", "key_mask", "extra_key", "extra_value", "slopes", "cu_seqlens_q", "cu_seqlens_k", "seed", "grad_lse",
+    "mask", "key_mask", "extra_key", "extra_value", "slopes", "cu_seqlens_q", "cu_seqlens_k", "seed",
+    "grad_lse",
     "w", "d_extra_key", "d_extra_value",
 }  # fmt: skip
 _ITEM = {"fp32": 4, "fp64": 8, "fp16": 2, "bf16": 2}
 
 
 def _case(
-    kernel: str, variant: str, dtype: str, size: int, given: tuple[str, ...] = (), capability: tuple[int, int] = (8, 0),
-    bytes: tuple[str, ...] = (), **constants: Any,
+    kernel: str, variant: str, dtype: str, size: int, given: tuple[str, ...] = (),
+    capability: tuple[int, int] = (8, 0),
+    bytes: tuple[str, ...] = (), architectures: tuple[int, ...] = (), **constants: Any,
 ) -> AotCase:  # fmt: skip
     """The kernel for heads of `size` with the optional tensors `given`, those in `bytes` of bool."""
     function, kind = _KERNELS[kernel]
@@ -45,11 +47,13 @@ def _case(
     numbers = any(name in given and name not in bytes for name in ("mask", "key_mask"))
     low = numbers or _ITEM[dtype] > 2
     tile = Tile.of(kind, size, size, _ITEM[dtype], 4096, 4096, capability,
-                   masked="mask" in given, padded="key_mask" in given, dropout="seed" in given)  # fmt: skip
+                   masked="mask" in given, padded="key_mask" in given, dropout="seed" in given,
+                   capped=constants.get("SOFTCAP", False))  # fmt: skip
     options = tile.arguments
     blocks = {k: options.pop(k) for k in list(options) if k.startswith("BLOCK_")}
     fixed: dict[str, Any] = {
-        "EXTRA": 2 if "extra_key" in given else 0, "LEFT": False, "RIGHT": True, "SOFTCAP": False, "NATURAL": low,
+        "EXTRA": 2 if "extra_key" in given else 0, "LEFT": False, "RIGHT": True, "SOFTCAP": False,
+        "NATURAL": low,
         "PRECISION": "ieee", "D": size, "V": size,
         **{f"ONE_{name}": name in constants.pop("one", "BH") for name in "BHLS"},
     } | constants  # fmt: skip
@@ -73,11 +77,15 @@ def _case(
     if "m_s" in types:
         fixed |= {"m_s": 1, "km_s": 1}
         types = {k: v for k, v in types.items() if k not in ("m_s", "km_s")}
+    place = f" sm_{architectures[0]}" if architectures else ""
     pointers = tuple(k for k, v in types.items() if v is None)
     integers = {k: v for k, v in types.items() if v is not None}
-    strides = tuple(k for k, v in types.items() if v == "i32" and k not in _INTEGERS and k[:2] not in ("m_", "km", "w_"))
-    return AotCase(f"attention_{kernel}/{variant} {size} {dtype}", function, pointers, integers, fixed, options,
-                   (*pointers, *strides), (dtype,))  # fmt: skip
+    strides = tuple(
+        k for k, v in types.items() if v == "i32" and k not in _INTEGERS and k[:2] not in ("m_", "km", "w_")
+    )
+    return AotCase(f"attention_{kernel}/{variant} {size} {dtype}{place}", function, pointers, integers, fixed,
+                   options,
+                   (*pointers, *strides), (dtype,), architectures)  # fmt: skip
 
 
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k")
@@ -85,15 +93,19 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
     "padding": {"given": ("key_mask",), "bytes": ("key_mask",), "RIGHT": False},
     "packed dropout": {"given": (*_PACKED, "seed")},
-    "mask dropout": {"given": ("mask", "key_mask", "seed", "grad_lse"), "bytes": ("key_mask",), "RIGHT": False},
+    "mask dropout": {"given": ("mask", "key_mask", "seed", "grad_lse"), "bytes": ("key_mask",),
+                     "RIGHT": False},
     "mask": {"given": ("mask", "w"), "RIGHT": False},
     "extra softcap": {
-        "given": ("extra_key", "extra_value", "d_extra_key", "d_extra_value", "slopes"), "LEFT": True, "SOFTCAP": True,
+        "given": ("extra_key", "extra_value", "d_extra_key", "d_extra_value", "slopes"), "LEFT": True,
+        "SOFTCAP": True,
     },
 }  # fmt: skip
 _MAIN = (
-    *(("causal", "bf16", size) for size in (64, 128, 256)), ("padding", "bf16", 80), ("packed dropout", "fp16", 64),
-    ("mask dropout", "fp16", 128), ("extra softcap", "bf16", 64), ("causal", "fp32", 64), ("mask", "fp32", 128),
+    *(("causal", "bf16", size) for size in (64, 128, 256)), ("padding", "bf16", 80), ("packed dropout",
+                                                                                      "fp16", 64),
+    ("mask dropout", "fp16", 128), ("extra softcap", "bf16", 64), ("causal", "fp32", 64), ("mask", "fp32",
+                                                                                           128),
     ("causal", "fp64", 64),
 )  # fmt: skip
 _OTHERS = (("mask dropout", "fp16", 64), ("mask", "bf16", 256), ("mask", "fp32", 128), ("mask", "fp64", 64))
@@ -102,7 +114,15 @@ _OTHERS = (("mask dropout", "fp16", 64), ("mask", "bf16", 256), ("mask", "fp32",
 def _cases() -> list[AotCase]:
     wanted = [(kernel, case) for kernel in ("forward", "rows", "columns") for case in _MAIN]
     wanted += [(kernel, case) for kernel in ("weights", "delta", "mask_gradient") for case in _OTHERS]
-    return [_case(kernel, name, dtype, size, **_VARIANTS[name]) for kernel, (name, dtype, size) in wanted]
+    found = []
+    for kernel, (name, dtype, size) in wanted:
+        if kernel != "forward" or size != 128 or dtype == "fp32":
+            found.append(_case(kernel, name, dtype, size, **_VARIANTS[name]))
+            continue
+        for capability, archs in (((8, 0), (80, 90, 100)), ((12, 0), (120,))):  # whose tiles differ
+            options = {"capability": capability, "architectures": archs} | _VARIANTS[name]
+            found.append(_case(kernel, name, dtype, size, **options))
+    return found
 
 
 AOT_CASES = _cases()

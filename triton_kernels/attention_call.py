@@ -65,13 +65,13 @@ class Call:
 
     @classmethod
     def of(cls, op: str, tensors: Sequence[Any], options: Sequence[Any]) -> Call:
-        """From the op's eleven tensors and nine options; raises RuntimeError if a shape, dtype or device misfits."""
+        """From the op's tensors and options; raises RuntimeError if a shape, dtype or device misfits."""
         query, key, value, mask, key_mask, extra_key, extra_value, slopes, cu_q, cu_k, seed = tensors
         max_q, max_k, scale, left, right, offset, softcap, dropout_p, weights = options
         _check_heads(op, query, key, value)
         packed = cu_q is not None
         _check_packed(op, query, cu_q, cu_k, (mask, key_mask, extra_key, extra_value), weights)
-        batch, heads, rows, size = query.shape
+        batch, heads, rows, _size = query.shape
         columns = key.shape[2]
         _check_mask(op, "mask", mask, (batch, heads, rows, columns), query, broadcast=True)
         _check_mask(op, "key_mask", key_mask, (batch, columns), query, broadcast=False)
@@ -124,7 +124,7 @@ class Call:
 
     @property
     def natural(self) -> bool:
-        """Whether scores are natural logarithms: where numbers are added to them, and in float32 and float64."""
+        """Whether scores are natural logarithms: numbers are added to them, or the dtype is wide."""
         added = any(t is not None and t.dtype != torch.uint8 for t in (self.mask, self.key_mask))
         return added or self.query.dtype == self.wide
 
@@ -136,12 +136,12 @@ class Call:
         return 0.0 if self.dropout_p >= 1 else 1 / (1 - self.dropout_p)
 
     def tile(self, kernel: str) -> Tile:
-        """Blocks of the programs of `kernel`; of the shape of a sample alone, so that bits don't depend on B."""
+        """Blocks of `kernel`; of the shape of a sample alone, so that bits don't depend on B."""
         return Tile.of(
             kernel, self.query.shape[3], self.value.shape[3], self.query.element_size(),
             self.max_rows, self.max_columns, capability_of(self.query.device),
             masked=self.mask is not None, padded=self.key_mask is not None,
-            dropout=self.dropout_seed is not None,
+            dropout=self.dropout_seed is not None, capped=self.softcap > 0,
         )  # fmt: skip
 
     def empty_rows(self) -> Tensor:
@@ -215,8 +215,8 @@ def _check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 4 or t.dtype not in DTYPES:
             raise RuntimeError(
-                f"{op}: {name}: got {t.dtype} of shape {list(t.shape)}, expected float32, float64, float16 or "
-                "bfloat16 of 4 dimensions"
+                f"{op}: {name}: got {t.dtype} of shape {list(t.shape)}, expected float32, "
+                "float64, float16 or bfloat16 of 4 dimensions"
             )
         if t.shape[3] > MOST_WIDTH:
             raise RuntimeError(f"{op}: {name}: got head size {t.shape[3]}, expected at most {MOST_WIDTH}")

@@ -2,13 +2,13 @@
 
     d v = (p z)^T g     d k = scale dr^T q,  dr and p as in `attention_rows`, transposed
 
-Tiling: a program has BLOCK_N keys of one key head, which stay with their gradients; the rows of all query heads
-that share the head come BLOCK_M at a time, so that nothing is added across programs: no atomics, and the same bits
-every time. Scores are made transposed, [keys, rows], so that p and dr are the first operand of a product as
-they lie in registers.
-Bytes moved: k, v, d k and d v once; q and g of the group once for each tile of keys.
-Rows that don't exist have an lse of inf, and so a weight of 0; what is computed for keys that don't exist or that
-their mask hides stays in their own rows, and is not stored.
+Tiling: a program has BLOCK_N keys of one key head, which stay with their gradients; the rows of all query
+heads that share the head come BLOCK_M at a time, so that nothing is added across programs: no atomics, and
+the same bits every time. Scores are made transposed, [keys, rows], so that p and dr are the first operand of
+a product as they lie in registers.
+Bytes moved: k, v, d k and d v once; q and g of the group once for each tile of keys. Rows that don't exist
+have an lse of inf, and so a weight of 0; what is computed for keys that don't exist or that their mask hides
+stays in their own rows, and is not stored.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _column_step(
     SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d k, still to be scaled, and d v with one more tile of rows, from m0, of one head."""
+    """The d k, still to be scaled, and d v with one more tile of rows, from m0, of one head."""
     d_k, d_v = state
     q, mask, key_mask, slopes, lse, low, delta, g, w = given
     scale, cap, keep, left, right, offset, w_factor = numbers
@@ -51,7 +51,8 @@ def _column_step(
     rows, columns, at_row, total_rows = place
     seed, threshold, batch, _ = drawing
     h = head.to(tl.int64)
-    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, d_k.dtype, LEFT, RIGHT, SOFTCAP,
+    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, d_k.dtype, LEFT, RIGHT,
+                                   SOFTCAP,
                                    NATURAL)  # fmt: skip
     masks = masks_of(mask, key_mask, 0, head, 0, m_h, m_l, m_s, 0, km_s)
     i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
@@ -77,7 +78,9 @@ def _column_step(
     if seed is not None:
         drawn = tl.trans(drawn_weights((seed, threshold, batch, head), i, n0, BLOCK_M, BLOCK_N))
     dot = tl.load(delta + at, mask=here, other=0.0)
-    _, pz, _, dr = score_gradient(s, kept, t, dp, drawn, keep, own[None, :], lost, dot[None, :], SOFTCAP, NATURAL)
+    _, pz, _, dr = score_gradient(
+        s, kept, t, dp, drawn, keep, own[None, :], lost, dot[None, :], SOFTCAP, NATURAL
+    )
     if VALUES and g is not None:
         d_v = multiplied(pz, g_tile, d_v, PRECISION)
     if KEYS:
@@ -95,7 +98,7 @@ def attention_columns_kernel(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d k and d v of a tile of keys; one of them may be None."""
+    """The d k and d v of a tile of keys; one of them may be None."""
     wide: tl.constexpr = lse.dtype.element_ty
     groups = heads // group
     tile, g_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % groups
@@ -108,10 +111,7 @@ def attention_columns_kernel(
     KEYS: tl.constexpr = d_k is not None
     VALUES: tl.constexpr = d_v is not None
     j = n0 + tl.arange(0, BLOCK_N)
-    if key_mask is not None:
-        here = kept_keys(j, columns, key_mask + batch * km_b, km_s)
-    else:
-        here = j < columns
+    here = kept_keys(j, columns, key_mask + batch * km_b, km_s) if key_mask is not None else j < columns
     at_key = g_head.to(tl.int64)
     k_tile = load_tile(k + batch * k_b + at_key * k_g + first_key * k_s, j, k_s, here, D, BLOCK_D)
     v_tile = None
@@ -141,15 +141,19 @@ def attention_columns_kernel(
     full = (full_end - full_begin) // BLOCK_M
     for step in range(group * full):
         head, m0 = g_head * group + step // full, full_begin + step % full * BLOCK_M
-        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, False, KEYS,
-                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing,
+                             False, KEYS,
+                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N,
+                             BLOCK_D,
                              BLOCK_V)  # fmt: skip
     others = (end - begin) // BLOCK_M - full
     for step in range(group * others):
         head, m1 = g_head * group + step // others, begin + step % others * BLOCK_M
         m0 = tl.where(m1 < full_begin, m1, m1 + (full_end - full_begin))
-        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing, True, KEYS,
-                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
+        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing,
+                             True, KEYS,
+                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N,
+                             BLOCK_D,
                              BLOCK_V)  # fmt: skip
     sum_k, sum_v = state
     if d_k is not None:

@@ -1,13 +1,14 @@
-"""Attention: softmax of the scores of queries and keys, times values, with nothing of size rows x keys in memory.
+"""Attention: softmax of the scores of queries and keys, times values; nothing of rows x keys in memory.
 
     s = scale q k^T (softcap, ALiBi, masks)     lse = log sum exp s     out = exp(s - lse) z v,  z of dropout
 
 Tiling: a program takes BLOCK_M query rows of one head, and walks over the keys, BLOCK_N at a time, with the
-online softmax of FlashAttention-2 (Dao, 2023): largest score, sum and output [BLOCK_M, V] stay in registers and
-are rescaled when a larger score comes; one division at the end. exp is exp2 with scale log2(e) folded into one
-multiply-add. Bounds and window decide which key tiles are visited; those that all rows keep whole need no
-comparison and have a loop of their own. A tile of rows whose output is not finite is made again, with care that
-no row sees a value that it doesn't keep: 0 times NaN is NaN. Extra columns are one more tile, before the others.
+online softmax of FlashAttention-2 (Dao, 2023): largest score, sum and output [BLOCK_M, V] stay in registers
+and are rescaled when a larger score comes; one division at the end. exp is exp2 with scale log2(e) folded
+into one multiply-add. Bounds and window decide which key tiles are visited; those that all rows keep whole
+need no comparison and have a loop of their own. A tile of rows whose output is not finite is made again, with
+care that no row sees a value that it doesn't keep: 0 times NaN is NaN. Extra columns are one more tile,
+before the others.
 Bytes moved: each of q and out once; k and v once for each row tile, from L2 where the programs of a head run
 side by side, which is why row tiles are the fastest axis of the grid; with a causal bound the longest first.
 Arithmetic in float32 (float64 for float64), offsets of 64 bits.
@@ -41,13 +42,15 @@ from .attention_math import (
     raw_scores,
     scoring_of,
     sequence_of,
+    store_part,
     store_tile,
     visible_scores,
     weights_of,
 )
 
 # A size of 1 would become a constant, which has no dtype; and lengths change from call to call.
-SIZES = ["heads", "group", "rows", "columns", "total_rows", "tiles", "scale", "cap", "keep_scale", "threshold",
+SIZES = ["heads", "group", "rows", "columns", "total_rows", "tiles", "scale", "cap", "keep_scale",
+         "threshold",
          "left", "right", "offset"]  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def _attend(
     if MASKED:
         here = kept_keys(j, columns, key_mask, km_s)
     s, _ = raw_scores(products(q, load_tile(k, j, k_s, here, D, BLOCK_D), PRECISION), scale, cap)
-    s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, MASKED)
+    s, _kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, MASKED)
     p, largest, factor = _online(s, largest, NATURAL)
     total = total * factor + tl.sum(p, 1)
     acc = acc * factor[:, None]
@@ -87,11 +90,11 @@ def _attend(
 
 @triton.jit
 def _attend_carefully(
-    acc, q, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks, dropout, largest,
+    acc, part, q, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks, dropout, largest,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Output with one more tile of keys, whose largest scores are known: rows see only the values that they keep."""
+    """The output with one more tile of keys; rows, whose largest scores are known, see what they keep."""
     scale, cap = scoring
     _, _, _, key_mask, km_s = masks
     j = n0 + tl.arange(0, BLOCK_N)
@@ -102,12 +105,13 @@ def _attend_carefully(
     seen = kept & (p != 0)
     if dropout[0] is not None:
         p = tl.where(drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
-    return multiplied_where_seen(p, seen, load_tile(v, j, v_s, here, V, BLOCK_V), acc, PRECISION)
+    return multiplied_where_seen(p, seen, load_tile(v, j, v_s, here, V, BLOCK_V), acc, part, PRECISION)
 
 
 @triton.jit
 def _attend_extra(
-    state, q, extra_key, extra_value, i, columns, scoring, dropout, EXTRA: tl.constexpr, NATURAL: tl.constexpr,
+    state, q, extra_key, extra_value, i, columns, scoring, dropout, EXTRA: tl.constexpr,
+    NATURAL: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -134,7 +138,7 @@ def attention_forward_kernel(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse of a tile of rows; and in `low` what lse, rounded, has lost (to base 2), if it is given."""
+    """Output and lse of a tile of rows; and in `low`, if given, what lse has lost, to base 2."""
     wide: tl.constexpr = lse.dtype.element_ty
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % heads
     sequence = tl.program_id(0) // tiles // heads
@@ -174,24 +178,13 @@ def attention_forward_kernel(
                         BLOCK_V)  # fmt: skip
 
     largest, total, acc = state
-    if mask is not None or LEFT or RIGHT:
-        if not all_finite(acc):
-            base = tl.where(largest == float("-inf"), 0.0, largest)
-            acc = tl.zeros((BLOCK_M, BLOCK_V), wide)
-            if EXTRA > 0:
-                known = (largest, total, acc)
-                _, _, acc = _attend_extra(known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V,
-                                          i, columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
-                                          BLOCK_D, BLOCK_V)  # fmt: skip
-            for n0 in range(begin, end, CAREFUL_BLOCK):
-                acc = _attend_carefully(acc, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position,
-                                        masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK,
-                                        BLOCK_D, BLOCK_V)  # fmt: skip
     scale_out = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
     if seed is not None:
         scale_out *= number(keep_scale, wide)
+    finite = all_finite(acc)
+    out += batch * o_b + h * o_h + first_row * o_l
     acc = tl.where((total == 0)[:, None], 0.0, acc * scale_out[:, None])
-    store_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, acc, i < rows, V, BLOCK_V)
+    store_tile(out, i, o_l, acc, i < rows, V, BLOCK_V)
     base = tl.where(total == 0, 0.0, largest)
     if not NATURAL:
         base *= LN2
@@ -201,3 +194,35 @@ def attention_forward_kernel(
     tl.store(lse + at, tl.where(total == 0, float("-inf"), log), mask=i < rows)
     if low is not None:
         tl.store(low + at, (more + (base - log)) * LOG2E, mask=i < rows)
+    if mask is not None or LEFT or RIGHT:  # noqa: SIM102  # known when compiled
+        if not finite:
+            base = tl.where(total == 0, 0.0, largest)
+            for part in range(3):
+                sum = tl.zeros((BLOCK_M, BLOCK_V), wide)
+                if EXTRA > 0:  # noqa: SIM102  # known when compiled
+                    if part == 0:
+                        known = (largest, total, sum)
+                        _same, _total, sum = _attend_extra(
+                            known,
+                            q_tile,
+                            extra_key + g * EXTRA * D,
+                            extra_value + g * EXTRA * V,
+                            i,
+                            columns,
+                            scoring,
+                            dropout,
+                            EXTRA,
+                            NATURAL,
+                            PRECISION,
+                            D,
+                            V,
+                            BLOCK_M,
+                            BLOCK_D,
+                            BLOCK_V,
+                        )
+                for n0 in range(begin, end, CAREFUL_BLOCK):
+                    sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring,
+                                            position, masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M,
+                                            CAREFUL_BLOCK, BLOCK_D, BLOCK_V)  # fmt: skip
+                sum = tl.where((total == 0)[:, None], 0.0, sum * tl.where(part == 0, scale_out, 1.0)[:, None])
+                store_part(out, i, o_l, sum, part, i < rows, V, BLOCK_V)

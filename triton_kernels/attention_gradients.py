@@ -78,7 +78,10 @@ class Gradients:
         programs = call.batch * call.heads * tiles
         if programs:
             attention_delta_kernel[call.grid(programs)](
-                out=self.output, grad_lse=self.grad_lse, **strides_of(self.output, ("o_b", "o_h", "o_l")), **given
+                out=self.output,
+                grad_lse=self.grad_lse,
+                **strides_of(self.output, ("o_b", "o_h", "o_l")),
+                **given,
             )
 
     def _rows(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -87,7 +90,8 @@ class Gradients:
         batch, heads = call.batch, call.heads
         d_q = self._like(call.query) if "query" in self.needed else None
         parts = {
-            name: t.new_empty(batch, heads, tiles, *t.shape[1:], dtype=call.wide) for name, t in extras.items()
+            name: t.new_empty(batch, heads, tiles, *t.shape[1:], dtype=call.wide)
+            for name, t in extras.items()
         }
         if batch * heads * tiles:
             attention_rows_kernel[call.grid(batch * heads * tiles)](
@@ -111,7 +115,8 @@ class Gradients:
         if programs:
             attention_columns_kernel[call.grid(programs)](
                 d_k=d_k, d_v=d_v, unscaled=bits_of(call.scale), **strides_of(d_k, ("dk_b", "dk_g", "dk_s")),
-                **strides_of(d_v, ("dv_b", "dv_g", "dv_s")), **call.arguments(COLUMNS, tiles), **self._given(),
+                **strides_of(d_v, ("dv_b", "dv_g", "dv_s")), **call.arguments(COLUMNS, tiles),
+                **self._given(),
             )  # fmt: skip
         return {name: t for name, t in (("key", d_k), ("value", d_v)) if t is not None}
 

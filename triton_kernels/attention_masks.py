@@ -1,11 +1,11 @@
-"""Gradient of a mask that is added to the scores: the scores' own, summed over what the mask is broadcast over.
+"""Gradient of a mask that is added to the scores: theirs, summed over what the mask is broadcast over.
 
     d mask = sum ds,  ds = p (dp - delta) as in `attention_rows`
 
-Tiling: a program has one tile of the mask, whose sums stay in registers, and goes through `steps` of the tiles of
-scores to which it is added: those of the samples, heads, tiles of rows and of keys in which the mask has size 1. Few
-tiles of a small mask are split among programs: partials [splits, mask], which are then summed in order. A mask that
-is full has no splits, and no memory beyond its gradient.
+Tiling: a program has one tile of the mask, whose sums stay in registers, and goes through `steps` of the
+tiles of scores to which it is added: those of the samples, heads, tiles of rows and of keys in which the mask
+has size 1. Few tiles of a small mask are split among programs: partials [splits, mask], which are then summed
+in order. A mask that is full has no splits, and no memory beyond its gradient.
 Bytes moved: q, k, v and g of every tile of scores; the gradient once, or `splits` times in float32.
 """
 
@@ -49,7 +49,7 @@ def attention_mask_gradient_kernel(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Partials [splits, B, H, L, S], sizes of 1 where ONE_*; in the partials' type, which may be the mask's."""
+    """Partials [splits, B, H, L, S], of size 1 where ONE_*; their type may be the mask's."""
     wide: tl.constexpr = lse.dtype.element_ty
     own_n, outer = _divided(tl.program_id(0), 1 if ONE_S else column_tiles)
     own_m, outer = _divided(outer, 1 if ONE_L else tiles)
@@ -72,9 +72,10 @@ def attention_mask_gradient_kernel(
         head, sequence = _divided(rest, heads if ONE_H else 1)
         head, sequence = own_h + head, own_b + sequence
         m0, n0 = (own_m + m_tile) * BLOCK_M, (own_n + n_tile) * BLOCK_N
-        scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
+        scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT,
+                                       SOFTCAP,
                                        NATURAL)  # fmt: skip
-        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
+        begin, end, _full_begin, _full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
         if (n0 >= begin) & (n0 < end):
             batch, h, g_head = sequence.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
             masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
@@ -101,7 +102,9 @@ def attention_mask_gradient_kernel(
             if NATURAL:
                 lost = lost[:, None]
             dot = tl.load(delta + at, mask=i < rows, other=0.0)[:, None]
-            p, pz, ds, dr = score_gradient(s, kept, t, dp, drawn, keep, own[:, None], lost, dot, SOFTCAP, NATURAL)
+            _p, _pz, ds, _dr = score_gradient(
+                s, kept, t, dp, drawn, keep, own[:, None], lost, dot, SOFTCAP, NATURAL
+            )
             sum += ds
     at = split.to(tl.int64)
     if not ONE_B:
@@ -117,10 +120,7 @@ def attention_mask_gradient_kernel(
     if ONE_S:
         sum = tl.sum(sum, 1, keep_dims=True)
         to = row + tl.zeros((1, 1), tl.int64)
-        if ONE_L:
-            here = to >= 0
-        else:
-            here = (i < rows)[:, None]
+        here = to >= 0 if ONE_L else (i < rows)[:, None]
     else:
         to = row * columns + j[None, :]
     store(partials, to, sum, here)

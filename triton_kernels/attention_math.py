@@ -1,8 +1,8 @@
 """What the kernels of attention share: places of a tile, products, scores, dropout.
 
 A program has one tile of query rows or of keys of one head. Rows and columns are given as blocks [m, 1] and
-[1, n], or [1, m] and [n, 1] where a tile is transposed; what is None in a tuple costs nothing. A compiled function
-can return a None that it was given, but not one of its own: hence the argument `nothing`.
+[1, n], or [1, m] and [n, 1] where a tile is transposed; what is None in a tuple costs nothing. A compiled
+function can return a None that it was given, but not one of its own: hence the argument `nothing`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CAREFUL_BLOCK = tl.constexpr(16)  # keys of a tile where values that are not fin
 
 @triton.jit
 def number(bits, dtype: tl.constexpr):
-    """A number from the bits of a double: a launch would narrow a float to float32, and passes 0 in 32 bits."""
+    """A number from a double's bits: a launch would narrow a float to float32. It passes 0 in 32 bits."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
 
 
@@ -84,10 +84,7 @@ def load_tile(base, index, stride, present, SIZE: tl.constexpr, BLOCK: tl.conste
     d = tl.arange(0, BLOCK)[None, :]
     at = base + index.to(tl.int64)[:, None] * stride + d
     if present is None:
-        if SIZE == BLOCK:
-            x = tl.load(at)
-        else:
-            x = tl.load(at, mask=d < SIZE, other=0.0)
+        x = tl.load(at) if SIZE == BLOCK else tl.load(at, mask=d < SIZE, other=0.0)
     elif SIZE == BLOCK:
         x = tl.load(at, mask=present[:, None], other=0.0)
     else:
@@ -105,7 +102,7 @@ def store_tile(base, index, stride, x, present, SIZE: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def products(x, y, PRECISION: tl.constexpr):
-    """x y^T [m, n] of x [m, d] and y [n, d]."""
+    """Products x y^T [m, n] of x [m, d] and y [n, d]."""
     if x.dtype == tl.float64:
         found = tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=tl.float64)
     elif INTERPRETING and x.dtype == tl.bfloat16:  # whose products the interpreter gets wrong
@@ -135,20 +132,30 @@ def all_finite(x):
 
 
 @triton.jit
-def multiplied_where_seen(x, seen, y, sum, PRECISION: tl.constexpr):
-    """Sum + x y, where what is not finite in y [n, d] counts only where it is `seen` [m, n].
+def multiplied_where_seen(x, seen, y, sum, part, PRECISION: tl.constexpr):
+    """Sum + x y, where what is not finite in y [n, d] counts only where it is `seen` [m, n], in three parts.
 
-    The product is of finite values, and two more say which sums see inf, -inf or, as NaN is both, NaN.
+    Part 0 is the product of finite values, 1 and 2 are above 0 where a sum sees inf and -inf; NaN is both.
     """
     wide = y.to(sum.dtype)
     finite = tl.abs(wide) < float("inf")
-    sum = multiplied(x, tl.where(finite, wide, 0.0).to(y.dtype), sum, PRECISION)
-    x = tl.where(seen, 1.0, 0.0).to(sum.dtype)
-    for sign in tl.static_range(-1, 2, 2):
-        odd = tl.where(finite | (wide * sign < 0), 0.0, 1.0).to(y.dtype)
-        found = multiplied(x, odd, tl.zeros_like(sum), PRECISION)
-        sum += tl.where(found > 0, sign * float("inf"), 0.0)
-    return sum
+    other_sign = tl.where(part == 2, -wide, wide) < 0
+    odd = tl.where(finite | other_sign, 0.0, 1.0)
+    x = tl.where(part == 0, x, tl.where(seen, 1.0, 0.0))
+    y = tl.where(part == 0, tl.where(finite, wide, 0.0), odd).to(y.dtype)
+    return multiplied(x, y, sum, PRECISION)
+
+
+@triton.jit
+def store_part(base, index, stride, x, part, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes part 0 of such a sum, or adds what the others say to what is there."""
+    d = tl.arange(0, BLOCK)[None, :]
+    at = base + index.to(tl.int64)[:, None] * stride + d
+    here = present[:, None] & (d < SIZE)
+    if part != 0:
+        here = here & (x > 0)
+        x = tl.load(at, mask=here, other=0.0).to(x.dtype) + tl.where(part == 2, float("-inf"), float("inf"))
+    tl.store(at, rounded(x, base.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -185,7 +192,8 @@ def visible_scores(
 ):  # fmt: skip
     """Scores with all that is added, -inf where not kept; and what is kept (None if all is, unless MASKED).
 
-    position: (offset, left, right, slope), masks: (mask, m_l, m_s, key_mask, km_s); None for what is not there.
+    position: (offset, left, right, slope), masks: (mask, m_l, m_s, key_mask,
+                                                    km_s); None for what is not there.
     """
     offset, left, right, slope = position
     mask, m_l, m_s, key_mask, km_s = masks
@@ -209,7 +217,7 @@ def visible_scores(
 
 @triton.jit
 def extra_scores(q, k, scoring, EXTRA: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of the extra columns [m, EXTRA_BLOCK], what exists of them, and tanh as `raw_scores` gives it."""
+    """Scores of the extra columns [m, EXTRA_BLOCK], which of them exist, tanh as `raw_scores` gives it."""
     scale, cap = scoring
     s, t = raw_scores(products(q, k, PRECISION), scale, cap)
     kept = (tl.arange(0, EXTRA_BLOCK) < EXTRA)[None, :] & (tl.zeros((q.shape[0], EXTRA_BLOCK), tl.int32) == 0)
@@ -222,10 +230,7 @@ def kept_keys(index, count, key_mask, km_s):
     here = index < count
     if key_mask is not None:
         x = tl.load(key_mask + index.to(tl.int64) * km_s, mask=here, other=0)
-        if key_mask.dtype.element_ty == tl.uint8:
-            here = here & (x != 0)
-        else:
-            here = here & (x != float("-inf"))
+        here = here & (x != 0) if key_mask.dtype.element_ty == tl.uint8 else here & (x != float("-inf"))
     return here
 
 
@@ -233,7 +238,8 @@ def kept_keys(index, count, key_mask, km_s):
 def weights_of(s, lse, low, NATURAL: tl.constexpr):
     """exp(s - lse); `low`: what lse has lost, to base 2, or None.
 
-    Scores are logarithms to base 2, which saves a product, or natural: where masks are added, as the lowest number of
+    Scores are logarithms to base 2, which saves a product, or natural: where masks are added,
+    as the lowest number of
     a dtype times log2(e) would be -inf, and where float32's precision is asked for.
     """
     if NATURAL:

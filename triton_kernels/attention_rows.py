@@ -3,12 +3,12 @@
     delta_i = g_i . out_i + sum_j p z w - grad_lse_i        p = exp(s - lse), made again
     dp = z (g v^T + w)    ds = p (dp - delta)    dr = ds (1 - tanh^2)    d q = scale dr k
 
-Tiling: as the forward's, a program for BLOCK_M rows of one head, which stay; keys come BLOCK_N at a time. Nothing
-is added across programs but the gradients of extra columns, [EXTRA, D] and [EXTRA, V] of each program, which
-are summed in a fixed order afterwards.
-Bytes moved: q, g and d q once, k and v once for each row tile.
-A row whose weights are so small a part of lse that float32 lost them there (a mask of the lowest number: lse is that
-number, whatever the row's sum) has what was lost in `low`: the first kernel sums such rows again.
+Tiling: as the forward's, a program for BLOCK_M rows of one head, which stay; keys come BLOCK_N at a time.
+Nothing is added across programs but the gradients of extra columns, [EXTRA, D] and [EXTRA, V] of each
+program, which are summed in a fixed order afterwards.
+Bytes moved: q, g and d q once, k and v once for each row tile. A row whose weights are so small a part of lse
+that float32 lost them there (a mask of the lowest number: lse is that number, whatever the row's sum) has
+what was lost in `low`: the first kernel sums such rows again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from .attention_math import (
     logarithm,
     masks_of,
     multiplied,
-    multiplied_where_seen,
     number,
     products,
     raw_scores,
@@ -46,13 +45,13 @@ from .attention_math import (
 
 @triton.constexpr_function
 def limit_of(pointer):
-    """Natural lse beyond which its rounding shows in the weights; float64 is summed again anyway, for its last bits."""
+    """Natural lse beyond which its rounding shows in the weights; float64 is always summed again."""
     return {64: 0.0, 32: 32.0, 16: 256.0}[pointer.element_ty.primitive_bitwidth]
 
 
 @triton.jit
 def load_lse(lse, low, at, here, NATURAL: tl.constexpr, nothing=None):
-    """lse in the units of the scores, and `low`; inf, which makes weights 0, where the row has none."""
+    """An lse in the units of the scores, and `low`; inf, which makes weights 0, where the row has none."""
     x, lost = tl.load(lse + at, mask=here, other=float("inf")), nothing
     x = tl.where(x == float("-inf"), float("inf"), x)
     if NATURAL:
@@ -71,7 +70,9 @@ def weight_gradient(weights, rows, cols, here, head):
 
 
 @triton.jit
-def score_gradient(s, kept, t, dp, drawn, keep_scale, lse, low, delta, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr):
+def score_gradient(
+    s, kept, t, dp, drawn, keep_scale, lse, low, delta, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr
+):
     """Weights before and after dropout, the gradient of the scores, and that before the softcap."""
     p = weights_of(s, lse, low, NATURAL)
     if kept is not None:
@@ -114,7 +115,7 @@ def attention_delta_kernel(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, H, L], and `low` where scores are natural; keys are visited only for w or a large lse."""
+    """The delta [B, H, L], and `low` where scores are natural; keys are visited only for w or a large lse."""
     wide: tl.constexpr = lse.dtype.element_ty
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % heads
     sequence = tl.program_id(0) // tiles // heads
@@ -170,8 +171,10 @@ def attention_delta_kernel(
             for n0 in range(begin, end, BLOCK_N):
                 j = n0 + tl.arange(0, BLOCK_N)
                 keys = load_tile(k, j, k_s, j < columns, D, BLOCK_D)
-                raw, t = raw_scores(products(q_tile, keys, PRECISION), scale_, cap_)
-                s_tile, seen = visible_scores(raw, i[:, None], j[None, :], rows, columns, position, masks, True)
+                raw, _t = raw_scores(products(q_tile, keys, PRECISION), scale_, cap_)
+                s_tile, seen = visible_scores(
+                    raw, i[:, None], j[None, :], rows, columns, position, masks, True
+                )
                 drawn = None
                 if dropout[0] is not None:
                     drawn = drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N)
@@ -189,12 +192,14 @@ def attention_delta_kernel(
 
 @triton.jit
 def _row_step(
-    acc, q, g, lse, low, delta, keep, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks, dropout,
-    weights, MASKED: tl.constexpr, CAREFUL: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr,
+    acc, q, g, lse, low, delta, keep, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks,
+    dropout,
+    weights, MASKED: tl.constexpr, CAREFUL: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr,
     D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d q with one more tile of keys, from n0, still to be scaled."""
+    """The d q with one more tile of keys, from n0, still to be scaled."""
     scale, cap = scoring
     _, _, _, key_mask, km_s = masks
     j = n0 + tl.arange(0, BLOCK_N)
@@ -214,9 +219,12 @@ def _row_step(
     drawn = None
     if dropout[0] is not None:
         drawn = drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N)
-    p, _, _, dr = score_gradient(s, kept, t, dp, drawn, keep, lse[:, None], low, delta[:, None], SOFTCAP, NATURAL)
-    if CAREFUL:
-        acc = multiplied_where_seen(dr, kept & (p != 0), k_tile, acc, PRECISION)
+    _p, _, _, dr = score_gradient(
+        s, kept, t, dp, drawn, keep, lse[:, None], low, delta[:, None], SOFTCAP, NATURAL
+    )
+    if CAREFUL:  # a row that sees a key that is not finite has NaN in dr, or a weight of 0
+        clean = tl.where(tl.abs(k_tile.to(acc.dtype)) < float("inf"), k_tile.to(acc.dtype), 0.0)
+        acc = multiplied(dr, clean.to(k_tile.dtype), acc, PRECISION)
     else:
         acc = multiplied(dr, k_tile, acc, PRECISION)
     return acc
@@ -224,7 +232,8 @@ def _row_step(
 
 @triton.jit
 def _extra_step(
-    acc, q, g, lse, low, delta, keep, extra_key, extra_value, d_extra_key, d_extra_value, i, head, rows, columns,
+    acc, q, g, lse, low, delta, keep, extra_key, extra_value, d_extra_key, d_extra_value, i, head, rows,
+    columns,
     scoring, dropout, weights, EXTRA: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, unscaled,
@@ -243,7 +252,9 @@ def _extra_step(
     drawn = None
     if dropout[0] is not None:
         drawn = drawn_extra(dropout, i, columns, BLOCK_M)
-    _, pz, _, dr = score_gradient(s, kept, t, dp, drawn, keep, lse[:, None], low, delta[:, None], SOFTCAP, NATURAL)
+    _, pz, _, dr = score_gradient(
+        s, kept, t, dp, drawn, keep, lse[:, None], low, delta[:, None], SOFTCAP, NATURAL
+    )
     if d_extra_key is not None:
         found = multiplied(tl.trans(dr), q, tl.zeros((EXTRA_BLOCK, BLOCK_D), acc.dtype), PRECISION)
         store_tile(d_extra_key, x, D, found * unscaled, x < EXTRA, D, BLOCK_D)
@@ -257,7 +268,8 @@ def _extra_step(
 
 @triton.jit(do_not_specialize=[*SIZES, "unscaled", "w_factor"])
 def attention_rows_kernel(
-    q, k, v, mask, key_mask, extra_key, extra_value, slopes, cu_seqlens_q, cu_seqlens_k, seed, lse, low, delta, g, w,
+    q, k, v, mask, key_mask, extra_key, extra_value, slopes, cu_seqlens_q, cu_seqlens_k, seed, lse, low,
+    delta, g, w,
     d_q, d_extra_key, d_extra_value,
     heads, group, rows, columns, total_rows, tiles, scale, cap, keep_scale, threshold, left, right, offset,
     unscaled, w_factor, q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, g_b, g_h, g_l, dq_b, dq_h, dq_l,
@@ -266,7 +278,7 @@ def attention_rows_kernel(
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d q of a tile of rows, and its parts of the extra columns' gradients; any of them may be None."""
+    """The d q of a tile of rows, and its parts of the extra columns' gradients; any of them may be None."""
     wide: tl.constexpr = lse.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % heads
@@ -304,8 +316,10 @@ def attention_rows_kernel(
         if d_extra_value is not None:
             d_extra_value += program * EXTRA * V
         acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
-                          extra_value + g_head * EXTRA * V, d_extra_key, d_extra_value, i, head, rows, columns,
-                          scoring, dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                          extra_value + g_head * EXTRA * V, d_extra_key, d_extra_value, i, head, rows,
+                          columns,
+                          scoring, dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M,
+                          BLOCK_D,
                           BLOCK_V, last)  # fmt: skip
     if d_q is not None:
         begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
@@ -320,17 +334,23 @@ def attention_rows_kernel(
             acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
                             v_s, scoring, position, masks, dropout, weights, True, False, SOFTCAP, NATURAL,
                             PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-        if mask is not None or LEFT or RIGHT:
+        if mask is not None or LEFT or RIGHT:  # noqa: SIM102  # known when compiled
             if not all_finite(acc):
                 acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
                 if EXTRA > 0:
-                    acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
-                                      extra_value + g_head * EXTRA * V, None, None, i, head, rows, columns, scoring,
-                                      dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                    acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep,
+                                      extra_key + g_head * EXTRA * D,
+                                      extra_value + g_head * EXTRA * V, None, None, i, head, rows, columns,
+                                      scoring,
+                                      dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M,
+                                      BLOCK_D,
                                       BLOCK_V, last)  # fmt: skip
                 for n0 in range(begin, end, CAREFUL_BLOCK):
-                    acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns,
+                    acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows,
+                                    columns,
                                     k_s, v_s, scoring, position, masks, dropout, weights, True, True, SOFTCAP,
                                     NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
                                     BLOCK_V)  # fmt: skip
-        store_tile(d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D)
+        store_tile(
+            d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D
+        )

@@ -48,11 +48,13 @@ class Tile:
     def of(
         cls, kernel: str, size: int, value_size: int, item: int, rows: int, columns: int,
         capability: tuple[int, int], masked: bool = False, padded: bool = False, dropout: bool = False,
+        capped: bool = False,
     ) -> Tile:  # fmt: skip
-        """Of FORWARD; ROWS, the backward of a tile of rows; COLUMNS, that of keys; SCORES, which keep no sums."""
+        """Of FORWARD; ROWS and COLUMNS, backward of rows and of keys; SCORES, which keep no sums."""
         width, value_width = _power(size, 256), _power(value_size, 256)
         widest = max(width, value_width)
-        heavy = masked or dropout  # addresses or counters take registers, too
+        # Addresses, counters and the tanh's constants take registers, too.
+        heavy, small = masked or dropout or (capped and kernel == ROWS), capability in SMALL_SHARED
         stages = 2
         if item == 8:
             block_m, block_n, warps = 16, 16, 8 if kernel == SCORES else 4
@@ -63,8 +65,12 @@ class Tile:
             block_m, block_n, warps = 16, 16, 8
         elif widest > 128:
             block_m, block_n, warps = (16 if kernel == SCORES else 32), 32, 8
+        elif kernel == FORWARD and widest <= 64:
+            block_m, block_n, warps = (64, 32, 8) if heavy else (128, 64, 8)
+        elif kernel == FORWARD and small:
+            block_m, block_n, warps = (32, 32, 8) if heavy else (64, 64, 8)
         elif kernel == FORWARD:
-            block_m, block_n, warps = (64 if heavy else 128), (32 if heavy or (padded and widest > 64) else 64), 8
+            block_m, block_n, warps = 64 if heavy else 128, 32 if heavy or padded else 64, 8
         elif kernel == COLUMNS and widest <= 64:
             block_m, block_n, warps = 32, 64, 4
         else:

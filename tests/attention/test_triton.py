@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import INTERPRETED, PLACES, running_on
 
-from .triton_calls import SEED, check, expected, make, run
+from .triton_calls import SEED, check, make, run
 
 pytestmark = pytest.mark.interpreter
 INTERPRETER = next(place for place in PLACES if place.name == "triton-interpreted")
@@ -48,7 +48,9 @@ def test_options(kernels, case):
     check(kernels, make(**CASES[case]))
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (15, 17), (16, 16), (33, 31), (1, 129), (129, 1), (65, 64)])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (15, 17), (16, 16), (33, 31), (1, 129), (129, 1), (65, 64)]
+)
 def test_lengths_around_tiles(kernels, rows, columns):
     check(kernels, make((1, 2, 1, rows, columns, 8, 8), window=(40, 3), dtype=torch.float16))
 
@@ -90,7 +92,7 @@ def test_large_scores(kernels, level):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_what_a_row_does_not_keep_it_does_not_see(kernels, dtype):
-    """NaN and inf in keys, values and a mask: rows that don't keep them have the results of a call without."""
+    """NaN and inf in keys and values: rows that don't keep them have the results of a call without."""
     keep, key_keep = bools(2, 1, 70, 90), torch.ones(2, 90, dtype=torch.bool)
     keep[:, :, :60, 30], keep[:, :, 60:, 30] = False, True  # seen by the last rows
     keep[:, :, :, 41], key_keep[:, 42] = False, False  # seen by none
@@ -153,7 +155,9 @@ def test_rows_of_nothing(kernels):
         assert name == "lse" or value.eq(0).all(), name
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 4, 8, 8), (1, 2, 1, 0, 4, 8, 8), (1, 2, 1, 3, 0, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 1, 3, 4, 8, 8), (1, 2, 1, 0, 4, 8, 8), (1, 2, 1, 3, 0, 8, 8)], ids=str
+)
 def test_nothing(kernels, shape):
     b, h, _, rows, columns, _, _ = shape
     check(kernels, make(shape, mask=torch.zeros(1, 1, rows, 1), weights="mean"))
@@ -168,7 +172,8 @@ def test_nothing(kernels, shape):
 def test_packed_sequences(kernels):
     bounds = ([0, 3, 3, 50, 60], [0, 40, 45, 45, 85])
     for dropout in (0.0, 0.5):
-        check(kernels, make((1, 4, 2, 60, 85, 16, 16), packed=bounds, window=(30, 0), offset=2, dropout=dropout,
+        check(kernels, make((1, 4, 2, 60, 85, 16, 16), packed=bounds, window=(30, 0), offset=2,
+                            dropout=dropout,
                             alibi=True))  # fmt: skip
 
 

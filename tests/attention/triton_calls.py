@@ -1,4 +1,4 @@
-"""Calls of the launchers of attention, and the check of all their results against the reference in float64."""
+"""Calls of the launchers of attention; the check of all results against the reference in float64."""
 
 from __future__ import annotations
 
@@ -82,7 +82,12 @@ def make(
         change(tensors)
     options = (*longest, d**-0.5 if scale is None else scale, *window, offset, softcap, dropout, weights)
     full = columns + extra
-    sizes = {"output": (b, h, rows, v), "lse": (b, h, rows), "mean": (b, rows, full), "heads": (b, h, rows, full)}
+    sizes = {
+        "output": (b, h, rows, v),
+        "lse": (b, h, rows),
+        "mean": (b, rows, full),
+        "heads": (b, h, rows, full),
+    }
     grads = [None if name in without else random(*sizes[name]) for name in ("output", "lse")]
     grads[1] = None if grads[1] is None else grads[1].to(torch.promote_types(dtype, torch.float32))
     grads.append(random(*sizes[weights]) if weights != "none" else None)
