@@ -80,6 +80,12 @@ def test_misnamed_arguments_are_an_error():
         triton_aot._source(case, "fp32")
 
 
+def test_a_stack_counts_where_it_is_used():
+    assert triton_aot.uses_stack("        /*01d0*/                   STL.64 [R1+0x8], R2 ;")
+    assert triton_aot.uses_stack("        /*01d0*/              @!P0 LDL R2, [R1] ;")
+    assert not triton_aot.uses_stack("        /*01d0*/                   LDG.E R2, [R4.64] ;")
+
+
 def test_resource_usage_of_an_unknown_format_is_an_error():
     text = " Function k:\n  REG:40 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:400"
     assert triton_aot.parse_resource_usage(text) == {"REG": 40, "STACK": 16, "SHARED": 0, "LOCAL": 0}

@@ -68,6 +68,11 @@ def parse_resource_usage(text: str) -> dict[str, int]:
     return numbers
 
 
+def uses_stack(sass: str) -> bool:
+    """Whether code loads or stores local memory: ptxas also reserves a few bytes that nothing touches."""
+    return re.search(r"\b(?:LDL|STL)\b", sass) is not None
+
+
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     from triton import knobs
 
@@ -76,7 +81,13 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
         path.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return parse_resource_usage(text)
+        usage = parse_resource_usage(text)
+        if usage["STACK"]:
+            command = [knobs.nvidia.cuobjdump.path, "-sass", str(path)]
+            code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            if not uses_stack(code):
+                usage["STACK"] = 0
+    return usage
 
 
 def _source(case, dtype: str):
@@ -129,7 +140,8 @@ def jobs_of(
             if cases and case.name not in cases:
                 continue
             chosen = [dtype for dtype in case.dtypes if not dtypes or dtype in dtypes]
-            jobs += [Job(info.name, case.name, dtype, arch) for dtype in chosen for arch in architectures]
+            archs = [arch for arch in architectures if not case.architectures or arch in case.architectures]
+            jobs += [Job(info.name, case.name, dtype, arch) for dtype in chosen for arch in archs]
     return jobs
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AotCase:
-    """One specialisation of one kernel; compiled for each dtype and each architecture.
+    """One specialisation of one kernel; compiled for each dtype and each architecture, or some of them.
 
     pointers: arguments that point to elements of the dtype under test.
     integers: other run-time arguments and their Triton types, such as {"hidden": "i32"}.
@@ -26,3 +26,4 @@ class AotCase:
     options: Mapping[str, Any]
     divisible_by_16: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("fp32", "fp64", "fp16", "bf16")
+    architectures: tuple[int, ...] = ()

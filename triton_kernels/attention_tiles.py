@@ -1,0 +1,87 @@
+"""Blocks of the programs of attention, by head size, dtype and device: a rule, not a search.
+
+float16 and bfloat16 products run on tensor cores: tiles are as large as registers and shared memory allow.
+float32 products are exact, from registers, and float64 ones are sums: small tiles, or they spill.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+SMALL_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities with 99 KiB of shared memory for a block
+FORWARD, ROWS, COLUMNS, SCORES = "forward", "rows", "columns", "scores"  # kernels
+
+
+@lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """That of a device; of the oldest one for the interpreter."""
+    if device.type != "cuda":
+        return (8, 0)
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _power(n: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(max(n, 1)), 16), most)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks of a program and its options; see `of`."""
+
+    rows: int
+    columns: int
+    width: int  # of query and key
+    value_width: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(
+        cls, kernel: str, size: int, value_size: int, item: int, rows: int, columns: int,
+        capability: tuple[int, int], masked: bool = False, padded: bool = False, dropout: bool = False,
+        capped: bool = False,
+    ) -> Tile:  # fmt: skip
+        """Of FORWARD; ROWS and COLUMNS, backward of rows and of keys; SCORES, which keep no sums."""
+        width, value_width = _power(size, 256), _power(value_size, 256)
+        widest = max(width, value_width)
+        # Addresses, counters and the tanh's constants take registers, too.
+        heavy, small = masked or dropout or (capped and kernel == ROWS), capability in SMALL_SHARED
+        stages = 2
+        if item == 8:
+            block_m, block_n, warps = 16, 16, 8 if kernel == SCORES else 4
+        elif item == 4 and widest <= 64:
+            block_m, block_n, warps = 32, 32, 4
+            stages = 1 if kernel == FORWARD else 2
+        elif item == 4:
+            block_m, block_n, warps = 16, 16, 8
+        elif widest > 128:
+            block_m, block_n, warps = (16 if kernel == SCORES else 32), 32, 8
+        elif kernel == FORWARD and widest <= 64:
+            block_m, block_n, warps = (64, 32, 8) if heavy else (128, 64, 8)
+        elif kernel == FORWARD and small:
+            block_m, block_n, warps = (32, 32, 8) if heavy else (64, 64, 8)
+        elif kernel == FORWARD:
+            block_m, block_n, warps = 64 if heavy else 128, 32 if heavy or padded else 64, 8
+        elif kernel == COLUMNS and widest <= 64:
+            block_m, block_n, warps = 32, 64, 4
+        else:
+            block_m, block_n = (32, 32) if heavy else (64, 64)
+            warps = 8 if widest > 64 else 4
+        return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, stages)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of a launch; fused multiply-adds are named because their default differs between versions."""
+        return {
+            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.width, "BLOCK_V": self.value_width,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
+        }  # fmt: skip
