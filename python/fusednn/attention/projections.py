@@ -19,8 +19,7 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     tensors = (input, weight, bias)
     ours = (
-        not torch.compiler.is_compiling()  # which can't ask for the backend, and has products of its own
-        and input.device.type == "cpu"
+        input.device.type == "cpu"
         and settings.backend() in ("auto", "cpu")
         and _native.extension is not None
         and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
