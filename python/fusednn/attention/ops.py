@@ -76,7 +76,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    tensors, saved = ctx.saved_tensors[:_COUNT], ctx.saved_tensors[_COUNT:]
+    everything = ctx.saved_tensors  # once: activation checkpointing allows no more
+    tensors, saved = everything[:_COUNT], everything[_COUNT:]
     nothing = (None,) * (_COUNT - _DIFFERENTIABLE + len(ctx.options))
     needs = ctx.needs_input_grad[:_DIFFERENTIABLE]
     if ctx.options[-1] == "none":
