@@ -14,6 +14,7 @@ from fusednn.testing import assert_close_to_oracle
 from .module_cases import DEVICES, DTYPES, random, randomise
 
 SCORES = ("dot", "general", "concat")
+pytestmark = pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 B, T, S, HD = 3, 4, 6, 8
 every_score = pytest.mark.parametrize("score", SCORES)
 
@@ -156,6 +157,17 @@ def test_gradgradcheck(score):
 
     assert torch.autograd.gradcheck(f, arguments, fast_mode=True)
     assert torch.autograd.gradgradcheck(f, arguments, fast_mode=True)
+
+
+@every_score
+def test_no_nan_on_the_way_back(score):
+    """Not even one that a mask hides at the end: anomaly detection looks at each gradient."""
+    module = layer(score)
+    hidden, source = (t.requires_grad_() for t in inputs(module))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        attended, weights = module(hidden, source, lengths=[6, 0, 4])
+        (attended.square().sum() + weights.square().sum()).backward()
+    assert not source.grad[1].any()
 
 
 @every_score

@@ -101,6 +101,9 @@ def test_dropout(device, batch_first, p):
     assert not (clean == 0).any()
     torch.testing.assert_close(weights[~dropped], clean[~dropped] / (1 - p) if p < 1 else clean[~dropped])
     assert torch.equal(kept, ours(x, x, x)[0])
+    memory = x.clone()  # not self-attention
+    torch.testing.assert_close(ours(x, memory, memory)[0], kept)
+    assert not torch.equal(ours.train()(x, memory, memory)[0], kept)
 
 
 def test_dropout_follows_the_seed():

@@ -69,8 +69,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         * A query that has nothing to attend to gets weights 0 and gradients 0, and the projection of zeros
           for output, where torch returns NaN or, in some modes, an average. NaN at masked places reaches no
           output and no input's gradient; the gradients of the projections are sums over all positions.
-        * With `add_bias_kv` or `add_zero_attn` the mask is read even if `is_causal` promises what it holds:
-          torch masks the added columns then, but only where `need_weights` is False.
+        * The columns of `add_bias_kv` and `add_zero_attn` are seen by all queries, also where an `is_causal`
+          hint is taken; torch hides them then, but only where `need_weights` is False.
         * `is_causal` without `attn_mask` raises in inference, too, where torch's fast path ignores it.
         * Nested inputs may be jagged, cross-attend, train and be of an odd number of heads.
     """
@@ -252,7 +252,7 @@ def _attend(
     batch_first = layer.batch_first or not batched
     # [B, H, L, D], [B, G, S, D]: views, with the strides of the products
     q, k, v = (t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in (q, k, v))
-    causal = is_causal and key_padding_mask is None and not need_weights and not layer.extra_columns
+    causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal or attn_mask is None else _kept(attn_mask, q)
     output, weights = _fused(layer, q, k, v, mask, key_padding_mask, causal, kind)
     # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add its
