@@ -20,7 +20,7 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     tensors = (input, weight, bias)
     ours = (
         input.device.type == "cpu"
-        and settings.backend() in ("auto", "cpu")
+        and (torch.compiler.is_compiling() or settings.backend() in ("auto", "cpu"))
         and _native.extension is not None
         and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
         and not autocast_enabled(input.device)
