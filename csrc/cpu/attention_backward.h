@@ -241,9 +241,9 @@ class AttentionBackwardKernel {
       multiply_panel<kWide>(rows, c_.value_size, Strided<T>{r.grad, v_pitch_, 1}, panels + (j + k) * c_.value_size, P,
                             r.ds + k, pitch_, Into::overwrite);
     const V zero(T(0)), scale(weight_scale());
+    const bool complete = count == q.columns + c_.extra;
     for (int64_t i = 0; i < rows; ++i) {
       T *p = r.scores + i * pitch_, *ds = r.ds + i * pitch_;
-      const V delta(delta_[row_index(q, head, row + i)]);
       if (p_.grad_weights) {
         const S* w = weights_gradient(q, head, row + i) + j;
         const V share(weights_share());
@@ -252,19 +252,29 @@ class AttentionBackwardKernel {
       }
       if (c_.dropout) {
         fill_kept(q, head, row + i, j, count, r);
-        for (int64_t k = 0; k < count; k += V::size) {
-          const V keep = V::load(r.kept + k), x = V::load(p + k), dp = V::load(ds + k) * scale;
-          const V d(keep.v == zero.v ? (zero - delta).v : (dp - delta).v);
-          V(x.v == zero.v ? zero.v : (x * d).v).store(ds + k);
-          (x * keep).store(p + k);
-        }
-        continue;
+        for (int64_t k = 0; k < count; k += V::size)
+          V(V::load(r.kept + k).v == zero.v ? zero.v : (V::load(ds + k) * scale).v).store(ds + k);
       }
+      const V delta(complete ? whole_delta(q, head, row + i, count, p, ds) : delta_[row_index(q, head, row + i)]);
       for (int64_t k = 0; k < count; k += V::size) {
         const V x = V::load(p + k);  // where it is 0, g . v may be NaN
         V(x.v == zero.v ? zero.v : (x * (V::load(ds + k) - delta)).v).store(ds + k);
+        if (c_.dropout) (x * V::load(r.kept + k)).store(p + k);
       }
     }
+  }
+
+  // delta - grad_lse of a row whose columns are all here: sum of p dp, in which what is equal cancels, as in torch's
+  // softmax. g . o is rounded otherwise, which shows where a row's weight is nearly that of one column.
+  T whole_delta(const Sequence& q, int64_t head, int64_t row, int64_t count, const T* p, const T* dp) const {
+    const Vec<T> zero(T(0));
+    Vec<T> total(T(0));
+    for (int64_t k = 0; k < count; k += Vec<T>::size) {
+      const Vec<T> x = Vec<T>::load(p + k);
+      total = total + Vec<T>(x.v == zero.v ? zero.v : (x * Vec<T>::load(dp + k)).v);
+    }
+    const T* grad_lse = static_cast<const T*>(p_.grad_lse);
+    return sum(total) - (grad_lse ? grad_lse[row_index(q, head, row)] : T(0));
   }
 
   void fill_kept(const Sequence& q, int64_t head, int64_t row, int64_t j, int64_t count, const Room& r) const {
