@@ -222,12 +222,18 @@ class AttentionBackwardKernel {
   void make_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
                     const Room& r) const {
     make_scores(q, head, row, rows, j, count, r);
+    const bool complete = count == q.columns + c_.extra;  // then its own sum is more exact than lse
     for (int64_t i = 0; i < rows; ++i) {
       T* s = r.scores + i * pitch_;
-      const int64_t at = row_index(q, head, row + i);
-      exp2_row(s, padded<T>(count), subtract_[at]);
-      if (factor_[at] == T(1)) continue;
-      for (int64_t k = 0; k < count; k += Vec<T>::size) (Vec<T>::load(s + k) * Vec<T>(factor_[at])).store(s + k);
+      const int64_t at = row_index(q, head, row + i), whole = padded<T>(count);
+      T factor = factor_[at];
+      const T largest = complete ? largest_of(s, whole) : minus_infinity<T>();
+      if (largest != minus_infinity<T>())
+        factor = T(1) / exp2_row(s, whole, largest);
+      else
+        exp2_row(s, whole, subtract_[at]);
+      if (factor == T(1)) continue;
+      for (int64_t k = 0; k < count; k += Vec<T>::size) (Vec<T>::load(s + k) * Vec<T>(factor)).store(s + k);
     }
   }
 
