@@ -200,5 +200,10 @@ def attention_backward(
     needed = {name for name, on in zip(NAMES, output_mask, strict=True) if on and given[name] is not None}
     grads = (grad_output, grad_lse, None if weights == "none" else grad_weights)
     found = Gradients(call, grads, output, lse, needed).run(given) if needed else {}
-    like = {name: query if t is None else t for name, t in given.items()}
-    return tuple(found[name] if name in found else like[name].new_empty(0) for name in NAMES)
+    return tuple(_laid_out(found[n], given[n]) if n in found else query.new_empty(0) for n in NAMES)
+
+
+def _laid_out(grad: Tensor, tensor: Tensor | None) -> Tensor:
+    """The gradient in the memory layout that torch gives to what is like its tensor."""
+    like = torch.empty_like(tensor) if tensor is not None else grad
+    return grad if grad.stride() == like.stride() else like.copy_(grad)

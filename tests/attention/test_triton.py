@@ -55,6 +55,13 @@ def test_lengths_around_tiles(kernels, rows, columns):
     check(kernels, make((1, 2, 1, rows, columns, 8, 8), window=(40, 3), dtype=torch.float16))
 
 
+@pytest.mark.parametrize("offset", [-33, -31, -30, 30, 31, 32])
+@pytest.mark.parametrize("window", [(-1, 0), (0, -1), (64, 1)], ids=str)
+def test_bounds_around_tiles(kernels, window, offset):
+    """Where a bound begins or ends a tile, of 32 here: one more or less is in the wrong loop."""
+    check(kernels, make((1, 1, 1, 70, 100, 8, 8), window=window, offset=offset))
+
+
 @pytest.mark.parametrize("size", [1, 8, 40, 64, 80, 96, 128, 256])
 def test_head_sizes(kernels, size):
     check(kernels, make((1, 2, 2, 20, 37, size, max(size // 2, 1)), dtype=torch.bfloat16, window=(-1, 0)))
