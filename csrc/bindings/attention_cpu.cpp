@@ -26,7 +26,9 @@ namespace {
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 HeadRows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
-HeadRowsOut out_rows_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+HeadRowsOut out_rows_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
 
 // [B, heads, rows, size], laid out as [B, rows, heads, size].
 Tensor empty_by_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
@@ -40,7 +42,9 @@ ReturnedWeights weights_named(const std::string& name) {
   return ReturnedWeights::heads;
 }
 
-at::ScalarType wide_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType wide_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
   cpu::Mask mask;
@@ -61,8 +65,8 @@ cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef siz
 }
 
 void check_bounds(const Tensor& t, const char* name, int64_t total) {
-  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.scalar_type() == at::kInt && t.size(0) > 0, name, ": got ",
-              t.scalar_type(), " of shape ", t.sizes(), ", expected Int of [N + 1] on cpu");
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.scalar_type() == at::kInt && t.size(0) > 0, name,
+              ": got ", t.scalar_type(), " of shape ", t.sizes(), ", expected Int of [N + 1] on cpu");
   const int32_t* bounds = t.const_data_ptr<int32_t>();
   bool ascends = bounds[0] == 0 && bounds[t.size(0) - 1] == total;
   for (int64_t i = 1; i < t.size(0); ++i) ascends = ascends && bounds[i] >= bounds[i - 1];
@@ -86,7 +90,8 @@ struct AttentionTensors {
                    const OptionalTensor& key_mask_, const OptionalTensor& extra_key_,
                    const OptionalTensor& extra_value_, const OptionalTensor& slopes,
                    const OptionalTensor& bounds_q, const OptionalTensor& bounds_k, const OptionalTensor& seed,
-                   double scale, int64_t left, int64_t right, int64_t offset, double softcap, double dropout_p)
+                   double scale, int64_t left, int64_t right, int64_t offset, double softcap,
+                   double dropout_p)
       : mask(mask_), key_mask(key_mask_) {
     const auto type = q.scalar_type();
     call.dtype = dtype_of(q, "query");
@@ -113,7 +118,8 @@ struct AttentionTensors {
       call.alibi_slopes = alibi_slopes->const_data_ptr<float>();
     }
     call.sequences = call.batch;
-    TORCH_CHECK(bounds_q.has_value() == bounds_k.has_value(), "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    TORCH_CHECK(bounds_q.has_value() == bounds_k.has_value(),
+                "cu_seqlens_q, cu_seqlens_k: expected both or neither");
     if (bounds_q) set_bounds(*bounds_q, *bounds_k);
     call.scale = scale, call.softcap = softcap;
     call.window_left = left, call.window_right = right, call.position_offset = offset;
@@ -149,7 +155,8 @@ struct AttentionTensors {
   void set_dropout(const OptionalTensor& seed, double p) {
     if (!seed || p <= 0) return;
     TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == at::kLong && seed->device().is_cpu(),
-                "dropout_seed: got ", seed->scalar_type(), " of shape ", seed->sizes(), ", expected one Long on cpu");
+                "dropout_seed: got ", seed->scalar_type(), " of shape ", seed->sizes(),
+                ", expected one Long on cpu");
     call.dropout = true;
     call.dropout_threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
     call.dropout_scale = p >= 1 ? 0 : 1 / (1 - p);
@@ -190,32 +197,35 @@ AttentionResult attention_forward(const Tensor& query, const Tensor& key, const 
                                   const OptionalTensor& mask, const OptionalTensor& key_mask,
                                   const OptionalTensor& extra_key, const OptionalTensor& extra_value,
                                   const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
-                                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t,
-                                  int64_t, double scale, int64_t window_left, int64_t window_right,
+                                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed,
+                                  int64_t, int64_t, double scale, int64_t window_left, int64_t window_right,
                                   int64_t position_offset, double softcap, double dropout_p,
                                   const std::string& weights) {
-  const AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
-                           cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
-                           dropout_p);
+  const AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes,
+                           cu_seqlens_q, cu_seqlens_k, dropout_seed, scale, window_left, window_right,
+                           position_offset, softcap, dropout_p);
   const Attention& c = t.call;
   return run_forward(t, weights, empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size));
 }
 
 AttentionGradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                             const OptionalTensor& grad_weights, const Tensor& query, const Tensor& key,
-                             const Tensor& value, const OptionalTensor& mask, const OptionalTensor& key_mask,
-                             const OptionalTensor& extra_key, const OptionalTensor& extra_value,
-                             const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
-                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed,
-                             const Tensor& output, const Tensor& lse, int64_t, int64_t, double scale,
-                             int64_t window_left, int64_t window_right, int64_t position_offset, double softcap,
-                             double dropout_p, const std::string& weights, std::array<bool, 7> output_mask) {
+                                      const OptionalTensor& grad_weights, const Tensor& query,
+                                      const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+                                      const OptionalTensor& key_mask, const OptionalTensor& extra_key,
+                                      const OptionalTensor& extra_value, const OptionalTensor& alibi_slopes,
+                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                      const OptionalTensor& dropout_seed, const Tensor& output,
+                                      const Tensor& lse, int64_t, int64_t, double scale, int64_t window_left,
+                                      int64_t window_right, int64_t position_offset, double softcap,
+                                      double dropout_p, const std::string& weights,
+                                      std::array<bool, 7> output_mask) {
   AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
                      cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
                      dropout_p);
   const Attention& c = t.call;
   const auto type = query.scalar_type();
-  const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size}, lse_sizes{c.batch, c.heads, c.rows};
+  const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size},
+      lse_sizes{c.batch, c.heads, c.rows};
   check(output, "output", output_sizes, type);
   check(grad_output, "grad_output", output_sizes, type);
   check(lse, "lse", lse_sizes, wide_type(query));
@@ -242,7 +252,8 @@ AttentionGradients attention_backward(const OptionalTensor& grad_output, const O
                                           key_mask ? &*key_mask : nullptr,
                                           extra_key ? &*extra_key : nullptr,
                                           extra_value ? &*extra_value : nullptr};
-  // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the end.
+  // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the
+  // end.
   std::array<Tensor, 7> found, written;
   for (int i = 0; i < 7; ++i) {
     found[i] = output_mask[i] ? Tensor() : at::empty({0}, query.options());
@@ -287,7 +298,8 @@ namespace {
 
 AttentionTensors layer_tensors(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask) {
   const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(heads[0].size(3), 1)));
-  return AttentionTensors(heads[0], heads[1], heads[2], {}, key_mask, {}, {}, {}, {}, {}, {}, scale, -1, -1, 0, 0, 0);
+  return AttentionTensors(heads[0], heads[1], heads[2], {}, key_mask, {}, {}, {}, {}, {}, {}, scale, -1, -1,
+                          0, 0, 0);
 }
 
 }  // namespace
@@ -308,7 +320,8 @@ void self_attention_backward(const OptionalTensor& grad_output, const OptionalTe
   p.output = rows_of(output);
   p.lse = lse.const_data_ptr();
   p.grad_weights = data_or_null(grad_weights);
-  p.grad_query = out_rows_of(grads[0]), p.grad_key = out_rows_of(grads[1]), p.grad_value = out_rows_of(grads[2]);
+  p.grad_query = out_rows_of(grads[0]), p.grad_key = out_rows_of(grads[1]),
+  p.grad_value = out_rows_of(grads[2]);
   const cpu::AttentionKernels& kernels = cpu::attention_kernels();
   const cpu::Parallel threads = torch_parallel();
   p.call = t.call;

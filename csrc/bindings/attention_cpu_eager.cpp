@@ -1,7 +1,7 @@
 // The eager shortcut of MultiheadAttention on CPU tensors, as docs/design/006-eager-shortcut.md has it: both
-// projections and the attention in one call, and one autograd node for them, whose gradients of query, key and value
-// are written where the gradient of the packed projection wants them. Nothing is returned where any condition fails;
-// the caller then takes the general way, which also words the errors.
+// projections and the attention in one call, and one autograd node for them, whose gradients of query, key
+// and value are written where the gradient of the packed projection wants them. Nothing is returned where any
+// condition fails; the caller then takes the general way, which also words the errors.
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
@@ -24,12 +24,14 @@ struct Layer {
   Tensor input;  // [B, L, E], or [L, B, E]
   bool batch_first;
   int64_t heads;
-  Tensor in_weight, out_weight;             // [3 E, E], [E, E]
+  Tensor in_weight, out_weight;               // [3 E, E], [E, E]
   OptionalTensor in_bias, out_bias, padding;  // [3 E], [E], [B, L] (bool: True is ignored; or added)
   std::string weights;
 
   int64_t size() const { return input.size(2); }
-  bool ours() const { return input.scalar_type() == at::kFloat && input.size(0) * input.size(1) >= kFewestRows; }
+  bool ours() const {
+    return input.scalar_type() == at::kFloat && input.size(0) * input.size(1) >= kFewestRows;
+  }
   Tensor rows(const Tensor& t) const { return t.view({-1, t.size(-1)}); }
   Tensor project(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) const {
     return ours() ? projection_forward(x, weight, bias) : at::linear(x, weight, bias);
@@ -39,12 +41,15 @@ struct Layer {
     const Tensor split = t.view({input.size(0), input.size(1), n, heads, -1}).select(2, which);
     return batch_first ? split.permute({0, 2, 1, 3}) : split.permute({1, 2, 0, 3});
   }
-  std::array<Tensor, 3> three(const Tensor& t) const { return {heads_of(t, 3, 0), heads_of(t, 3, 1), heads_of(t, 3, 2)}; }
+  std::array<Tensor, 3> three(const Tensor& t) const {
+    return {heads_of(t, 3, 0), heads_of(t, 3, 1), heads_of(t, 3, 2)};
+  }
 };
 
 bool plain_layer(const Layer& l, bool& record) {
   const Tensor& x = l.input;
-  if (!nobody_listens() || !plain(x) || !supported(x.scalar_type()) || x.dim() != 3 || x.numel() == 0) return false;
+  if (!nobody_listens() || !plain(x) || !supported(x.scalar_type()) || x.dim() != 3 || x.numel() == 0)
+    return false;
   const int64_t e = x.size(2), batch = x.size(l.batch_first ? 0 : 1), rows = x.size(l.batch_first ? 1 : 0);
   PlainCall call{x.scalar_type()};
   call(x, x.sizes());
@@ -101,8 +106,8 @@ struct ProjectionGradients {
   Tensor input, weight, bias;
 };
 
-ProjectionGradients project_backward(const Layer& l, const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                     std::array<bool, 3> needs) {
+ProjectionGradients project_backward(const Layer& l, const Tensor& grad, const Tensor& input,
+                                     const Tensor& weight, std::array<bool, 3> needs) {
   ProjectionGradients g;
   if (l.ours()) {
     std::tie(g.input, g.weight, g.bias) = projection_backward(grad, input, weight, needs);
@@ -165,7 +170,8 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
     if (grads[1].defined()) d_weights = grads[1].contiguous();
     self_attention_backward(d_attended, d_weights, l.three(heads), optional(s[5]), l.weights,
                             l.heads_of(attended, 1, 0), s[8], l.three(d_heads));
-    const auto in = project_backward(l, d_heads, l.rows(l.input.contiguous()), s[1], {needs[0], needs[1], needs[2]});
+    const auto in =
+        project_backward(l, d_heads, l.rows(l.input.contiguous()), s[1], {needs[0], needs[1], needs[2]});
     if (needs[0]) result[0] = in.input.view(l.input.sizes());
     if (needs[1]) result[1] = in.weight;
     if (needs[2]) result[2] = in.bias;

@@ -40,8 +40,9 @@ Tensor dense_rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ?
 Tensor packed(const Tensor& t, int64_t columns, int64_t depth, int64_t column_stride, int64_t depth_stride) {
   const cpu::ProjectionKernels& kernels = cpu::projection_kernels();
   const Tensor to = at::empty({kernels.packed_elements(columns, depth)}, t.options());
-  kernels.pack({columns, depth, t.const_data_ptr<float>(), column_stride, depth_stride, to.mutable_data_ptr<float>()},
-               torch_parallel());
+  kernels.pack(
+      {columns, depth, t.const_data_ptr<float>(), column_stride, depth_stride, to.mutable_data_ptr<float>()},
+      torch_parallel());
   return to;
 }
 
@@ -78,7 +79,8 @@ Tensor projection_forward(const Tensor& input, const Tensor& weight, const Optio
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const Tensor& input,
+                                                       const Tensor& weight,
                                                        std::array<bool, 3> output_mask) {
   const Sizes s = sizes_of(input, weight);
   check(grad, "grad", {s.rows, s.outputs}, at::kFloat);
@@ -89,8 +91,10 @@ std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const
   const Tensor d_weight = empty(output_mask[1] || output_mask[2], {s.outputs, s.inputs});
   const Tensor d_bias = empty(output_mask[2], {s.outputs});
   if (s.rows * s.inputs * s.outputs == 0) {
-    if (output_mask[2] && s.rows > 0 && s.outputs > 0) at::sum_out(const_cast<Tensor&>(d_bias), grad, 0);
-    else d_bias.zero_();
+    if (output_mask[2] && s.rows > 0 && s.outputs > 0)
+      at::sum_out(const_cast<Tensor&>(d_bias), grad, 0);
+    else
+      d_bias.zero_();
     return {d_input.zero_(), output_mask[1] ? d_weight.zero_() : empty(false, {}), d_bias};
   }
   const Tensor g = dense_rows(grad), x = dense_rows(input), w = dense_rows(weight);

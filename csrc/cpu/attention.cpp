@@ -9,8 +9,7 @@ namespace {
 
 size_t forward_workspace(const AttentionForward& p, int threads) {
   Carver count(nullptr);
-  with_types(p.call.dtype,
-             [&]<class T, class S>() { AttentionForwardKernel<T, S>(p, threads, count); });
+  with_types(p.call.dtype, [&]<class T, class S>() { AttentionForwardKernel<T, S>(p, threads, count); });
   return count.bytes;
 }
 
@@ -23,8 +22,7 @@ void forward(const AttentionForward& p, const Parallel& parallel) {
 
 size_t backward_workspace(const AttentionBackward& p, int threads) {
   Carver count(nullptr);
-  with_types(p.call.dtype,
-             [&]<class T, class S>() { AttentionBackwardKernel<T, S>(p, threads, count); });
+  with_types(p.call.dtype, [&]<class T, class S>() { AttentionBackwardKernel<T, S>(p, threads, count); });
   return count.bytes;
 }
 

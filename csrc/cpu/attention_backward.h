@@ -1,15 +1,17 @@
 // Attention on the CPU, backward: weights are made again from lse, tile by tile.
 //
-//   p = 2^(s - lse)    dp = z (g . v + w)    ds = p (dp - delta + grad_lse)    delta = g . o + sum over j of p z w
-//   dv_j += p z g      dk_j += scale ds q    dq_i += scale ds k                 w: the gradient of the weights
+//   p = 2^(s - lse)    dp = z (g . v + w)    ds = p (dp - delta + grad_lse)    delta = g . o + sum over j of
+//   p z w dv_j += p z g      dk_j += scale ds q    dq_i += scale ds k                 w: the gradient of the
+//   weights
 //
-// A task is a part of the columns of one key head of one sequence (all of them, where there are heads enough for
-// any number of threads): its dk and dv stay with it while all rows of all its query heads go past. Parts, and so
-// all sums, depend on the shape alone: the same bits for any number of threads. For a block of rows and columns:
-// five products, of which s and dp come from panels (attention_pack.h), the others from rows.
+// A task is a part of the columns of one key head of one sequence (all of them, where there are heads enough
+// for any number of threads): its dk and dv stay with it while all rows of all its query heads go past.
+// Parts, and so all sums, depend on the shape alone: the same bits for any number of threads. For a block of
+// rows and columns: five products, of which s and dp come from panels (attention_pack.h), the others from
+// rows.
 //
-// lse has 24 bits. Where it is large (masks of finfo.min) 2^(s - lse) would be off by as many of them as it has before
-// the point, so that such rows' largest score and sum are found again.
+// lse has 24 bits. Where it is large (masks of finfo.min) 2^(s - lse) would be off by as many of them as it
+// has before the point, so that such rows' largest score and sum are found again.
 //
 // Gradients of masks, which sum over samples, heads or rows, are a pass of their own over the masks' blocks.
 // Bytes: q, g once for each part, keys and values in cache. Flops: 2 L S (3 D + 2 V) a head.
@@ -34,8 +36,8 @@ class AttentionBackwardKernel {
         key_bias_(p.call, shared),
         all_columns_(longest_columns(p.call)),
         blocks_(longest_rows(p.call), kBackwardRows),
-        column_block_(minimum(kBackwardColumns, ceil_div(maximum(1, all_columns_), kPanelColumns<T>) *
-                                                    kPanelColumns<T>)),
+        column_block_(minimum(kBackwardColumns,
+                              ceil_div(maximum(1, all_columns_), kPanelColumns<T>) * kPanelColumns<T>)),
         pitch_(column_block_ + Vec<T>::size),
         q_pitch_(padded<T>(c_.size)),
         v_pitch_(padded<T>(c_.value_size)) {
@@ -68,14 +70,17 @@ class AttentionBackwardKernel {
     const bool worth_it = products > kSerialProducts / 2;
     const int64_t groups = c_.groups, blocks = blocks_.count;
     parallel(c_.sequences * groups * pack_parts_, worth_it, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) pack(i / (groups * pack_parts_), i / pack_parts_ % groups, i % pack_parts_);
+      for (int64_t i = begin; i < end; ++i)
+        pack(i / (groups * pack_parts_), i / pack_parts_ % groups, i % pack_parts_);
     });
     parallel(c_.sequences * c_.heads * blocks, worth_it, [&](int64_t begin, int64_t end, int thread) {
       const Room r = room_of(thread);
-      for (int64_t i = begin; i < end; ++i) find_delta(Sequence(c_, i / (c_.heads * blocks)), i / blocks % c_.heads,
-                                                       i % blocks * blocks_.height, r);
+      for (int64_t i = begin; i < end; ++i)
+        find_delta(Sequence(c_, i / (c_.heads * blocks)), i / blocks % c_.heads, i % blocks * blocks_.height,
+                   r);
     });
-    if (p_.grad_query.data || p_.grad_key.data || p_.grad_value.data || p_.grad_extra_key || p_.grad_extra_value) {
+    if (p_.grad_query.data || p_.grad_key.data || p_.grad_value.data || p_.grad_extra_key ||
+        p_.grad_extra_value) {
       parallel(c_.sequences * groups * parts_, worth_it, [&](int64_t begin, int64_t end, int thread) {
         const Room r = room_of(thread);
         for (int64_t i = begin; i < end; ++i)
@@ -87,7 +92,8 @@ class AttentionBackwardKernel {
     }
     if (p_.grad_mask) mask_gradient(parallel, worth_it, p_.mask_sizes, static_cast<S*>(p_.grad_mask));
     const int64_t key_mask_sizes[4] = {c_.batch, 1, 1, c_.columns};
-    if (p_.grad_key_mask) mask_gradient(parallel, worth_it, key_mask_sizes, static_cast<S*>(p_.grad_key_mask));
+    if (p_.grad_key_mask)
+      mask_gradient(parallel, worth_it, key_mask_sizes, static_cast<S*>(p_.grad_key_mask));
   }
 
  private:
@@ -135,7 +141,8 @@ class AttentionBackwardKernel {
 
   bool finite_keys(const Sequence& q, int64_t group) const {
     bool all = true;
-    for (int64_t i = 0; i < pack_parts_; ++i) all = all && finite_[(q.index * c_.groups + group) * pack_parts_ + i];
+    for (int64_t i = 0; i < pack_parts_; ++i)
+      all = all && finite_[(q.index * c_.groups + group) * pack_parts_ + i];
     return all;
   }
 
@@ -146,11 +153,16 @@ class AttentionBackwardKernel {
   // Rows of q (scaled) and of the output's gradient.
   void load_rows(const Sequence& q, int64_t head, int64_t row, int64_t rows, const Room& r) const {
     const int64_t at = q.first_row + row;
-    const Source<S> queries{head_row<S>(c_.query, q.batch, head, at), c_.query.row_stride, rows, nullptr, 0, c_.size};
+    const Source<S> queries{
+        head_row<S>(c_.query, q.batch, head, at), c_.query.row_stride, rows, nullptr, 0, c_.size};
     pack_rows(queries, 0, rows, q_pitch_, r.query, static_cast<T>(c_.scale * kLog2e));
     if (p_.grad_output.data) {
-      const Source<S> grads{head_row<S>(p_.grad_output, q.batch, head, at), p_.grad_output.row_stride, rows, nullptr,
-                            0, c_.value_size};
+      const Source<S> grads{head_row<S>(p_.grad_output, q.batch, head, at),
+                            p_.grad_output.row_stride,
+                            rows,
+                            nullptr,
+                            0,
+                            c_.value_size};
       pack_rows(grads, 0, rows, v_pitch_, r.grad);
     } else {
       std::memset(r.grad, 0, rows * v_pitch_ * sizeof(T));
@@ -189,13 +201,12 @@ class AttentionBackwardKernel {
       if (is_large(lse[i])) factor[i] = T(1) / factor[i];
   }
 
-  static bool is_large(T lse) {
-    return (lse > T(kLargeLse) || lse < -T(kLargeLse)) && lse - lse == T(0);
-  }
+  static bool is_large(T lse) { return (lse > T(kLargeLse) || lse < -T(kLargeLse)) && lse - lse == T(0); }
 
   const S* weights_gradient(const Sequence& q, int64_t head, int64_t row) const {
     const int64_t columns = q.columns + c_.extra;
-    const int64_t at = p_.returned == ReturnedWeights::mean ? q.batch * c_.rows + row : row_index(q, head, row);
+    const int64_t at =
+        p_.returned == ReturnedWeights::mean ? q.batch * c_.rows + row : row_index(q, head, row);
     return static_cast<const S*>(p_.grad_weights) + at * columns;
   }
   T weights_share() const {
@@ -204,7 +215,7 @@ class AttentionBackwardKernel {
 
   // Scores of rows [row, row + rows) and columns [j, j + count), up to whole vectors.
   void make_scores(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
-                    const Room& r) const {
+                   const Room& r) const {
     constexpr int64_t P = kPanelColumns<T>;
     const T* panels = key_panels_ + places_.panels(q, head / (c_.heads / c_.groups)) * c_.size * P;
     for (int64_t k = 0; k < count; k += P)
@@ -244,8 +255,8 @@ class AttentionBackwardKernel {
     constexpr int64_t P = kPanelColumns<T>;
     const T* panels = value_panels_ + places_.panels(q, head / (c_.heads / c_.groups)) * c_.value_size * P;
     for (int64_t k = 0; k < count; k += P)
-      multiply_panel<kWide>(rows, c_.value_size, Strided<T>{r.grad, v_pitch_, 1}, panels + (j + k) * c_.value_size, P,
-                            r.ds + k, pitch_, Into::overwrite);
+      multiply_panel<kWide>(rows, c_.value_size, Strided<T>{r.grad, v_pitch_, 1},
+                            panels + (j + k) * c_.value_size, P, r.ds + k, pitch_, Into::overwrite);
     const V zero(T(0)), scale(weight_scale());
     const bool complete = count == q.columns + c_.extra;
     for (int64_t i = 0; i < rows; ++i) {
@@ -261,7 +272,8 @@ class AttentionBackwardKernel {
         for (int64_t k = 0; k < count; k += V::size)
           V(V::load(r.kept + k).v == zero.v ? zero.v : (V::load(ds + k) * scale).v).store(ds + k);
       }
-      const V delta(complete ? whole_delta(q, head, row + i, count, p, ds) : delta_[row_index(q, head, row + i)]);
+      const V delta(complete ? whole_delta(q, head, row + i, count, p, ds)
+                             : delta_[row_index(q, head, row + i)]);
       for (int64_t k = 0; k < count; k += V::size) {
         const V x = V::load(p + k);  // where it is 0, g . v may be NaN
         V(x.v == zero.v ? zero.v : (x * (V::load(ds + k) - delta)).v).store(ds + k);
@@ -270,8 +282,9 @@ class AttentionBackwardKernel {
     }
   }
 
-  // delta - grad_lse of a row whose columns are all here: sum of p dp, in which what is equal cancels, as in torch's
-  // softmax. g . o is rounded otherwise, which shows where a row's weight is nearly that of one column.
+  // delta - grad_lse of a row whose columns are all here: sum of p dp, in which what is equal cancels, as in
+  // torch's softmax. g . o is rounded otherwise, which shows where a row's weight is nearly that of one
+  // column.
   T whole_delta(const Sequence& q, int64_t head, int64_t row, int64_t count, const T* p, const T* dp) const {
     const Vec<T> zero(T(0));
     Vec<T> total(T(0));
@@ -283,14 +296,16 @@ class AttentionBackwardKernel {
     return sum(total) - (grad_lse ? grad_lse[row_index(q, head, row)] : T(0));
   }
 
-  void fill_kept(const Sequence& q, int64_t head, int64_t row, int64_t j, int64_t count, const Room& r) const {
+  void fill_kept(const Sequence& q, int64_t head, int64_t row, int64_t j, int64_t count,
+                 const Room& r) const {
     for (int64_t k = 0; k < padded<T>(count); ++k) r.kept[k] = T(1);
     drop_weights(c_, q.index, head, row, j, count, r.kept);
   }
 
-  // g . o of at most 8 rows, summed as the tiles sum g . v: for a row that keeps a single column they are equal, and
-  // the gradient of its score is 0.
-  void add_outputs(const Sequence& q, int64_t head, int64_t row, int64_t rows, const T* grad, T* delta) const {
+  // g . o of at most 8 rows, summed as the tiles sum g . v: for a row that keeps a single column they are
+  // equal, and the gradient of its score is 0.
+  void add_outputs(const Sequence& q, int64_t head, int64_t row, int64_t rows, const T* grad,
+                   T* delta) const {
     const S* o[8];
     T total[8], part[8];
     for (int64_t i = 0; i < 8; ++i) {
@@ -300,7 +315,8 @@ class AttentionBackwardKernel {
     for (int64_t v = 0; v < c_.value_size; v += kDepth) {
       for (int64_t i = 0; i < 8; ++i) part[i] = T(0);
       for (int64_t k = v; k < minimum(c_.value_size, v + kDepth); ++k)
-        for (int64_t i = 0; i < 8; ++i) part[i] += grad[minimum(i, rows - 1) * v_pitch_ + k] * T(widen(o[i][k]));
+        for (int64_t i = 0; i < 8; ++i)
+          part[i] += grad[minimum(i, rows - 1) * v_pitch_ + k] * T(widen(o[i][k]));
       for (int64_t i = 0; i < 8; ++i) total[i] += part[i];
     }
     for (int64_t i = 0; i < rows; ++i) delta[i] = total[i];
@@ -315,8 +331,8 @@ class AttentionBackwardKernel {
     T* delta = delta_ + row_index(q, head, row);
     const T* grad_lse = static_cast<const T*>(p_.grad_lse);
     constexpr int64_t together = 8;  // sums at a time, each a chain
-    for (int64_t i = 0; i < rows; i += together) add_outputs(q, head, row + i, minimum(together, rows - i),
-                                                             r.grad + i * v_pitch_, delta + i);
+    for (int64_t i = 0; i < rows; i += together)
+      add_outputs(q, head, row + i, minimum(together, rows - i), r.grad + i * v_pitch_, delta + i);
     for (int64_t i = 0; grad_lse && i < rows; ++i) delta[i] -= grad_lse[row_index(q, head, row + i)];
     if (!p_.grad_weights) return;
     for (int64_t j = 0; j < columns; j += column_block_) {
@@ -360,8 +376,8 @@ class AttentionBackwardKernel {
     write_columns(q, group, begin, end, r);
   }
 
-  void block(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count, int64_t begin,
-             bool finite, const Room& r) const {
+  void block(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
+             int64_t begin, bool finite, const Room& r) const {
     constexpr int w = Vec<T>::size;
     make_weights(q, head, row, rows, j, count, r);
     make_ds(q, head, row, rows, j, count, r);
@@ -371,8 +387,8 @@ class AttentionBackwardKernel {
                v_pitch_, Into::add);
     if (c_.softcap > 0) through_softcap(rows, count, r);
     if (p_.grad_key.data || p_.grad_extra_key)
-      multiply(count, q_pitch_ / w, rows, ds_t, r.query, q_pitch_, r.grad_keys + (j - begin) * q_pitch_, q_pitch_,
-               Into::add);
+      multiply(count, q_pitch_ / w, rows, ds_t, r.query, q_pitch_, r.grad_keys + (j - begin) * q_pitch_,
+               q_pitch_, Into::add);
     if (!p_.grad_query.data) return;
     const T* keys = keys_ + (places_.rows(q, head / (c_.heads / c_.groups)) + j) * q_pitch_;
     if (finite)
@@ -391,10 +407,12 @@ class AttentionBackwardKernel {
   }
 
   static void write_row(const T* row, int64_t size, T by, S* out) {
-    for (int64_t d = 0; d < size; d += Vec<T>::size) (Vec<T>::load(row + d) * Vec<T>(by)).store(out + d, size - d);
+    for (int64_t d = 0; d < size; d += Vec<T>::size)
+      (Vec<T>::load(row + d) * Vec<T>(by)).store(out + d, size - d);
   }
 
-  void write_query(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t part, const Room& r) const {
+  void write_query(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t part,
+                   const Room& r) const {
     if (!p_.grad_query.data) return;
     if (parts_ > 1) {
       const int64_t all = c_.batch * c_.heads * c_.rows;
@@ -455,33 +473,37 @@ class AttentionBackwardKernel {
     const bool by_row = sizes[2] > 1, by_column = sizes[3] > 1;
     const int64_t row_blocks = by_row ? blocks_.count : 1;
     const int64_t column_blocks = by_column ? ceil_div(c_.columns, column_block_) : 1;
-    parallel(sizes[0] * sizes[1] * row_blocks * column_blocks, worth_it, [&](int64_t begin, int64_t end, int thread) {
-      const Room r = room_of(thread);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = i % column_blocks * column_block_, row = i / column_blocks % row_blocks * blocks_.height;
-        const int64_t head = i / (column_blocks * row_blocks) % sizes[1];
-        const int64_t batch = i / (column_blocks * row_blocks * sizes[1]);
-        T* total = r.grad_query;  // [R, pitch]
-        std::memset(total, 0, blocks_.height * pitch_ * sizeof(T));
-        for (int64_t b = sizes[0] > 1 ? batch : 0; b < (sizes[0] > 1 ? batch + 1 : c_.batch); ++b)
-          for (int64_t h = sizes[1] > 1 ? head : 0; h < (sizes[1] > 1 ? head + 1 : c_.heads); ++h)
-            for (int64_t m = by_row ? row : 0; m < (by_row ? row + 1 : c_.rows); m += blocks_.height)
-              add_ds(Sequence(c_, b), h, m, by_row, by_column ? column : 0,
-                     by_column ? minimum(c_.columns, column + column_block_) : c_.columns, by_column, total, r);
-        const int64_t rows = by_row ? minimum(blocks_.height, c_.rows - row) : 1;
-        const int64_t columns = by_column ? minimum(column_block_, c_.columns - column) : 1;
-        for (int64_t m = 0; m < rows; ++m) {
-          const int64_t at = ((batch * sizes[1] + head) * sizes[2] + row + m) * sizes[3] + column;
-          for (int64_t k = 0; k < columns; k += Vec<T>::size)
-            Vec<T>::load(total + m * pitch_ + k).store(out + at + k, columns - k);
-        }
-      }
-    });
+    parallel(sizes[0] * sizes[1] * row_blocks * column_blocks, worth_it,
+             [&](int64_t begin, int64_t end, int thread) {
+               const Room r = room_of(thread);
+               for (int64_t i = begin; i < end; ++i) {
+                 const int64_t column = i % column_blocks * column_block_,
+                               row = i / column_blocks % row_blocks * blocks_.height;
+                 const int64_t head = i / (column_blocks * row_blocks) % sizes[1];
+                 const int64_t batch = i / (column_blocks * row_blocks * sizes[1]);
+                 T* total = r.grad_query;  // [R, pitch]
+                 std::memset(total, 0, blocks_.height * pitch_ * sizeof(T));
+                 for (int64_t b = sizes[0] > 1 ? batch : 0; b < (sizes[0] > 1 ? batch + 1 : c_.batch); ++b)
+                   for (int64_t h = sizes[1] > 1 ? head : 0; h < (sizes[1] > 1 ? head + 1 : c_.heads); ++h)
+                     for (int64_t m = by_row ? row : 0; m < (by_row ? row + 1 : c_.rows); m += blocks_.height)
+                       add_ds(Sequence(c_, b), h, m, by_row, by_column ? column : 0,
+                              by_column ? minimum(c_.columns, column + column_block_) : c_.columns, by_column,
+                              total, r);
+                 const int64_t rows = by_row ? minimum(blocks_.height, c_.rows - row) : 1;
+                 const int64_t columns = by_column ? minimum(column_block_, c_.columns - column) : 1;
+                 for (int64_t m = 0; m < rows; ++m) {
+                   const int64_t at = ((batch * sizes[1] + head) * sizes[2] + row + m) * sizes[3] + column;
+                   for (int64_t k = 0; k < columns; k += Vec<T>::size)
+                     Vec<T>::load(total + m * pitch_ + k).store(out + at + k, columns - k);
+                 }
+               }
+             });
   }
 
-  // One block of rows of a head, columns [begin, end), added to total[by_row ? rows : 1][by_column ? columns : 1].
-  void add_ds(const Sequence& q, int64_t head, int64_t row, bool by_row, int64_t begin, int64_t end, bool by_column,
-              T* total, const Room& r) const {
+  // One block of rows of a head, columns [begin, end), added to total[by_row ? rows : 1][by_column ? columns
+  // : 1].
+  void add_ds(const Sequence& q, int64_t head, int64_t row, bool by_row, int64_t begin, int64_t end,
+              bool by_column, T* total, const Room& r) const {
     const int64_t rows = minimum(blocks_.height, q.rows - row);
     load_rows(q, head, row, rows, r);
     for (int64_t j = begin; j < end; j += column_block_) {
@@ -492,7 +514,8 @@ class AttentionBackwardKernel {
         const T* ds = r.ds + i * pitch_;
         T* to = total + (by_row ? i : 0) * pitch_;
         if (by_column) {
-          for (int64_t k = 0; k < count; k += Vec<T>::size) (Vec<T>::load(to + k) + Vec<T>::load(ds + k)).store(to + k);
+          for (int64_t k = 0; k < count; k += Vec<T>::size)
+            (Vec<T>::load(to + k) + Vec<T>::load(ds + k)).store(to + k);
         } else {
           for (int64_t k = 0; k < count; ++k) *to += ds[k];
         }
@@ -508,7 +531,8 @@ class AttentionBackwardKernel {
   const RowBlocks blocks_;
   const int64_t column_block_, pitch_, q_pitch_, v_pitch_;
   int64_t pack_parts_, parts_, part_columns_, thread_bytes_;
-  T *key_panels_, *value_panels_, *keys_, *delta_, *subtract_, *factor_, *partial_, *extra_keys_, *extra_values_;
+  T *key_panels_, *value_panels_, *keys_, *delta_, *subtract_, *factor_, *partial_, *extra_keys_,
+      *extra_values_;
   bool* finite_;
   char* base_;
 };

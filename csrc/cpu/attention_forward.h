@@ -1,15 +1,15 @@
 // Attention on the CPU, forward: o = softmax(scale q k^T + mask) v, tile by tile.
 //
-// A task is a block of rows of one head (all heads, where their weights are averaged). Keys lie packed in panels
-// of columns, values in rows, both once for all tasks (attention_pack.h). For each block of columns:
+// A task is a block of rows of one head (all heads, where their weights are averaged). Keys lie packed in
+// panels of columns, values in rows, both once for all tasks (attention_pack.h). For each block of columns:
 //
 //   scores    [R, N] = q [R, D] panels [D, N]
 //   weights   2^(s - largest), the largest so far: sums and output so far are scaled down when it grows
 //   output    [R, V] += weights [R, N] values [N, V]
 //
 // Weights that are returned need the last row sum, so that then one block holds all columns and R is smaller.
-// Bytes: q, k, v and o once, k and v twice more for the packed copy, which is read from the second- or third-level
-// cache once for each block of rows. Flops: 2 L S (D + V) a head.
+// Bytes: q, k, v and o once, k and v twice more for the packed copy, which is read from the second- or
+// third-level cache once for each block of rows. Flops: 2 L S (D + V) a head.
 #pragma once
 
 #include "cpu/attention_dropout.h"
@@ -19,9 +19,9 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kRowBlock = 192;
 constexpr int64_t kColumnBlock = 512;
-constexpr int64_t kPackedColumns = 512;           // a task of packing
-constexpr int64_t kScoreBytes = 512 << 10;        // of a block of rows whose weights are returned
-constexpr int64_t kSerialProducts = 1 << 18;      // below this, threads cost more than they save
+constexpr int64_t kPackedColumns = 512;       // a task of packing
+constexpr int64_t kScoreBytes = 512 << 10;    // of a block of rows whose weights are returned
+constexpr int64_t kSerialProducts = 1 << 18;  // below this, threads cost more than they save
 
 // Blocks of rows of nearly equal height.
 struct RowBlocks {
@@ -126,7 +126,8 @@ class AttentionForwardKernel {
         keeps_weights_(p.returned != ReturnedWeights::none),
         blocks_(longest_rows(p.call), row_limit()),
         column_block_(keeps_weights_ ? places_.panels_of(maximum(1, all_columns_)) * kPanelColumns<T>
-                                     : minimum(kColumnBlock, places_.panels_of(maximum(1, all_columns_)) * kPanelColumns<T>)),
+                                     : minimum(kColumnBlock, places_.panels_of(maximum(1, all_columns_)) *
+                                                                 kPanelColumns<T>)),
         pitch_(column_block_ + Vec<T>::size),
         q_pitch_(padded<T>(c_.size)),
         v_pitch_(padded<T>(c_.value_size)) {
@@ -146,7 +147,8 @@ class AttentionForwardKernel {
     const int64_t products = c_.sequences * c_.heads * longest_rows(c_) * all_columns_ * c_.size;
     const bool worth_it = products > kSerialProducts;
     parallel(c_.sequences * c_.groups * parts_, worth_it, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) pack(i / (c_.groups * parts_), i / parts_ % c_.groups, i % parts_);
+      for (int64_t i = begin; i < end; ++i)
+        pack(i / (c_.groups * parts_), i / parts_ % c_.groups, i % parts_);
     });
     const bool mean = p_.returned == ReturnedWeights::mean;
     const int64_t heads = mean ? 1 : c_.heads;
@@ -176,7 +178,8 @@ class AttentionForwardKernel {
 
   int64_t row_limit() const {
     if (!keeps_weights_) return kRowBlock;
-    return maximum(6, minimum(kRowBlock, kScoreBytes / (2 * maximum(1, all_columns_) * int64_t{sizeof(T)}) / 6 * 6));
+    return maximum(
+        6, minimum(kRowBlock, kScoreBytes / (2 * maximum(1, all_columns_) * int64_t{sizeof(T)}) / 6 * 6));
   }
 
   Room room(int, Carver& own, int64_t R) const {
@@ -198,7 +201,8 @@ class AttentionForwardKernel {
     if (begin >= end) return;
     const auto keys = source_of<S>(c_, c_.key, c_.extra_key, c_.size, q, group);
     T* panels = panels_ + places_.panels(q, group) * c_.size * kPanelColumns<T>;
-    for (int64_t i = begin / kPanelColumns<T>; i * kPanelColumns<T> < end; ++i) pack_panel_of_columns(keys, i, panels);
+    for (int64_t i = begin / kPanelColumns<T>; i * kPanelColumns<T> < end; ++i)
+      pack_panel_of_columns(keys, i, panels);
     const auto values = source_of<S>(c_, c_.value, c_.extra_value, c_.value_size, q, group);
     T* rows = values_ + places_.rows(q, group) * v_pitch_;
     finite_[(n * c_.groups + group) * parts_ + part] = pack_rows(values, begin, end, v_pitch_, rows);
@@ -213,8 +217,12 @@ class AttentionForwardKernel {
   // Rows [row, row + rows) of a head.
   void attend(const Sequence& q, int64_t head, int64_t row, int64_t rows, const Room& r) const {
     const int64_t group = head / (c_.heads / c_.groups), columns = q.columns + c_.extra;
-    const Source<S> queries{head_row<S>(c_.query, q.batch, head, q.first_row + row), c_.query.row_stride, rows,
-                            nullptr, 0, c_.size};
+    const Source<S> queries{head_row<S>(c_.query, q.batch, head, q.first_row + row),
+                            c_.query.row_stride,
+                            rows,
+                            nullptr,
+                            0,
+                            c_.size};
     pack_rows(queries, 0, rows, q_pitch_, r.query, static_cast<T>(c_.scale * kLog2e));
     const bool finite = finite_values(q, group);
     const Columns seen = seen_columns(c_, row, row + rows, key_bias_.within(q));
@@ -242,8 +250,8 @@ class AttentionForwardKernel {
   }
 
   // [rows, count] of scores from column j.
-  void scores(const Sequence& q, int64_t head, int64_t group, int64_t row, int64_t rows, int64_t j, int64_t count,
-              Columns seen, const Room& r) const {
+  void scores(const Sequence& q, int64_t head, int64_t group, int64_t row, int64_t rows, int64_t j,
+              int64_t count, Columns seen, const Room& r) const {
     constexpr int64_t P = kPanelColumns<T>;
     const T* panels = panels_ + places_.panels(q, group) * c_.size * P;
     for (int64_t k = 0; k < count; k += P) {
@@ -257,8 +265,8 @@ class AttentionForwardKernel {
       finish_scores<T, S>(c_, q, head, row + i, j, count, key_bias_.of(q), r.scores + i * pitch_, nullptr);
   }
 
-  void softmax(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count, bool begun,
-               const Room& r) const {
+  void softmax(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
+               bool begun, const Room& r) const {
     const int64_t whole = padded<T>(count);
     for (int64_t i = 0; i < rows; ++i) {
       T* s = r.scores + i * pitch_;
@@ -289,7 +297,8 @@ class AttentionForwardKernel {
   T inverse(T total) const { return total == T(0) ? T(0) : T(1) / total; }
 
   // Weights of all columns, final sums known.
-  void take_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t count, const Room& r) const {
+  void take_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t count,
+                    const Room& r) const {
     const T share = static_cast<T>(c_.dropout ? c_.dropout_scale : 1.);
     if (p_.returned == ReturnedWeights::heads) {
       for (int64_t i = 0; i < rows; ++i) {

@@ -1,7 +1,7 @@
 // How attention's operands lie in the workspace, widened to the accumulator T.
 //
-//   panels  [C / P][D][P]   keys (backward: values, too) transposed, P = kWide vectors of columns; zeros beyond C
-//   rows    [C][pitch]      as they come, a row padded with zeros to whole vectors
+//   panels  [C / P][D][P]   keys (backward: values, too) transposed, P = kWide vectors of columns; zeros
+//   beyond C rows    [C][pitch]      as they come, a row padded with zeros to whole vectors
 //
 // C = S + X columns: those of the tensor, then the extra ones.
 #pragma once
@@ -14,7 +14,7 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 template <class T>
-constexpr int64_t kPanelColumns = kWide* Vec<T>::size;
+constexpr int64_t kPanelColumns = kWide * Vec<T>::size;
 
 template <class T>
 constexpr int64_t padded(int64_t n) {

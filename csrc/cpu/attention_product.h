@@ -1,8 +1,9 @@
 // C[M, N] (+)= A[M, K] B[K, N] on register tiles, for operands in the core's own memory: N is padded to whole
 // vectors, rows of B lie together.
 //
-// A tile is 12 rows by 2 vectors with 32 registers, 6 by 2 with 16: it takes little of B for many products, so that
-// B may come from the second-level cache, and sums over K are long. K is cut into blocks, whose sums are added up.
+// A tile is 12 rows by 2 vectors with 32 registers, 6 by 2 with 16: it takes little of B for many products,
+// so that B may come from the second-level cache, and sums over K are long. K is cut into blocks, whose sums
+// are added up.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -10,7 +11,7 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-constexpr int kWide = 2;  // vectors of a tile
+constexpr int kWide = 2;         // vectors of a tile
 constexpr int64_t kDepth = 128;  // a longer chain of sums would err more than torch's
 
 template <int V>
@@ -20,8 +21,8 @@ constexpr int tile_rows() {
 
 // Tiles of nearly equal height.
 template <int V, class T>
-void multiply_panel(int64_t rows, int64_t K, Strided<T> a, const T* b, int64_t b_stride, T* c, int64_t c_stride,
-                    Into into) {
+void multiply_panel(int64_t rows, int64_t K, Strided<T> a, const T* b, int64_t b_stride, T* c,
+                    int64_t c_stride, Into into) {
   constexpr int M = tile_rows<V>();
   for (int64_t m = 0, tiles = ceil_div(rows, M); tiles > 0; --tiles) {
     const int64_t height = ceil_div(rows - m, tiles);

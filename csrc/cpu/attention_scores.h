@@ -5,8 +5,8 @@
 //   s -= slope |i + offset - j|                ALiBi
 //   s += mask[i, j] + key_mask[j], or -inf     what is not kept is selected, not added: it may be NaN
 //
-// exp2: t = n + f, |f| <= 1/2: 2^n (1 + f Q(f)), Q by Remez exchange (relative error 4e-9; double 1e-19); 0 below
-// the normal numbers.
+// exp2: t = n + f, |f| <= 1/2: 2^n (1 + f Q(f)), Q by Remez exchange (relative error 4e-9; double 1e-19); 0
+// below the normal numbers.
 #pragma once
 
 #include "cpu/attention_pack.h"
@@ -32,17 +32,18 @@ template <>
 struct Exp2Constants<float> {
   static constexpr float lowest = -126.f;
   static constexpr int degree = 5;
-  static constexpr float q[] = {0.693147188f,   0.2402265108f,  0.05550357105f,
+  static constexpr float q[] = {0.693147188f,   0.2402265108f,   0.05550357105f,
                                 0.00961803077f, 0.001339086691f, 0.0001546973528f};
 };
 template <>
 struct Exp2Constants<double> {
   static constexpr double lowest = -1022.;
   static constexpr int degree = 11;
-  static constexpr double q[] = {0.69314718055994530925, 0.24022650695910071224,   0.055504108664821627044,
-                                 0.0096181291076284866191, 0.0013333558146406469325, 0.00015403530393354770721,
-                                 0.000015252733841558303334, 1.3215486823300067982e-6, 1.0178057087034593113e-7,
-                                 7.054891466276941686e-9, 4.4558180205427497884e-10, 2.5737815775189043209e-11};
+  static constexpr double q[] = {
+      0.69314718055994530925,     0.24022650695910071224,    0.055504108664821627044,
+      0.0096181291076284866191,   0.0013333558146406469325,  0.00015403530393354770721,
+      0.000015252733841558303334, 1.3215486823300067982e-6,  1.0178057087034593113e-7,
+      7.054891466276941686e-9,    4.4558180205427497884e-10, 2.5737815775189043209e-11};
 };
 
 // 2^t for t of at most about 127; 0 where that would not be a normal number; NaN stays NaN.
@@ -81,8 +82,8 @@ struct Sequence {
   int64_t index, batch;
   int64_t first_row, rows, first_column, columns;
 
-  Sequence(const Attention& c, int64_t n) : index(n), batch(n), first_row(0), rows(c.rows), first_column(0),
-                                            columns(c.columns) {
+  Sequence(const Attention& c, int64_t n)
+      : index(n), batch(n), first_row(0), rows(c.rows), first_column(0), columns(c.columns) {
     if (!c.cu_seqlens_q) return;
     batch = 0;
     first_row = c.cu_seqlens_q[n], rows = c.cu_seqlens_q[n + 1] - first_row;
@@ -119,8 +120,8 @@ FUSEDNN_INLINE Vec<T> hidden(const bool* p, int64_t stride, int64_t n) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     if (stride == 1 && n >= Vec<T>::size) {
-      const __m512i bytes = _mm512_maskz_cvtepi8_epi32(
-          0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      const __m512i bytes =
+          _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
       const __mmask16 off = _mm512_cmpeq_epi32_mask(bytes, _mm512_setzero_si512());
       return Vec<T>((typename Vec<T>::Native)_mm512_maskz_mov_ps(off, _mm512_set1_ps(-__builtin_inff())));
     }
@@ -146,8 +147,8 @@ FUSEDNN_INLINE Vec<T> in_base_2(Vec<T> bias) {
   return Vec<T>(bias.v == none.v ? none.v : held.v);
 }
 
-// key_mask of one sequence in base 2: what is added to a column's scores, -inf where it is hidden; extra columns 0.
-// Returns the columns of the tensor between the first and the last that are kept.
+// key_mask of one sequence in base 2: what is added to a column's scores, -inf where it is hidden; extra
+// columns 0. Returns the columns of the tensor between the first and the last that are kept.
 template <class T, class S>
 Columns widen_key_mask(const Attention& c, const Sequence& q, T* bias) {
   Columns kept{q.columns, 0};
@@ -169,11 +170,11 @@ Columns widen_key_mask(const Attention& c, const Sequence& q, T* bias) {
   return kept;
 }
 
-// A row of scores: products of row i of a head with columns [first, first + count), in place. What lies beyond
-// them, up to whole vectors, becomes -inf. `capped`, if not null, takes tanh(s / cap).
+// A row of scores: products of row i of a head with columns [first, first + count), in place. What lies
+// beyond them, up to whole vectors, becomes -inf. `capped`, if not null, takes tanh(s / cap).
 template <class T, class S>
-void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t row, int64_t first, int64_t count,
-                   const T* key_bias, T* s, T* capped) {
+void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t row, int64_t first,
+                   int64_t count, const T* key_bias, T* s, T* capped) {
   using V = Vec<T>;
   constexpr int w = V::size;
   const V none(minus_infinity<T>());
@@ -202,8 +203,9 @@ void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t 
     const int64_t at = q.batch * m.batch_stride + head * m.head_stride + row * m.row_stride + first * step;
     for (int64_t j = 0; j < real; j += w) {
       const int64_t n = minimum(w, real - j);
-      const V bias = m.is_bool ? hidden<T>(static_cast<const bool*>(m.data) + at + j * step, step, n)
-                               : in_base_2(strided_load<T>(static_cast<const S*>(m.data) + at + j * step, step, n));
+      const V bias = m.is_bool
+                         ? hidden<T>(static_cast<const bool*>(m.data) + at + j * step, step, n)
+                         : in_base_2(strided_load<T>(static_cast<const S*>(m.data) + at + j * step, step, n));
       add_or_hide(V::load(s + j, n), bias).store(s + j, n);
     }
   }

@@ -1,11 +1,11 @@
 // out[M, N] = a[M, K] b[K, N] + bias, for many rows: a linear map and its gradients, compiled once for each
 // instruction set.
 //
-// b is packed in panels [N / P][K][P], P = two vectors. A task is a block of rows of a; a tile, 12 rows by 2 vectors
-// (6 by 2 with 16 registers), goes through up to kDepth of K at a time, in which its panel, 64 KiB with AVX-512,
-// streams from the second-level cache: 128 bytes for 24 products. a is read where it lies while its rows are
-// contiguous; for a gradient of a weight, where they are columns of memory, a block of it is copied first, since its
-// lines would fall on a few sets of the first-level cache.
+// b is packed in panels [N / P][K][P], P = two vectors. A task is a block of rows of a; a tile, 12 rows by 2
+// vectors (6 by 2 with 16 registers), goes through up to kDepth of K at a time, in which its panel, 64 KiB
+// with AVX-512, streams from the second-level cache: 128 bytes for 24 products. a is read where it lies while
+// its rows are contiguous; for a gradient of a weight, where they are columns of memory, a block of it is
+// copied first, since its lines would fall on a few sets of the first-level cache.
 //
 // Flops 2 M N K. Bytes: a and out once, b's panels once for each block of rows, from the third-level cache.
 // Every sum goes over K in the same order for any number of threads.
@@ -18,9 +18,9 @@ namespace {
 
 using T = float;
 constexpr int64_t P = kPanelColumns<T>;
-constexpr int64_t kRows = 120;              // of a task, at most
-constexpr int64_t kCopiedRows = 96;         // where a is copied
-constexpr int64_t kSerial = 1 << 18;        // products below which threads cost more than they save
+constexpr int64_t kRows = 120;        // of a task, at most
+constexpr int64_t kCopiedRows = 96;   // where a is copied
+constexpr int64_t kSerial = 1 << 18;  // products below which threads cost more than they save
 constexpr int64_t kCopyPitch = kCopiedRows + Vec<T>::size;
 
 int64_t packed_elements(int64_t columns, int64_t depth) { return ceil_div(columns, P) * P * depth; }
@@ -77,7 +77,8 @@ void block(const MatrixProduct& p, int64_t first, int64_t rows, int64_t k, int64
     const int64_t stride = whole ? p.out_row_stride : P, count = minimum(P, p.columns - n);
     const bool begun = k > 0 || p.bias;
     if (!whole && k > 0)
-      for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * P, out + r * p.out_row_stride, count * sizeof(T));
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(to + r * P, out + r * p.out_row_stride, count * sizeof(T));
     if (k == 0 && p.bias) fill(rows, p.bias + n, count, to, stride);
     multiply_panel<kWide>(rows, depth, a, p.packed + n * p.depth + k * P, P, to, stride,
                           begun ? Into::add : Into::overwrite);

@@ -91,6 +91,8 @@ def test_samples(info, device, dtype, training):
     spent: dict[str, list[float]] = {}
     samples = info.module_inputs_func(info, device, dtype, requires_grad=True, training=training)
     assert len(samples) > 10
+    if info.module_cls is torch.nn.TransformerEncoder:
+        samples = samples[::4]  # torch makes them of the layer's, all of which are run
     for sample in samples:
         assert not _nothing_to_attend_to(sample), "agreement with torch ends there"
         arguments = sample.constructor_input

@@ -19,7 +19,7 @@ struct HeadRowsOut {
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
 
-struct Mask {  // [B, H, L, S], strides 0 where it is broadcast
+struct Mask {                  // [B, H, L, S], strides 0 where it is broadcast
   const void* data = nullptr;  // null: none
   bool is_bool = false;        // true takes part; otherwise numbers of the call's dtype, added
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0, column_stride = 0;
@@ -35,14 +35,14 @@ struct Attention {
   int64_t extra;                 // X more columns
   HeadRows query, key, value;
   Mask mask, key_mask;
-  const void* extra_key;      // [groups, X, D], or null
-  const void* extra_value;    // [groups, X, V]
-  const float* alibi_slopes;  // [heads], or null
+  const void* extra_key;        // [groups, X, D], or null
+  const void* extra_value;      // [groups, X, V]
+  const float* alibi_slopes;    // [heads], or null
   const int32_t* cu_seqlens_q;  // [sequences + 1], or null: then a sequence is a sample
   const int32_t* cu_seqlens_k;
   int64_t sequences, longest_q, longest_k;
-  double scale, softcap;                                    // softcap 0: none
-  int64_t window_left, window_right, position_offset;      // -1: no limit
+  double scale, softcap;                               // softcap 0: none
+  int64_t window_left, window_right, position_offset;  // -1: no limit
   bool dropout;
   uint32_t dropout_threshold;
   double dropout_scale;

@@ -1,1 +1,1 @@
-"""Multi-head attention: scaled dot products with masks, weights and dropout in the kernel, and their layers."""
+"""Multi-head attention: scaled dot products with masks, weights and dropout in the kernel, and layers."""

@@ -114,11 +114,13 @@ def slopes_of(name: str, slopes: Tensor | None, heads: int, device: torch.device
 def _mask_kind(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
     if mask.device != query.device:
         raise RuntimeError(
-            f"{name}: expected all tensors on one device: query is on {query.device}, {argument} on {mask.device}"
+            f"{name}: expected all tensors on one device: "
+            f"query is on {query.device}, {argument} on {mask.device}"
         )
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise RuntimeError(
-            f"{name}: expected {argument} to be of dtype bool, float32 or query's {query.dtype}, got {mask.dtype}"
+            f"{name}: expected {argument} to be of dtype bool, float32 or query's {query.dtype}, "
+            f"got {mask.dtype}"
         )
     return mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
@@ -182,7 +184,8 @@ def cu_seqlens_of(name: str, argument: str, cu_seqlens: Any, total: Any, device:
     """Return the bounds [N + 1] of packed sequences as int32.
 
     Raises:
-        RuntimeError: they are not [N + 1] integers on the device, or don't ascend from 0 to the number of rows.
+        RuntimeError: they are not [N + 1] integers on the device, or don't ascend from 0 to the number of
+            rows.
         TypeError: not a tensor.
     """
     check_tensor(name, argument, cu_seqlens)
@@ -193,12 +196,14 @@ def cu_seqlens_of(name: str, argument: str, cu_seqlens: Any, total: Any, device:
         )
     if cu_seqlens.device != device:
         raise RuntimeError(
-            f"{name}: expected all tensors on one device: query is on {device}, {argument} on {cu_seqlens.device}"
+            f"{name}: expected all tensors on one device: "
+            f"query is on {device}, {argument} on {cu_seqlens.device}"
         )
     if type(cu_seqlens) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling():
         ascends = bool((cu_seqlens.diff() >= 0).all())
         if not ascends or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:
             raise RuntimeError(
-                f"{name}: {argument}: got {cu_seqlens.tolist()}, expected numbers that ascend from 0 to {total}"
+                f"{name}: {argument}: got {cu_seqlens.tolist()}, "
+                f"expected numbers that ascend from 0 to {total}"
             )
     return cu_seqlens.to(torch.int32)

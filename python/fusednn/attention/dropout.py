@@ -1,8 +1,8 @@
 """Which attention weights dropout keeps: counter-based, so that every backend draws the same mask.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), keyed on the seed, counts
-``(column // 4, row, head, batch)``; word ``column % 4`` of its result decides on a weight. A weight is dropped if
-its word lies below ``p 2^32``, rounded: the rate is exact to 2^-32.
+``(column // 4, row, head, batch)``; word ``column % 4`` of its result decides on a weight, which is dropped
+if its word lies below ``p 2^32``, rounded: the rate is exact to 2^-32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _multiply(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Return the four 32-bit words of a counter's words, each int64 of one broadcast shape; `seed` is int64."""
+    """Return the four 32-bit words of a counter's words, all int64, of one broadcast shape; `seed` too."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):

@@ -42,7 +42,7 @@ def scaled_dot_product_attention(
     extra_value: Tensor | None = None,
     position_offset: int = 0,
 ) -> Any:
-    """``softmax(scale q k^T + mask) v``, as ``torch.nn.functional.scaled_dot_product_attention``, and more of it.
+    """``softmax(scale q k^T + mask) v``: torch's ``scaled_dot_product_attention``, and more of it.
 
     Vaswani et al., "Attention is all you need" (2017), computed by tiles (Dao et al., 2022): the scores never
     leave the core. A row that has nothing to attend to gives 0, in the output, the weights and the gradients,
@@ -50,13 +50,13 @@ def scaled_dot_product_attention(
 
     Args:
         query: ``[..., H, L, D]``, floating point. Leading dimensions broadcast.
-        key: ``[..., H, S, D]``; with `enable_gqa` ``[..., G, S, D]``, G dividing H: query head h reads key head
-            ``h // (H / G)``.
+        key: ``[..., H, S, D]``; with `enable_gqa` ``[..., G, S, D]``, G dividing H: query head h reads key
+            head ``h // (H / G)``.
         value: ``[..., H or G, S, V]``.
         attn_mask: bool (True takes part) or floating point (added to the scores; gets a gradient),
             broadcastable to ``[..., H, L, S]``; what is broadcast is not copied.
-        dropout_p: probability that a weight is set to 0; the others are divided by ``1 - dropout_p``. Drawn by
-            counter (Philox) from one number of torch's generator: the same mask in every backend.
+        dropout_p: probability that a weight is set to 0; the others are divided by ``1 - dropout_p``. Drawn
+            by counter (Philox) from one number of torch's generator: the same mask in every backend.
         is_causal: row i sees keys up to i (+ `position_offset`); may come together with a mask.
         scale: of the scores; None: ``1 / sqrt(D)``.
         enable_gqa: allow fewer key heads than query heads.
@@ -68,17 +68,19 @@ def scaled_dot_product_attention(
         window: sliding window: a row sees that many keys to either side of its position, or (left, right);
             None and -1: no limit.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before masks are added (Gemma 2).
-        alibi_slopes: ``[H]``: ``slope |i + position_offset - j|`` is taken off the scores (Press et al., 2022).
+        alibi_slopes: ``[H]``: ``slope |i + position_offset - j|`` is taken off the scores (Press et al.,
+            2022).
         extra_key: ``[G, X, D]``: X more columns, after the S of `key`, the same for every sample and never
             masked, such as ``nn.MultiheadAttention``'s ``bias_k``; with `extra_value`.
         extra_value: ``[G, X, V]``.
-        position_offset: position of row 0 among the keys, for `is_causal`, `window` and `alibi_slopes`: 0 as in
-            torch; ``S - L`` for the last rows of a sequence whose keys are kept.
+        position_offset: position of row 0 among the keys, for `is_causal`, `window` and `alibi_slopes`: 0 as
+            in torch; ``S - L`` for the last rows of a sequence whose keys are kept.
 
     Returns:
-        The output ``[..., H, L, V]`` in query's dtype; then, if asked for, lse ``[..., H, L]`` in float32 (float64
-        for float64 input), -inf where there is nothing to attend to; then weights ``[..., L, S + X]`` or
-        ``[..., H, L, S + X]``. A tuple if more than the output. All are differentiable.
+        The output ``[..., H, L, V]`` in query's dtype; then, if asked for, lse ``[..., H, L]`` in float32
+        (float64 for float64 input), -inf where there is nothing to attend to; then weights
+        ``[..., L, S + X]`` or ``[..., H, L, S + X]``. A tuple if more than the output; all are
+        differentiable.
 
     Under autocast all tensors are cast to the dtype of autocast, as torch does.
 
@@ -96,8 +98,8 @@ def scaled_dot_product_attention(
         "extra_key": extra_key,
         "extra_value": extra_value,
     }
-    for argument, tensor in optional.items():
-        checks.check_tensor(name, argument, tensor, optional=True)
+    for argument, given in optional.items():
+        checks.check_tensor(name, argument, given, optional=True)
     if autocast_enabled(query.device):
         query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = _lowered(
             query, key, value, attn_mask, key_padding_mask, extra_key, extra_value
@@ -166,12 +168,13 @@ def varlen_attention(
         query: ``[T_q, H, D]``, the rows of all sequences.
         key: ``[T_k, G, D]``, G dividing H.
         value: ``[T_k, G, V]``.
-        cu_seqlens_q: ``[N + 1]`` int32 or int64: sequence n has rows ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1]``.
+        cu_seqlens_q: ``[N + 1]`` int32 or int64: sequence n has rows ``cu_seqlens_q[n]`` to
+            ``cu_seqlens_q[n + 1]``.
         cu_seqlens_k: the same of the keys.
         max_seqlen_q: the longest sequence, or more; None: found from the bounds (which waits for a device).
         max_seqlen_k: the same of the keys.
-        dropout_p: as in :func:`scaled_dot_product_attention`, and so are the arguments after it; positions count
-            from each sequence's first row.
+        dropout_p: as in :func:`scaled_dot_product_attention`, and so are the arguments after it; positions
+            count from each sequence's first row.
         is_causal: row i of a sequence sees its keys up to i.
         scale: of the scores.
         window: sliding window.
@@ -204,15 +207,18 @@ def varlen_attention(
     bounds_k = checks.cu_seqlens_of(name, "cu_seqlens_k", cu_seqlens_k, key.shape[0], query.device)
     if bounds_q.shape != bounds_k.shape:
         raise RuntimeError(
-            f"{name}: cu_seqlens_k has shape {list(bounds_k.shape)}, expected {list(bounds_q.shape)} as cu_seqlens_q"
+            f"{name}: cu_seqlens_k has shape {list(bounds_k.shape)}, "
+            f"expected {list(bounds_q.shape)} as cu_seqlens_q"
         )
     slopes = checks.slopes_of(name, alibi_slopes, q.shape[1], query.device)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[3], 1))
     output, lse, _ = _attend(
         q, k, v, None, None, None, None, slopes, bounds_q, bounds_k, _seed(dropout_p, query.device),
-        _longest(name, "max_seqlen_q", bounds_q, max_seqlen_q), _longest(name, "max_seqlen_k", bounds_k, max_seqlen_k), scale,
-        *checks.window_of(name, window, is_causal), 0, checks.softcap_of(name, softcap), float(dropout_p), "none",
+        _longest(name, "max_seqlen_q", bounds_q, max_seqlen_q),
+        _longest(name, "max_seqlen_k", bounds_k, max_seqlen_k), scale,
+        *checks.window_of(name, window, is_causal), 0, checks.softcap_of(name, softcap), float(dropout_p),
+        "none",
     )  # fmt: skip
     found = output[0].transpose(0, 1)
     return (found, lse[0]) if return_lse else found
@@ -298,6 +304,7 @@ def _torch_serves(query: Tensor) -> bool:
     """
     if query.device.type != "cuda" or torch.compiler.is_compiling() or settings.backend() != "auto":
         return False
-    reasons: dict[str, tuple[str, ...]] = {"triton": ("torch's attention serves plain calls: ours is not measured yet",)}
+    reason = "torch's attention serves plain calls: ours is not measured yet"
+    reasons: dict[str, tuple[str, ...]] = {"triton": (reason,)}
     record_choice("attention_forward", "torch", reasons)
     return True

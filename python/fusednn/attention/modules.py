@@ -255,8 +255,8 @@ def _attend(
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal or attn_mask is None else _kept(attn_mask, q)
     output, weights = _fused(layer, q, k, v, mask, key_padding_mask, causal, kind)
-    # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add its
-    # bias in another pass.
+    # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add
+    # its bias in another pass.
     output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3).contiguous()
     output = project(output.flatten(2), *layer.out_proj)
     if not batched:

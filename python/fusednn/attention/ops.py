@@ -1,7 +1,7 @@
 """torch.ops.fusednn.attention_{forward,backward}: schemas, fake kernels, autograd.
 
-The forward returns what its backward needs beside the inputs: output and lse. A gradient that the mask leaves out
-is an empty tensor. Where the backward itself must be differentiated, it is autograd's own, through the
+The forward returns what its backward needs beside the inputs: output and lse. A gradient that the mask leaves
+out is an empty tensor. Where the backward itself must be differentiated, it is autograd's own, through the
 reference's torch ops. docs/design/017-attention.md argues the contract; reference.py has all shapes.
 """
 
@@ -20,7 +20,8 @@ _library = torch.library.Library("fusednn", "FRAGMENT")
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? key_mask, Tensor? extra_key, "
-    "Tensor? extra_value, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? dropout_seed"
+    "Tensor? extra_value, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? dropout_seed"
 )
 _OPTIONS = (
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, int window_left, int window_right, "
@@ -32,7 +33,8 @@ _COUNT = 11  # tensors
 _SCHEMAS = {
     "attention_forward": f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     "attention_backward": "(Tensor? grad_output, Tensor? grad_lse, Tensor? grad_weights, "
-    f"{_TENSORS}, Tensor output, Tensor lse, {_OPTIONS}, bool[7] output_mask) -> ({', '.join(['Tensor'] * 7)})",
+    f"{_TENSORS}, Tensor output, Tensor lse, {_OPTIONS}, bool[7] output_mask) "
+    f"-> ({', '.join(['Tensor'] * 7)})",
 }
 
 for _name, _schema in _SCHEMAS.items():

@@ -1,6 +1,6 @@
 """torch.ops.fusednn.projection_{forward,backward}: schemas, fake kernels, autograd.
 
-A gradient that the mask leaves out is an empty tensor. docs/design/018-attention-cpu.md says what they are for.
+A gradient that the mask leaves out is an empty tensor. What they are for: docs/design/018-attention-cpu.md.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     output   o_i = sum over kept j of p z v_j,  z = 0 or 1 / (1 - dropout_p)
 
 A row that keeps nothing has output, weights and gradients 0 and lse -inf. What a row does not keep it does
-not see: NaN and inf there reach neither its results nor its gradients. Scores and sums are float32 or wider, and
-rounded once. docs/design/017-attention.md argues the contract.
+not see: NaN and inf there reach neither its results nor its gradients. Scores and sums are float32 or wider,
+and rounded once. docs/design/017-attention.md argues the contract.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def attention_backward(*args: Any) -> tuple[Tensor, ...]:
         )
 
 
-def _gradients(grads: Sequence[Any], tensors: Sequence[Any], options: Sequence[Any]) -> list[Tensor | None]:
+def _gradients(grads: Sequence[Any], tensors: Sequence[Any], options: Sequence[Any]) -> list[Any]:
     """Gradients of the first seven of the op's tensors, in the accumulation dtype; None of bool masks."""
     _, _, scale, *window, softcap, dropout_p, weights = options
     rest = (scale, tuple(window), softcap, tensors[10], dropout_p)
@@ -118,11 +118,11 @@ def _gradients(grads: Sequence[Any], tensors: Sequence[Any], options: Sequence[A
     return [*(torch.cat(parts, 2) for parts in found), *(None,) * 4]
 
 
-def _gradients_of_one(grads, tensors, options, first_batch=0) -> list[Tensor | None]:
+def _gradients_of_one(grads, tensors, options, first_batch=0) -> list[Any]:
     g_out, g_lse, g_weights = grads
     query, _, _, mask, key_mask, extra_key, _, _ = tensors
     scale, softcap = options[0], options[2]
-    q, k, v, capped, kept, p, _, z = _weights(*tensors, *options, first_batch=first_batch)
+    q, k, v, capped, kept, p, _, z = _weights(*(*tensors, *options, first_batch))
     dp = torch.zeros_like(p)
     if g_out is not None:
         dp = dp + g_out @ v.mT

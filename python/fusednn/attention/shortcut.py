@@ -1,8 +1,8 @@
 """The layer's way past the dispatcher on CPU tensors: docs/design/006-eager-shortcut.md.
 
-Self-attention of plain CPU tensors, without options, and with no mask but that of padding, goes straight to the
-extension, which has both projections and the autograd node. Anything else, and anything wrong, is left to the
-general way: the shortcut never refuses.
+Self-attention of plain CPU tensors, without options, and with no mask but that of padding, goes straight to
+the extension, which has both projections and the autograd node. Anything else, and anything wrong, is left
+to the general way: the shortcut never refuses.
 """
 
 from __future__ import annotations
