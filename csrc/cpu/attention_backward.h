@@ -180,6 +180,7 @@ class AttentionBackwardKernel {
       large = large || is_large(lse[i]);
     }
     if (!large) return;
+    load_rows(q, head, row, rows, r);
     const int64_t columns = q.columns + c_.extra;
     for (int64_t i = 0; i < rows; ++i)
       if (is_large(lse[i])) subtract[i] = minus_infinity<T>(), factor[i] = T(0);
@@ -229,11 +230,11 @@ class AttentionBackwardKernel {
     }
   }
 
-  // Weights p, before dropout, in their place.
+  // Weights p, before dropout, in their place. `complete`: all that the rows keep is here; then its own sum
+  // is more exact than lse.
   void make_weights(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
-                    const Room& r) const {
+                    bool complete, const Room& r) const {
     make_scores(q, head, row, rows, j, count, r);
-    const bool complete = count == q.columns + c_.extra;  // then its own sum is more exact than lse
     for (int64_t i = 0; i < rows; ++i) {
       T* s = r.scores + i * pitch_;
       const int64_t at = row_index(q, head, row + i), whole = padded<T>(count);
@@ -250,7 +251,7 @@ class AttentionBackwardKernel {
 
   // ds before softcap's factor, from the weights; leaves p z, without dropout's scale, in their place.
   void make_ds(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
-               const Room& r) const {
+               bool complete, const Room& r) const {
     using V = Vec<T>;
     constexpr int64_t P = kPanelColumns<T>;
     const T* panels = value_panels_ + places_.panels(q, head / (c_.heads / c_.groups)) * c_.value_size * P;
@@ -258,7 +259,6 @@ class AttentionBackwardKernel {
       multiply_panel<kWide>(rows, c_.value_size, Strided<T>{r.grad, v_pitch_, 1},
                             panels + (j + k) * c_.value_size, P, r.ds + k, pitch_, Into::overwrite);
     const V zero(T(0)), scale(weight_scale());
-    const bool complete = count == q.columns + c_.extra;
     for (int64_t i = 0; i < rows; ++i) {
       T *p = r.scores + i * pitch_, *ds = r.ds + i * pitch_;
       if (p_.grad_weights) {
@@ -304,19 +304,19 @@ class AttentionBackwardKernel {
 
   // g . o of at most 8 rows, summed as the tiles sum g . v: for a row that keeps a single column they are
   // equal, and the gradient of its score is 0.
-  void add_outputs(const Sequence& q, int64_t head, int64_t row, int64_t rows, const T* grad,
-                   T* delta) const {
-    const S* o[8];
+  void add_outputs(const Sequence& q, int64_t head, int64_t row, int64_t rows, T* delta) const {
+    const S *o[8], *g[8];
     T total[8], part[8];
     for (int64_t i = 0; i < 8; ++i) {
       total[i] = T(0);
-      o[i] = head_row<S>(p_.output, q.batch, head, q.first_row + row + minimum(i, rows - 1));
+      const int64_t at = q.first_row + row + minimum(i, rows - 1);
+      o[i] = head_row<S>(p_.output, q.batch, head, at);
+      g[i] = p_.grad_output.data ? head_row<S>(p_.grad_output, q.batch, head, at) : nullptr;
     }
-    for (int64_t v = 0; v < c_.value_size; v += kDepth) {
+    for (int64_t v = 0; g[0] && v < c_.value_size; v += kDepth) {
       for (int64_t i = 0; i < 8; ++i) part[i] = T(0);
       for (int64_t k = v; k < minimum(c_.value_size, v + kDepth); ++k)
-        for (int64_t i = 0; i < 8; ++i)
-          part[i] += grad[minimum(i, rows - 1) * v_pitch_ + k] * T(widen(o[i][k]));
+        for (int64_t i = 0; i < 8; ++i) part[i] += T(widen(g[i][k])) * T(widen(o[i][k]));
       for (int64_t i = 0; i < 8; ++i) total[i] += part[i];
     }
     for (int64_t i = 0; i < rows; ++i) delta[i] = total[i];
@@ -326,18 +326,18 @@ class AttentionBackwardKernel {
   void find_delta(const Sequence& q, int64_t head, int64_t row, const Room& r) const {
     const int64_t rows = minimum(blocks_.height, q.rows - row), columns = q.columns + c_.extra;
     if (rows <= 0) return;
-    load_rows(q, head, row, rows, r);
     find_sums(q, head, row, rows, r);
     T* delta = delta_ + row_index(q, head, row);
     const T* grad_lse = static_cast<const T*>(p_.grad_lse);
     constexpr int64_t together = 8;  // sums at a time, each a chain
     for (int64_t i = 0; i < rows; i += together)
-      add_outputs(q, head, row + i, minimum(together, rows - i), r.grad + i * v_pitch_, delta + i);
+      add_outputs(q, head, row + i, minimum(together, rows - i), delta + i);
     for (int64_t i = 0; grad_lse && i < rows; ++i) delta[i] -= grad_lse[row_index(q, head, row + i)];
     if (!p_.grad_weights) return;
+    load_rows(q, head, row, rows, r);
     for (int64_t j = 0; j < columns; j += column_block_) {
       const int64_t count = minimum(column_block_, columns - j);
-      make_weights(q, head, row, rows, j, count, r);
+      make_weights(q, head, row, rows, j, count, false, r);
       for (int64_t i = 0; i < rows; ++i) {
         T* p = r.scores + i * pitch_;
         if (c_.dropout) drop_weights(c_, q.index, head, row + i, j, count, p);
@@ -365,11 +365,14 @@ class AttentionBackwardKernel {
         load_rows(q, head, row, rows, r);
         std::memset(r.grad_query, 0, rows * q_pitch_ * sizeof(T));
         const Columns seen = seen_columns(c_, row, row + rows, key_bias_.within(q));
-        for (int64_t j = begin; j < end; j += column_block_) {
-          const int64_t count = minimum(column_block_, end - j);
-          const bool unseen = j + count <= seen.begin || j >= seen.end;
-          if (unseen && j + count <= q.columns) continue;
-          block(q, head, row, rows, j, count, begin, finite, r);
+        constexpr int64_t P = kPanelColumns<T>;
+        const int64_t last = c_.extra ? end : minimum(end, seen.end);
+        for (int64_t j = c_.extra ? begin : maximum(begin, seen.begin / P * P); j < last;
+             j += column_block_) {
+          const int64_t count = minimum(column_block_, last - j);
+          if ((j + count <= seen.begin || j >= seen.end) && j + count <= q.columns) continue;
+          const bool complete = c_.extra ? count == columns : j <= seen.begin && j + count >= seen.end;
+          block(q, head, row, rows, j, count, begin, finite, complete, r);
         }
         write_query(q, head, row, rows, part, r);
       }
@@ -377,10 +380,10 @@ class AttentionBackwardKernel {
   }
 
   void block(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
-             int64_t begin, bool finite, const Room& r) const {
+             int64_t begin, bool finite, bool complete, const Room& r) const {
     constexpr int w = Vec<T>::size;
-    make_weights(q, head, row, rows, j, count, r);
-    make_ds(q, head, row, rows, j, count, r);
+    make_weights(q, head, row, rows, j, count, complete, r);
+    make_ds(q, head, row, rows, j, count, complete, r);
     const Strided<T> weights_t{r.scores, 1, pitch_}, ds_t{r.ds, 1, pitch_}, ds{r.ds, pitch_, 1};
     if (p_.grad_value.data || p_.grad_extra_value)
       multiply(count, v_pitch_ / w, rows, weights_t, r.grad, v_pitch_, r.grad_values + (j - begin) * v_pitch_,
@@ -508,8 +511,9 @@ class AttentionBackwardKernel {
     load_rows(q, head, row, rows, r);
     for (int64_t j = begin; j < end; j += column_block_) {
       const int64_t count = minimum(column_block_, end - j);
-      make_weights(q, head, row, rows, j, count, r);
-      make_ds(q, head, row, rows, j, count, r);
+      const bool complete = count == q.columns + c_.extra;
+      make_weights(q, head, row, rows, j, count, complete, r);
+      make_ds(q, head, row, rows, j, count, complete, r);
       for (int64_t i = 0; i < rows; ++i) {
         const T* ds = r.ds + i * pitch_;
         T* to = total + (by_row ? i : 0) * pitch_;

@@ -228,9 +228,14 @@ class AttentionForwardKernel {
     const Columns seen = seen_columns(c_, row, row + rows, key_bias_.within(q));
     bool begun = false;
     for (int64_t i = 0; i < rows; ++i) r.largest[i] = minus_infinity<T>(), r.total[i] = T(0);
-    for (int64_t j = seen.begin / column_block_ * column_block_; j < columns; j += column_block_) {
-      const int64_t count = minimum(column_block_, columns - j);
-      if (j >= seen.end && j + count <= q.columns && !(keeps_weights_ && !begun)) continue;
+    // Whole panels from the first that is seen, as far as rows see; what is returned, and extra columns, need
+    // all.
+    const bool all = keeps_weights_ || c_.extra > 0;
+    const int64_t end = all ? columns : seen.end;
+    for (int64_t j = all ? 0 : seen.begin / kPanelColumns<T> * kPanelColumns<T>; j < end;
+         j += column_block_) {
+      const int64_t count = minimum(column_block_, end - j);
+      if (!keeps_weights_ && (j >= seen.end || j + count <= seen.begin) && j + count <= q.columns) continue;
       scores(q, head, group, row, rows, j, count, seen, r);
       softmax(q, head, row, rows, j, count, begun, r);
       if (keeps_weights_) take_weights(q, head, row, rows, count, r);

@@ -252,3 +252,19 @@ def test_explain_of_a_backend_that_cannot_serve():
             torch.ops.fusednn.attention_forward(q, q, q, *rest)
     assert told.backend is None
     assert told.passed_over["cpu"]
+
+
+def test_steps_of_decoding_are_torchs():
+    """One row with many keys, in inference: measured to be faster, and said so; whatever else is ours."""
+    q, k = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 40, 8)
+    said = fusednn.explain(scaled_dot_product_attention, q, k, k)
+    assert said[0].backend == "torch"
+    assert "1 query rows" in said[0].passed_over["cpu"][0]
+    assert torch.equal(scaled_dot_product_attention(q, k, k), F.scaled_dot_product_attention(q, k, k))
+    kept = torch.ones(2, 40, dtype=torch.bool)
+    for call in (
+        lambda: scaled_dot_product_attention(q, k, k, key_padding_mask=~kept),
+        lambda: scaled_dot_product_attention(q.requires_grad_(), k, k),
+        lambda: scaled_dot_product_attention(k, k, k),
+    ):
+        assert fusednn.explain(call)[0].backend != "torch"

@@ -121,7 +121,7 @@ def scaled_dot_product_attention(
 
     plain = mask is None and key_mask is None and extra_key is None and slopes is None
     plain = plain and not (return_lse or return_weights or cap or position_offset or dropout_p)
-    if plain and window is None and _torch_serves(query):
+    if plain and window is None and _torch_serves(query, key, value, is_causal):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -297,14 +297,29 @@ def _longest(name: str, argument: str, bounds: Tensor, given: int | None) -> int
     return longest if given is None else given
 
 
-def _torch_serves(query: Tensor) -> bool:
-    """Whether `auto` leaves a plain call to torch: on devices, where ours have not been measured yet.
+FEW_ROWS = 8
+"""Of queries, below which torch's CPU kernel is faster: ours packs all keys and values first (018)."""
 
-    Not in a traced graph, which does not see which backend will be asked for where it runs.
+
+def _torch_serves(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
+    """Whether `auto` leaves a plain call to torch.
+
+    It does on devices, where ours have not been measured yet, and on the CPU for steps of decoding. Not in a
+    traced graph, which does not see which backend will be asked for where it runs.
     """
-    if query.device.type != "cuda" or torch.compiler.is_compiling() or settings.backend() != "auto":
+    if torch.compiler.is_compiling() or settings.backend() != "auto":
         return False
-    reason = "torch's attention serves plain calls: ours is not measured yet"
-    reasons: dict[str, tuple[str, ...]] = {"triton": (reason,)}
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    step = query.dtype == torch.float32 and query.shape[-2] < FEW_ROWS and key.shape[-2] > 0
+    if query.device.type == "cuda":
+        reasons: dict[str, tuple[str, ...]] = {
+            "triton": ("torch's attention serves plain calls: ours is not measured yet",)
+        }
+    elif query.device.type == "cpu" and step and not recorded and not is_causal:
+        reasons = {
+            "cpu": (f"got {query.shape[-2]} query rows; torch's attention is faster below {FEW_ROWS}",)
+        }
+    else:
+        return False
     record_choice("attention_forward", "torch", reasons)
     return True
