@@ -216,7 +216,7 @@ def draw(options: argparse.Namespace, run: Run, path: Path) -> None:
     source, lengths = source[longest : longest + 1], lengths[longest : longest + 1]
     said, weights = run.model.decode(source, lengths, limit=2 * source.shape[1])
     figure, axis = plt.subplots(figsize=(6, 6), layout="constrained")
-    axis.imshow(weights[0, :, : int(lengths)], cmap="magma", vmin=0, vmax=1)
+    axis.imshow(weights[0, :, : int(lengths)].numpy(), cmap="magma", vmin=0, vmax=1)
     read = [str(int(s) - FIRST) for s in source[0, : int(lengths)]]
     written = ["end" if s == END else str(int(s) - FIRST) for s in said[0]]
     axis.set_xticks(range(len(read)), read)
@@ -268,4 +268,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are too small to share
     sys.exit(main())
