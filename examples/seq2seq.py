@@ -128,7 +128,8 @@ class Seq2Seq(nn.Module):
         memory, padding, state = self.encode(source, lengths)
         symbols = torch.full_like(lengths, START)
         ended = torch.zeros_like(lengths, dtype=torch.bool)
-        said, attended = [], []
+        said: list[Tensor] = []
+        attended: list[Tensor] = []
         while len(said) < limit and not ended.all():
             vector, weights, state = self.step(symbols, state, memory, padding)
             symbols = self.head(vector).argmax(1).masked_fill(ended, PADDING)
