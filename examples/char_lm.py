@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def batches(text: Tensor, batch: int, seq: int, seed: int) -> Iterator[Tensor]:
         yield text[starts + offsets]
 
 
-def loss_of(model: CharLM, window: Tensor) -> Tensor:
+def loss_of(model: nn.Module, window: Tensor) -> Tensor:
     """Mean cross entropy of each next character, in nats."""
     logits, _ = model(window[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -84,10 +85,10 @@ def loss_of(model: CharLM, window: Tensor) -> Tensor:
 
 @dataclass
 class Run:
-    """A model in training and its record; ``backend`` is None for torch's own cells."""
+    """A model in training and its record; ``backend`` is None for torch's own layers."""
 
     name: str
-    model: CharLM
+    model: nn.Module
     backend: str | None = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -95,10 +96,10 @@ class Run:
 
     def __post_init__(self) -> None:
         # Not Adam: dividing by tiny second moments, it makes rounding differences grow exponentially, those
-        # between two runs of torch's own cells as well.
+        # between two runs of torch's own layers as well.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.9)
 
-    def cells(self):
+    def layers(self):
         """Choose the backend for the calls inside."""
         return fusednn.use_backend(self.backend) if self.backend else nullcontext()
 
@@ -106,7 +107,7 @@ class Run:
         """Train on one batch, and note its loss and time."""
         begin = now(window.device)
         self.optimizer.zero_grad()
-        with self.cells():
+        with self.layers():
             loss = loss_of(self.model, window)
             loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -116,7 +117,7 @@ class Run:
 
     def evaluate(self, window: Tensor) -> None:
         """Note the perplexity on text that is not trained on."""
-        with torch.no_grad(), self.cells():
+        with torch.no_grad(), self.layers():
             self.perplexity.append(math.exp(loss_of(self.model, window)))
 
     @property
@@ -149,7 +150,7 @@ def generate(run: Run, prompt: str, length: int, seed: int, device: torch.device
     """Continue the prompt by sampling."""
     generator = torch.Generator().manual_seed(seed)
     tokens, state, text = torch.tensor([[ALPHABET.index(c) for c in prompt]]), None, prompt
-    with torch.inference_mode(), run.cells():
+    with torch.inference_mode(), run.layers():
         for _ in range(length):
             logits, state = run.model(tokens.to(device), state)
             chances = (logits[0, -1].cpu() / 0.7).softmax(0)  # temperature
@@ -158,17 +159,20 @@ def generate(run: Run, prompt: str, length: int, seed: int, device: torch.device
     return text
 
 
-def train(options: argparse.Namespace, cells) -> tuple[Run, Run]:
-    """Train the model with either cell from the same weights on the same batches."""
+def twins(options: argparse.Namespace, build: Callable[[Any], nn.Module], classes) -> tuple[Run, Run]:
+    """Return the runs of the model that is built of torch's class and of fusednn's, with the same weights."""
     torch.manual_seed(options.seed)
-    torch_class, fused_class = cells[options.cell]
-    theirs = CharLM(torch_class, options.hidden)
-    ours = CharLM(fused_class, options.hidden)
+    torch_class, fused_class = classes
+    theirs, ours = build(torch_class), build(fused_class)
     ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
-    runs = (
+    return (
         Run(f"torch.nn.{torch_class.__name__}", theirs.to(options.device)),
         Run(f"fusednn.{fused_class.__name__}", ours.to(options.device), options.backend),
     )
+
+
+def train(options: argparse.Namespace, runs: tuple[Run, Run]) -> None:
+    """Train both models on the same batches."""
     text = load_text(options.seed)
     held_out = len(text) // 20
     windows = batches(text[held_out:], options.batch, options.seq, options.seed)
@@ -181,7 +185,6 @@ def train(options: argparse.Namespace, cells) -> tuple[Run, Run]:
             run.step(window)
     for run in runs:
         run.evaluate(test)
-    return runs
 
 
 def differences(theirs: Run, ours: Run) -> list[float]:
@@ -189,7 +192,7 @@ def differences(theirs: Run, ours: Run) -> list[float]:
     return [abs(a - b) / abs(a) for a, b in zip(theirs.losses, ours.losses, strict=True)]
 
 
-def plot(runs: tuple[Run, Run], title: str, path: Path) -> None:
+def plot(runs: tuple[Run, Run], title: str, path: Path, tolerance: float) -> None:
     """Draw losses, their difference and the time of each step."""
     import matplotlib
 
@@ -209,8 +212,8 @@ def plot(runs: tuple[Run, Run], title: str, path: Path) -> None:
     axes["loss"].sharex(axes["difference"])
     axes["loss"].tick_params(labelbottom=False)
     axes["difference"].semilogy([max(d, 1e-9) for d in differences(*runs)], color=colours[1], linewidth=1)
-    axes["difference"].axhline(TOLERANCE, color="black", linewidth=1, linestyle="--")
-    axes["difference"].text(0, TOLERANCE * 1.4, "tolerance", va="bottom", fontsize="small")
+    axes["difference"].axhline(tolerance, color="black", linewidth=1, linestyle="--")
+    axes["difference"].text(0, tolerance * 1.4, "tolerance", va="bottom", fontsize="small")
     axes["difference"].set(xlabel="step", ylabel="relative difference", ylim=(5e-10, 1e-2))
     for run, colour in zip(runs, colours):
         milliseconds = [1e3 * s for s in run.seconds]
@@ -230,10 +233,12 @@ def plot(runs: tuple[Run, Run], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def write(options: argparse.Namespace, runs: tuple[Run, Run]) -> list[Path]:
+def write(
+    options: argparse.Namespace, runs: tuple[Run, Run], name: str, title: str, tolerance: float
+) -> list[Path]:
     """Write the record and, where matplotlib is installed, the plot; return the paths."""
     options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / f"char_lm_{options.cell}"
+    base = options.out / name
     settings = {k: str(v) if isinstance(v, (Path, torch.device)) else v for k, v in vars(options).items()}
     keep = ("name", "losses", "seconds", "perplexity")
     record = {
@@ -243,17 +248,48 @@ def write(options: argparse.Namespace, runs: tuple[Run, Run]) -> list[Path]:
     paths = [base.with_suffix(".json")]
     paths[0].write_text(json.dumps(record, indent=1) + "\n")
     where = f"CPU threads: {torch.get_num_threads()}" if options.device.type == "cpu" else str(options.device)
-    title = (
-        f"{options.cell.upper()} character model: batch {options.batch}, {options.seq} characters, "
-        f"hidden {options.hidden}, {where}"
-    )
     try:
-        plot(runs, title, base.with_suffix(".png"))
+        plot(runs, f"{title}, {where}", base.with_suffix(".png"), tolerance)
     except ImportError as error:
         print(f"no plot: {error}; pip install matplotlib adds it")
     else:
         paths.append(base.with_suffix(".png"))
     return paths
+
+
+def report(
+    options: argparse.Namespace, runs: tuple[Run, Run], name: str, title: str, tolerance: float
+) -> int:
+    """Print times and a sample, write the files, compare the losses; return the exit code."""
+    theirs, ours = runs
+    width = max(len(run.name) for run in runs)
+    print(f"\n{'':>{width}}  {'ms per step':>11}  {'perplexity at the start':>23}  {'at the end':>10}")
+    for run in runs:
+        start, end = run.perplexity
+        print(f"{run.name:>{width}}  {run.median_ms:>11.2f}  {start:>23.2f}  {end:>10.2f}")
+    print(f"speed-up of a whole training step: {theirs.median_ms / ours.median_ms:.2f}")
+    print(f"\n{generate(ours, 'def ', 300, options.seed, options.device)}\n")
+    for path in write(options, runs, name, title, tolerance):
+        print(f"wrote {path}")
+    worst = differences(theirs, ours)
+    step = max(range(len(worst)), key=lambda i: math.inf if math.isnan(worst[i]) else worst[i])
+    if not worst[step] <= tolerance:
+        print(
+            f"the losses differ: at step {step} torch.nn has {theirs.losses[step]:.6f}, fusednn "
+            f"{ours.losses[step]:.6f}, {worst[step]:.1e} relative, expected at most {tolerance:.0e}",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"the losses agree to {worst[step]:.1e} relative (largest at step {step}; bound {tolerance:.0e})")
+    return 0
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what does not depend on the model."""
+    parser.add_argument("--backend", default="auto", help="of fusednn: auto, reference, cpu, cuda, triton")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("out"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -264,38 +300,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--seq", type=int, default=32, help="characters of a window")
     parser.add_argument("--cell", choices=CELLS, default="lstm")
-    parser.add_argument(
-        "--backend", default="auto", help="of fusednn's cells: auto, reference, cpu, cuda, triton"
-    )
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("out"))
+    common_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None, cells=CELLS) -> int:
     """Train both, compare, report; return the exit code."""
     options = parse(argv)
-    theirs, ours = runs = train(options, cells)
-    print(f"\n{'':>18}  {'ms per step':>11}  {'perplexity at the start':>23}  {'at the end':>10}")
-    for run in runs:
-        start, end = run.perplexity
-        print(f"{run.name:>18}  {run.median_ms:>11.2f}  {start:>23.2f}  {end:>10.2f}")
-    print(f"speed-up of a whole training step: {theirs.median_ms / ours.median_ms:.2f}")
-    print(f"\n{generate(ours, 'def ', 300, options.seed, options.device)}\n")
-    for path in write(options, runs):
-        print(f"wrote {path}")
-    worst = differences(theirs, ours)
-    step = max(range(len(worst)), key=lambda i: math.inf if math.isnan(worst[i]) else worst[i])
-    if not worst[step] <= TOLERANCE:
-        print(
-            f"the losses differ: at step {step} torch.nn has {theirs.losses[step]:.6f}, fusednn "
-            f"{ours.losses[step]:.6f}, {worst[step]:.1e} relative, expected at most {TOLERANCE:.0e}",
-            file=sys.stderr,
-        )
-        return 1
-    print(f"the losses agree to {worst[step]:.1e} relative (largest at step {step}; bound {TOLERANCE:.0e})")
-    return 0
+    runs = twins(options, lambda cell: CharLM(cell, options.hidden), cells[options.cell])
+    train(options, runs)
+    title = (
+        f"{options.cell.upper()} character model: batch {options.batch}, {options.seq} characters, "
+        f"hidden {options.hidden}"
+    )
+    return report(options, runs, f"char_lm_{options.cell}", title, TOLERANCE)
 
 
 if __name__ == "__main__":
