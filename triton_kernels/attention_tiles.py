@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 
-SMALL_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities with 99 KiB of shared memory for a block
 FORWARD, ROWS, COLUMNS, SCORES = "forward", "rows", "columns", "scores"  # kernels
 
 
@@ -54,7 +53,8 @@ class Tile:
         width, value_width = _power(size, 256), _power(value_size, 256)
         widest = max(width, value_width)
         # Addresses, counters and the tanh's constants take registers, too.
-        heavy, small = masked or dropout or (capped and kernel == ROWS), capability in SMALL_SHARED
+        heavy = masked or dropout or (capped and kernel == ROWS)
+        large = capability[0] in (9, 10)  # whose products read operands from shared or tensor memory
         stages = 2
         if item == 8:
             block_m, block_n, warps = 16, 16, 8 if kernel == SCORES else 4
@@ -65,12 +65,14 @@ class Tile:
             block_m, block_n, warps = 16, 16, 8
         elif widest > 128:
             block_m, block_n, warps = (16 if kernel == SCORES else 32), 32, 8
-        elif kernel == FORWARD and widest <= 64:
+        elif kernel == FORWARD and widest <= 64 and (large or heavy):
             block_m, block_n, warps = (64, 32, 8) if heavy else (128, 64, 8)
-        elif kernel == FORWARD and small:
-            block_m, block_n, warps = (32, 32, 8) if heavy else (64, 64, 8)
-        elif kernel == FORWARD:
+        elif kernel == FORWARD and widest <= 64:
+            block_m, block_n, warps = 64, 64, 4
+        elif kernel == FORWARD and large:
             block_m, block_n, warps = 64 if heavy else 128, 32 if heavy or padded else 64, 8
+        elif kernel == FORWARD:
+            block_m, block_n, warps = (32, 32, 8) if heavy else (64, 64, 8)
         elif kernel == COLUMNS and widest <= 64:
             block_m, block_n, warps = 32, 64, 4
         else:
