@@ -203,7 +203,8 @@ def attention_forward_kernel(
                     known = (largest, total, sum)
                     _same, _total, sum = _attend_extra(
                         known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i, columns,
-                        scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D, BLOCK_V)  # fmt: skip
+                        scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                        BLOCK_V)  # fmt: skip
             for n0 in range(begin, end, CAREFUL_BLOCK):
                 sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring,
                                         position, masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M,
