@@ -33,29 +33,42 @@ _OPTIONAL = {  # tensors that a plain call has not
     "grad_lse",
     "w", "d_extra_key", "d_extra_value",
 }  # fmt: skip
+ARCHITECTURES = (80, 90, 100, 120)
 _ITEM = {"fp32": 4, "fp64": 8, "fp16": 2, "bf16": 2}
 
 
+def _tile(
+    kernel: str,
+    dtype: str,
+    size: int,
+    arch: int,
+    given: tuple[str, ...] = (),
+    SOFTCAP: bool = False,
+    **_: Any,
+) -> Tile:
+    """What a launch on the architecture takes."""
+    return Tile.of(
+        _KERNELS[kernel][1], size, size, _ITEM[dtype], 4096, 4096, divmod(arch, 10), masked="mask" in given,
+        padded="key_mask" in given, dropout="seed" in given, capped=SOFTCAP,
+    )  # fmt: skip
+
+
 def _case(
-    kernel: str, variant: str, dtype: str, size: int, given: tuple[str, ...] = (),
-    capability: tuple[int, int] = (8, 0),
-    bytes: tuple[str, ...] = (), architectures: tuple[int, ...] = (), **constants: Any,
+    kernel: str, variant: str, dtype: str, size: int, tile: Tile, architectures: tuple[int, ...],
+    given: tuple[str, ...] = (), bytes: tuple[str, ...] = (), **constants: Any,
 ) -> AotCase:  # fmt: skip
     """The kernel for heads of `size` with the optional tensors `given`, those in `bytes` of bool."""
-    function, kind = _KERNELS[kernel]
+    function = _KERNELS[kernel][0]
     names = function.arg_names
     numbers = any(name in given and name not in bytes for name in ("mask", "key_mask"))
     low = numbers or _ITEM[dtype] > 2
-    tile = Tile.of(kind, size, size, _ITEM[dtype], 4096, 4096, capability,
-                   masked="mask" in given, padded="key_mask" in given, dropout="seed" in given,
-                   capped=constants.get("SOFTCAP", False))  # fmt: skip
     options = tile.arguments
     blocks = {k: options.pop(k) for k in list(options) if k.startswith("BLOCK_")}
     fixed: dict[str, Any] = {
         "EXTRA": 2 if "extra_key" in given else 0, "LEFT": False, "RIGHT": True, "SOFTCAP": False,
         "NATURAL": low,
         "PRECISION": "ieee", "D": size, "V": size,
-        **{f"ONE_{name}": name in constants.pop("one", "BH") for name in "BHLS"},
+        **{f"ONE_{name}": name in "BH" for name in "BHLS"},
     } | constants  # fmt: skip
     fixed |= blocks | dict.fromkeys(_OPTIONAL - set(given)) | ({} if low else {"low": None})
     if kernel == "forward":
@@ -77,7 +90,7 @@ def _case(
     if "m_s" in types:
         fixed |= {"m_s": 1, "km_s": 1}
         types = {k: v for k, v in types.items() if k not in ("m_s", "km_s")}
-    place = f" sm_{architectures[0]}" if architectures else ""
+    place = "" if len(architectures) == len(ARCHITECTURES) else f" sm_{architectures[0]}"
     pointers = tuple(k for k, v in types.items() if v is None)
     integers = {k: v for k, v in types.items() if v is not None}
     strides = tuple(
@@ -116,12 +129,12 @@ def _cases() -> list[AotCase]:
     wanted += [(kernel, case) for kernel in ("weights", "delta", "mask_gradient") for case in _OTHERS]
     found = []
     for kernel, (name, dtype, size) in wanted:
-        if kernel != "forward" or size != 128 or dtype == "fp32":
-            found.append(_case(kernel, name, dtype, size, **_VARIANTS[name]))
-            continue
-        for capability, archs in (((8, 0), (80, 90, 100)), ((12, 0), (120,))):  # whose tiles differ
-            options = {"capability": capability, "architectures": archs} | _VARIANTS[name]
-            found.append(_case(kernel, name, dtype, size, **options))
+        tiles: dict[Tile, list[int]] = {}
+        for arch in ARCHITECTURES:
+            tiles.setdefault(_tile(kernel, dtype, size, arch, **_VARIANTS[name]), []).append(arch)
+        found += [
+            _case(kernel, name, dtype, size, tile, tuple(a), **_VARIANTS[name]) for tile, a in tiles.items()
+        ]
     return found
 
 

@@ -194,35 +194,20 @@ def attention_forward_kernel(
     tl.store(lse + at, tl.where(total == 0, float("-inf"), log), mask=i < rows)
     if low is not None:
         tl.store(low + at, (more + (base - log)) * LOG2E, mask=i < rows)
-    if mask is not None or LEFT or RIGHT:  # noqa: SIM102  # known when compiled
-        if not finite:
-            base = tl.where(total == 0, 0.0, largest)
-            for part in range(3):
-                sum = tl.zeros((BLOCK_M, BLOCK_V), wide)
-                if EXTRA > 0:  # noqa: SIM102  # known when compiled
-                    if part == 0:
-                        known = (largest, total, sum)
-                        _same, _total, sum = _attend_extra(
-                            known,
-                            q_tile,
-                            extra_key + g * EXTRA * D,
-                            extra_value + g * EXTRA * V,
-                            i,
-                            columns,
-                            scoring,
-                            dropout,
-                            EXTRA,
-                            NATURAL,
-                            PRECISION,
-                            D,
-                            V,
-                            BLOCK_M,
-                            BLOCK_D,
-                            BLOCK_V,
-                        )
-                for n0 in range(begin, end, CAREFUL_BLOCK):
-                    sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring,
-                                            position, masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M,
-                                            CAREFUL_BLOCK, BLOCK_D, BLOCK_V)  # fmt: skip
-                sum = tl.where((total == 0)[:, None], 0.0, sum * tl.where(part == 0, scale_out, 1.0)[:, None])
-                store_part(out, i, o_l, sum, part, i < rows, V, BLOCK_V)
+    if mask is not None or LEFT or RIGHT:
+        base = tl.where(total == 0, 0.0, largest)
+        for part in range(tl.where(finite, 0, 3)):
+            sum = tl.zeros((BLOCK_M, BLOCK_V), wide)
+            if EXTRA > 0:  # noqa: SIM102  # known when compiled
+                if part == 0:
+                    known = (largest, total, sum)
+                    _same, _total, sum = _attend_extra(
+                        known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i, columns,
+                        scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
+                        BLOCK_V)  # fmt: skip
+            for n0 in range(begin, end, CAREFUL_BLOCK):
+                sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring,
+                                        position, masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M,
+                                        CAREFUL_BLOCK, BLOCK_D, BLOCK_V)  # fmt: skip
+            sum = tl.where((total == 0)[:, None], 0.0, sum * tl.where(part == 0, scale_out, 1.0)[:, None])
+            store_part(out, i, o_l, sum, part, i < rows, V, BLOCK_V)

@@ -152,9 +152,9 @@ def store_part(base, index, stride, x, part, present, SIZE: tl.constexpr, BLOCK:
     d = tl.arange(0, BLOCK)[None, :]
     at = base + index.to(tl.int64)[:, None] * stride + d
     here = present[:, None] & (d < SIZE)
-    if part != 0:
-        here = here & (x > 0)
-        x = tl.load(at, mask=here, other=0.0).to(x.dtype) + tl.where(part == 2, float("-inf"), float("inf"))
+    here = here & ((part == 0) | (x > 0))
+    there = tl.load(at, mask=here & (part != 0), other=0.0).to(x.dtype)
+    x = tl.where(part == 0, x, there + tl.where(part == 2, float("-inf"), float("inf")))
     tl.store(at, rounded(x, base.dtype.element_ty), mask=here)
 
 

@@ -334,23 +334,20 @@ def attention_rows_kernel(
             acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
                             v_s, scoring, position, masks, dropout, weights, True, False, SOFTCAP, NATURAL,
                             PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-        if mask is not None or LEFT or RIGHT:  # noqa: SIM102  # known when compiled
-            if not all_finite(acc):
-                acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-                if EXTRA > 0:
+        if mask is not None or LEFT or RIGHT:
+            again = not all_finite(acc)
+            acc = tl.where(again, 0.0, acc)
+            if EXTRA > 0:  # noqa: SIM102  # known when compiled
+                if again:
                     acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep,
-                                      extra_key + g_head * EXTRA * D,
-                                      extra_value + g_head * EXTRA * V, None, None, i, head, rows, columns,
-                                      scoring,
-                                      dropout, weights, EXTRA, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M,
-                                      BLOCK_D,
-                                      BLOCK_V, last)  # fmt: skip
-                for n0 in range(begin, end, CAREFUL_BLOCK):
-                    acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows,
-                                    columns,
-                                    k_s, v_s, scoring, position, masks, dropout, weights, True, True, SOFTCAP,
-                                    NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
-                                    BLOCK_V)  # fmt: skip
+                                      extra_key + g_head * EXTRA * D, extra_value + g_head * EXTRA * V, None,
+                                      None, i, head, rows, columns, scoring, dropout, weights, EXTRA, SOFTCAP,
+                                      NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D, BLOCK_V, last)  # fmt: skip
+            for n0 in range(begin, tl.where(again, end, begin), CAREFUL_BLOCK):
+                acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns,
+                                k_s, v_s, scoring, position, masks, dropout, weights, True, True, SOFTCAP,
+                                NATURAL, PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
+                                BLOCK_V)  # fmt: skip
         store_tile(
             d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D
         )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import triton
 
-SMALL_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities with 99 KiB of shared memory for a block
 FORWARD, ROWS, COLUMNS, SCORES = "forward", "rows", "columns", "scores"  # kernels
 
 
@@ -54,27 +53,35 @@ class Tile:
         width, value_width = _power(size, 256), _power(value_size, 256)
         widest = max(width, value_width)
         # Addresses, counters and the tanh's constants take registers, too.
-        heavy, small = masked or dropout or (capped and kernel == ROWS), capability in SMALL_SHARED
-        stages = 2
+        heavy = masked or dropout or (capped and kernel == ROWS)
+        large = capability[0] in (9, 10)  # whose products read operands from shared or tensor memory
+        warps, stages = 8, 2
         if item == 8:
-            block_m, block_n, warps = 16, 16, 8 if kernel == SCORES else 4
+            block_m, block_n, warps = 16, 16, 8 if kernel in (SCORES, FORWARD) else 4
         elif item == 4 and widest <= 64:
-            block_m, block_n, warps = 32, 32, 4
-            stages = 1 if kernel == FORWARD else 2
+            block_m, block_n = 32, 32
+            if kernel == FORWARD:
+                warps, stages = 4, 1
         elif item == 4:
-            block_m, block_n, warps = 16, 16, 8
+            block_m, block_n = 16, 16
         elif widest > 128:
-            block_m, block_n, warps = (16 if kernel == SCORES else 32), 32, 8
-        elif kernel == FORWARD and widest <= 64:
-            block_m, block_n, warps = (64, 32, 8) if heavy else (128, 64, 8)
-        elif kernel == FORWARD and small:
-            block_m, block_n, warps = (32, 32, 8) if heavy else (64, 64, 8)
+            block_m, block_n = 16 if kernel == SCORES else 32, 32
+            if kernel == FORWARD:
+                block_n, warps = (64, 8) if capability[0] < 9 else (32, 4)
+        elif kernel == FORWARD and large:
+            block_m, block_n = 64 if heavy else 128, 32 if heavy or (padded and widest > 64) else 64
+        elif kernel == FORWARD and heavy:
+            block_m, block_n = 64 if widest <= 64 else 32, 32
         elif kernel == FORWARD:
-            block_m, block_n, warps = 64 if heavy else 128, 32 if heavy or padded else 64, 8
+            block_m, block_n, warps = 64, 64, 4 if widest <= 64 else 8
         elif kernel == COLUMNS and widest <= 64:
             block_m, block_n, warps = 32, 64, 4
+        elif kernel == COLUMNS and padded and not (heavy or large):
+            block_m, block_n = 32, 64
         else:
             block_m, block_n = (32, 32) if heavy else (64, 64)
+            if heavy and kernel == ROWS and not large:
+                block_m = 16
             warps = 8 if widest > 64 else 4
         return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, stages)
 
