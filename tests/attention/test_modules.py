@@ -179,7 +179,7 @@ def test_nothing_in_a_dimension(shape, batch_first, need_weights):
 def test_memory(batch_first):
     """The output is contiguous, and nothing between the projections is copied where the batch comes first."""
     ours, *_ = layers(64, 4, batch_first=batch_first)
-    x, y = torch.randn(2, 6, 7, 64)
+    x, y = torch.randn(2, 9, 10, 64)  # more rows than a step of decoding has
     seen = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
