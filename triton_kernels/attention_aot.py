@@ -43,19 +43,19 @@ def _tile(
     size: int,
     arch: int,
     given: tuple[str, ...] = (),
-    SOFTCAP: bool = False,
+    absent: tuple[str, ...] = ("left", "cap"),
     **_: Any,
 ) -> Tile:
     """What a launch on the architecture takes."""
     return Tile.of(
         _KERNELS[kernel][1], size, size, _ITEM[dtype], 4096, 4096, divmod(arch, 10), masked="mask" in given,
-        padded="key_mask" in given, dropout="seed" in given, capped=SOFTCAP,
+        padded="key_mask" in given, dropout="seed" in given, capped="cap" not in absent,
     )  # fmt: skip
 
 
 def _case(
     kernel: str, variant: str, dtype: str, size: int, tile: Tile, architectures: tuple[int, ...],
-    given: tuple[str, ...] = (), bytes: tuple[str, ...] = (), **constants: Any,
+    given: tuple[str, ...] = (), bytes: tuple[str, ...] = (), absent: tuple[str, ...] = ("left", "cap"),
 ) -> AotCase:  # fmt: skip
     """The kernel for heads of `size` with the optional tensors `given`, those in `bytes` of bool."""
     function = _KERNELS[kernel][0]
@@ -65,12 +65,15 @@ def _case(
     options = tile.arguments
     blocks = {k: options.pop(k) for k in list(options) if k.startswith("BLOCK_")}
     fixed: dict[str, Any] = {
-        "EXTRA": 2 if "extra_key" in given else 0, "LEFT": False, "RIGHT": True, "SOFTCAP": False,
-        "NATURAL": low,
-        "PRECISION": "ieee", "D": size, "V": size,
+        "EXTRA": 2 if "extra_key" in given else 0, "NATURAL": low, "PRECISION": "ieee", "D": size, "V": size,
         **{f"ONE_{name}": name in "BH" for name in "BHLS"},
-    } | constants  # fmt: skip
-    fixed |= blocks | dict.fromkeys(_OPTIONAL - set(given)) | ({} if low else {"low": None})
+    }  # fmt: skip
+    fixed |= (
+        blocks
+        | dict.fromkeys(absent)
+        | dict.fromkeys(_OPTIONAL - set(given))
+        | ({} if low else {"low": None})
+    )
     if kernel == "forward":
         fixed["low"] = None
     fixed = {k: v for k, v in fixed.items() if k in names}
@@ -104,14 +107,13 @@ def _case(
 _PACKED = ("cu_seqlens_q", "cu_seqlens_k")
 _VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
-    "padding": {"given": ("key_mask",), "bytes": ("key_mask",), "RIGHT": False},
+    "padding": {"given": ("key_mask",), "bytes": ("key_mask",), "absent": ("left", "right", "cap")},
     "packed dropout": {"given": (*_PACKED, "seed")},
     "mask dropout": {"given": ("mask", "key_mask", "seed", "grad_lse"), "bytes": ("key_mask",),
-                     "RIGHT": False},
-    "mask": {"given": ("mask", "w"), "RIGHT": False},
+                     "absent": ("left", "right", "cap")},
+    "mask": {"given": ("mask", "w"), "absent": ("left", "right", "cap")},
     "extra softcap": {
-        "given": ("extra_key", "extra_value", "d_extra_key", "d_extra_value", "slopes"), "LEFT": True,
-        "SOFTCAP": True,
+        "given": ("extra_key", "extra_value", "d_extra_key", "d_extra_value", "slopes"), "absent": (),
     },
 }  # fmt: skip
 _MAIN = (

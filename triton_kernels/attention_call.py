@@ -164,10 +164,11 @@ class Call:
             "seed": self.dropout_seed, "heads": self.heads, "group": self.heads // self.key_heads,
             "rows": self.query.shape[2], "columns": self.key.shape[2], "total_rows": self.query.shape[2],
             "tiles": tiles, "scale": bits_of((self.softcap if capped else self.scale) * unit),
-            "cap": bits_of(self.scale / self.softcap if capped else 0.0),
+            "cap": bits_of(self.scale / self.softcap) if capped else None,
             "keep_scale": bits_of(self.keep_scale),
             "threshold": min(round(self.dropout_p * 2**32), 2**32 - 1),
-            "left": self.window_left, "right": self.window_right, "offset": self.position_offset,
+            "left": self.window_left if self.window_left >= 0 else None,
+            "right": self.window_right if self.window_right >= 0 else None, "offset": self.position_offset,
             **strides_of(self.query, ("q_b", "q_h", "q_l")), **strides_of(self.key, ("k_b", "k_g", "k_s")),
             **strides_of(self.value, ("v_b", "v_g", "v_s")),
             **strides_of(self.mask, ("m_b", "m_h", "m_l", "m_s")),
@@ -179,7 +180,6 @@ class Call:
         """What kernels are compiled for, beside their blocks."""
         tf32 = torch.backends.cuda.matmul.allow_tf32 and self.query.dtype == torch.float32
         return {
-            "LEFT": self.window_left >= 0, "RIGHT": self.window_right >= 0, "SOFTCAP": self.softcap > 0,
             "NATURAL": self.natural, "PRECISION": "tf32" if tf32 else "ieee",
             "D": self.query.shape[3], "V": self.value.shape[3],
         }  # fmt: skip

@@ -19,16 +19,13 @@ import triton.language as tl
 from .attention_forward import SIZES
 from .attention_math import (
     drawn_weights,
-    dropout_of,
     kept_keys,
     load_tile,
-    masks_of,
     multiplied,
     number,
     products,
     raw_scores,
     row_tiles,
-    scoring_of,
     sequence_of,
     store_tile,
     visible_scores,
@@ -38,48 +35,38 @@ from .attention_rows import load_lse, score_gradient, weight_gradient
 
 @triton.jit
 def _column_step(
-    state, k, v, n0, m0, head, given, numbers, strides, place, drawing,
-    MASKED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    state, q, k, v, g, n0, m0, head, rows, columns, sums, q_h, q_l, g_h, g_l, keep, scoring, position, masks,
+    dropout,
+    weights, MASKED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, NATURAL: tl.constexpr,
+    PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The d k, still to be scaled, and d v with one more tile of rows, from m0, of one head."""
     d_k, d_v = state
-    q, mask, key_mask, slopes, lse, low, delta, g, w = given
-    scale, cap, keep, left, right, offset, w_factor = numbers
-    q_h, q_l, g_h, g_l, w_h, w_l, w_s, m_h, m_l, m_s, km_s = strides
-    rows, columns, at_row, total_rows = place
-    seed, threshold, batch, _ = drawing
+    lse, low, delta, at_row, total_rows = sums
     h = head.to(tl.int64)
-    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, d_k.dtype, LEFT, RIGHT,
-                                   SOFTCAP,
-                                   NATURAL)  # fmt: skip
-    masks = masks_of(mask, key_mask, 0, head, 0, m_h, m_l, m_s, 0, km_s)
     i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     here = i < rows
     q_tile = load_tile(q + h * q_h, i, q_l, here, D, BLOCK_D)
-    s, t = raw_scores(products(k, q_tile, PRECISION), scoring[0], scoring[1])
-    s, kept = visible_scores(s, i[None, :], j[:, None], rows, columns, position, masks, MASKED)
+    s, t = raw_scores(products(k, q_tile, PRECISION), scoring)
+    s, kept = visible_scores(s, i[None, :], j[:, None], rows, columns, head, position, masks, MASKED, NATURAL)
     at = at_row + h * total_rows + i
     own, lost = load_lse(lse, low, at, here, NATURAL)
-    if NATURAL:
-        lost = lost[None, :]
     dp = tl.zeros((BLOCK_N, BLOCK_M), d_k.dtype)
     g_tile = None
     if g is not None:
         g_tile = load_tile(g + h * g_h, i, g_l, here, V, BLOCK_V)
         if KEYS:
             dp = products(v, g_tile, PRECISION)
-    if w is not None:
+    if weights[0] is not None:
         exists = here[None, :] & (j < columns)[:, None]
-        weights = (w, w_h, w_l, w_s, number(w_factor, d_k.dtype))
-        dp += weight_gradient(weights, i[None, :], j[:, None], exists, head)
+        dp += weight_gradient(weights, i[None, :], j[:, None], exists, head, d_k.dtype)
     drawn = None
-    if seed is not None:
-        drawn = tl.trans(drawn_weights((seed, threshold, batch, head), i, n0, BLOCK_M, BLOCK_N))
+    if dropout[0] is not None:
+        drawn = tl.trans(drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N))
     dot = tl.load(delta + at, mask=here, other=0.0)
     _, pz, _, dr = score_gradient(
-        s, kept, t, dp, drawn, keep, own[None, :], lost, dot[None, :], SOFTCAP, NATURAL
+        s, kept, t, dp, drawn, keep, own[None, :], lost[None, :], dot[None, :], scoring[1], MASKED, NATURAL
     )
     if VALUES and g is not None:
         d_v = multiplied(pz, g_tile, d_v, PRECISION)
@@ -94,7 +81,6 @@ def attention_columns_kernel(
     heads, group, rows, columns, total_rows, tiles, scale, cap, keep_scale, threshold, left, right, offset,
     unscaled, w_factor, q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, g_b, g_h, g_l, dk_b, dk_g, dk_s,
     dv_b, dv_g, dv_s, w_b, w_h, w_l, w_s, m_b, m_h, m_l, m_s, km_b, km_s,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +97,7 @@ def attention_columns_kernel(
     KEYS: tl.constexpr = d_k is not None
     VALUES: tl.constexpr = d_v is not None
     j = n0 + tl.arange(0, BLOCK_N)
-    here = kept_keys(j, columns, key_mask + batch * km_b, km_s) if key_mask is not None else j < columns
+    here = kept_keys(j, columns, key_mask, batch * km_b, km_s)
     at_key = g_head.to(tl.int64)
     k_tile = load_tile(k + batch * k_b + at_key * k_g + first_key * k_s, j, k_s, here, D, BLOCK_D)
     v_tile = None
@@ -123,38 +109,29 @@ def attention_columns_kernel(
         g += batch * g_b + first_row * g_l
     if w is not None:
         w += batch * w_b
-    if mask is not None:
-        mask += batch * m_b
-    if key_mask is not None:
-        key_mask += batch * km_b
-    drawing = dropout_of(seed, threshold, sequence, g_head)
-    given = (q, mask, key_mask, slopes, lse, low, delta, g, w)
-    numbers = (scale, cap, number(keep_scale, wide), left, right, offset, w_factor)
-    strides = (q_h, q_l, g_h, g_l, w_h, w_l, w_s, m_h, m_l, m_s, km_s)
-    place = (rows, columns, at_row, total_rows)
+    scoring, position = (scale, cap), (offset, left, right, slopes)
+    masks = (mask, batch * m_b, m_h, m_l, m_s, key_mask, batch * km_b, km_s)
+    dropout = (seed, threshold, sequence)
+    weights, sums = (w, w_h, w_l, w_s, w_factor), (lse, low, delta, at_row, total_rows)
+    keep = number(keep_scale, wide)
     state = (tl.zeros((BLOCK_N, BLOCK_D), wide), tl.zeros((BLOCK_N, BLOCK_V), wide))
-    limits = scoring_of(scale, cap, None, g_head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP, NATURAL)
-    begin, end, full_begin, full_end = row_tiles(n0, rows, columns, limits[1], BLOCK_M, BLOCK_N)
+    begin, end, full_begin, full_end = row_tiles(n0, rows, columns, position, BLOCK_M, BLOCK_N)
     if mask is not None or key_mask is not None:
         full_end = full_begin
     # One loop over the tiles of all heads: nested ones keep more in registers than there are.
     full = (full_end - full_begin) // BLOCK_M
     for step in range(group * full):
         head, m0 = g_head * group + step // full, full_begin + step % full * BLOCK_M
-        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing,
-                             False, KEYS,
-                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N,
-                             BLOCK_D,
-                             BLOCK_V)  # fmt: skip
+        state = _column_step(state, q, k_tile, v_tile, g, n0, m0, head, rows, columns, sums, q_h, q_l, g_h,
+                             g_l, keep, scoring, position, masks, dropout, weights, False, KEYS, VALUES,
+                             NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
     others = (end - begin) // BLOCK_M - full
     for step in range(group * others):
         head, m1 = g_head * group + step // others, begin + step % others * BLOCK_M
         m0 = tl.where(m1 < full_begin, m1, m1 + (full_end - full_begin))
-        state = _column_step(state, k_tile, v_tile, n0, m0, head, given, numbers, strides, place, drawing,
-                             True, KEYS,
-                             VALUES, LEFT, RIGHT, SOFTCAP, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N,
-                             BLOCK_D,
-                             BLOCK_V)  # fmt: skip
+        state = _column_step(state, q, k_tile, v_tile, g, n0, m0, head, rows, columns, sums, q_h, q_l, g_h,
+                             g_l, keep, scoring, position, masks, dropout, weights, True, KEYS, VALUES,
+                             NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
     sum_k, sum_v = state
     if d_k is not None:
         sum_k = tl.where(here[:, None], sum_k * number(unscaled, wide), 0.0)

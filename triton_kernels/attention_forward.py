@@ -28,19 +28,16 @@ from .attention_math import (
     all_finite,
     drawn_extra,
     drawn_weights,
-    dropout_of,
     extra_scores,
     kept_keys,
     key_tiles,
     load_tile,
     logarithm,
-    masks_of,
     multiplied,
     multiplied_where_seen,
     number,
     products,
     raw_scores,
-    scoring_of,
     sequence_of,
     store_part,
     store_tile,
@@ -65,52 +62,52 @@ def _online(s, largest, NATURAL: tl.constexpr):
 
 @triton.jit
 def _attend(
-    state, q, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks, dropout,
+    state, q, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks, dropout,
     MASKED: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Largest score, sum of weights and output of one more tile of keys, from n0."""
     largest, total, acc = state
-    scale, cap = scoring
-    _, _, _, key_mask, km_s = masks
+    _, _, _, _, _, key_mask, km_at, km_s = masks
     j = n0 + tl.arange(0, BLOCK_N)
     here = None
     if MASKED:
-        here = kept_keys(j, columns, key_mask, km_s)
-    s, _ = raw_scores(products(q, load_tile(k, j, k_s, here, D, BLOCK_D), PRECISION), scale, cap)
-    s, _kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, MASKED)
+        here = kept_keys(j, columns, key_mask, km_at, km_s)
+    s, _ = raw_scores(products(q, load_tile(k, j, k_s, here, D, BLOCK_D), PRECISION), scoring)
+    s, _kept = visible_scores(
+        s, i[:, None], j[None, :], rows, columns, head, position, masks, MASKED, NATURAL
+    )
     p, largest, factor = _online(s, largest, NATURAL)
     total = total * factor + tl.sum(p, 1)
     acc = acc * factor[:, None]
     if dropout[0] is not None:
-        p = tl.where(drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
     acc = multiplied(p, load_tile(v, j, v_s, here, V, BLOCK_V), acc, PRECISION)
     return largest, total, acc
 
 
 @triton.jit
 def _attend_carefully(
-    acc, part, q, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks, dropout, largest,
+    acc, part, q, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks, dropout, largest,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """The output with one more tile of keys; rows, whose largest scores are known, see what they keep."""
-    scale, cap = scoring
-    _, _, _, key_mask, km_s = masks
+    _, _, _, _, _, key_mask, km_at, km_s = masks
     j = n0 + tl.arange(0, BLOCK_N)
-    here = kept_keys(j, columns, key_mask, km_s)
-    s, _ = raw_scores(products(q, load_tile(k, j, k_s, here, D, BLOCK_D), PRECISION), scale, cap)
-    s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, True)
+    here = kept_keys(j, columns, key_mask, km_at, km_s)
+    s, _ = raw_scores(products(q, load_tile(k, j, k_s, here, D, BLOCK_D), PRECISION), scoring)
+    s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, head, position, masks, True, NATURAL)
     p = weights_of(s, largest[:, None], None, NATURAL)
     seen = kept & (p != 0)
     if dropout[0] is not None:
-        p = tl.where(drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
+        p = tl.where(drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N), p, 0.0)
     return multiplied_where_seen(p, seen, load_tile(v, j, v_s, here, V, BLOCK_V), acc, part, PRECISION)
 
 
 @triton.jit
 def _attend_extra(
-    state, q, extra_key, extra_value, i, columns, scoring, dropout, EXTRA: tl.constexpr,
+    state, q, extra_key, extra_value, i, head, columns, scoring, dropout, EXTRA: tl.constexpr,
     NATURAL: tl.constexpr,
     PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -124,7 +121,7 @@ def _attend_extra(
     total = total * factor + tl.sum(p, 1)
     acc = acc * factor[:, None]
     if dropout[0] is not None:
-        p = tl.where(drawn_extra(dropout, i, columns, BLOCK_M), p, 0.0)
+        p = tl.where(drawn_extra(dropout, head, i, columns, BLOCK_M), p, 0.0)
     v = load_tile(extra_value, x, V, x < EXTRA, V, BLOCK_V)
     return largest, total, multiplied(p, v, acc, PRECISION)
 
@@ -134,8 +131,7 @@ def attention_forward_kernel(
     q, k, v, mask, key_mask, extra_key, extra_value, slopes, cu_seqlens_q, cu_seqlens_k, seed, out, lse, low,
     heads, group, rows, columns, total_rows, tiles, scale, cap, keep_scale, threshold, left, right, offset,
     q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, o_b, o_h, o_l, m_b, m_h, m_l, m_s, km_b, km_s,
-    EXTRA: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
+    EXTRA: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Output and lse of a tile of rows; and in `low`, if given, what lse has lost, to base 2."""
@@ -144,7 +140,7 @@ def attention_forward_kernel(
     sequence = tl.program_id(0) // tiles // heads
     batch, first_row, first_key, rows, columns = sequence_of(
         sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
-    if RIGHT:
+    if right is not None:
         tile = tiles - 1 - tile
     m0 = tile * BLOCK_M
     if m0 >= rows:  # of a packed sequence
@@ -154,26 +150,25 @@ def attention_forward_kernel(
     k += batch * k_b + g * k_g + first_key * k_s
     v += batch * v_b + g * v_g + first_key * v_s
     q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
-    scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT, SOFTCAP,
-                                   NATURAL)  # fmt: skip
-    masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
-    dropout = dropout_of(seed, threshold, sequence, head)
+    scoring, position = (scale, cap), (offset, left, right, slopes)
+    masks = (mask, batch * m_b, m_h, m_l, m_s, key_mask, batch * km_b, km_s)
+    dropout = (seed, threshold, sequence)
     state = (tl.full((BLOCK_M,), float("-inf"), wide), tl.zeros((BLOCK_M,), wide),
              tl.zeros((BLOCK_M, BLOCK_V), wide))  # fmt: skip
     if EXTRA > 0:
         state = _attend_extra(state, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i,
-                              columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
+                              head, columns, scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
                               BLOCK_D, BLOCK_V)  # fmt: skip
     begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
     if mask is not None or key_mask is not None:
         full_end = full_begin
     for n0 in range(full_begin, full_end, BLOCK_N):
-        state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
+        state = _attend(state, q_tile, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks,
                         dropout, False, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
                         BLOCK_V)  # fmt: skip
     for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
         n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
-        state = _attend(state, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring, position, masks,
+        state = _attend(state, q_tile, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks,
                         dropout, True, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D,
                         BLOCK_V)  # fmt: skip
 
@@ -194,7 +189,7 @@ def attention_forward_kernel(
     tl.store(lse + at, tl.where(total == 0, float("-inf"), log), mask=i < rows)
     if low is not None:
         tl.store(low + at, (more + (base - log)) * LOG2E, mask=i < rows)
-    if mask is not None or LEFT or RIGHT:
+    if mask is not None or left is not None or right is not None:
         base = tl.where(total == 0, 0.0, largest)
         for part in range(tl.where(finite, 0, 3)):
             sum = tl.zeros((BLOCK_M, BLOCK_V), wide)
@@ -202,11 +197,13 @@ def attention_forward_kernel(
                 if part == 0:
                     known = (largest, total, sum)
                     _same, _total, sum = _attend_extra(
-                        known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i, columns,
+                        known, q_tile, extra_key + g * EXTRA * D, extra_value + g * EXTRA * V, i, head,
+                        columns,
                         scoring, dropout, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D,
                         BLOCK_V)  # fmt: skip
             for n0 in range(begin, end, CAREFUL_BLOCK):
-                sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, rows, columns, k_s, v_s, scoring,
+                sum = _attend_carefully(sum, part, q_tile, k, v, i, n0, head, rows, columns, k_s, v_s,
+                                        scoring,
                                         position, masks, dropout, base, NATURAL, PRECISION, D, V, BLOCK_M,
                                         CAREFUL_BLOCK, BLOCK_D, BLOCK_V)  # fmt: skip
             sum = tl.where((total == 0)[:, None], 0.0, sum * tl.where(part == 0, scale_out, 1.0)[:, None])

@@ -17,14 +17,11 @@ import triton.language as tl
 from .attention_forward import SIZES
 from .attention_math import (
     drawn_weights,
-    dropout_of,
     key_tiles,
     load_tile,
-    masks_of,
     number,
     products,
     raw_scores,
-    scoring_of,
     visible_scores,
 )
 from .attention_rows import load_lse, score_gradient, weight_gradient
@@ -45,7 +42,6 @@ def attention_mask_gradient_kernel(
     q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, g_b, g_h, g_l,
     w_b, w_h, w_l, w_s, m_b, m_h, m_l, m_s, km_b, km_s,
     ONE_B: tl.constexpr, ONE_H: tl.constexpr, ONE_L: tl.constexpr, ONE_S: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -72,38 +68,35 @@ def attention_mask_gradient_kernel(
         head, sequence = _divided(rest, heads if ONE_H else 1)
         head, sequence = own_h + head, own_b + sequence
         m0, n0 = (own_m + m_tile) * BLOCK_M, (own_n + n_tile) * BLOCK_N
-        scoring, position = scoring_of(scale, cap, slopes, head, offset, left, right, wide, LEFT, RIGHT,
-                                       SOFTCAP,
-                                       NATURAL)  # fmt: skip
+        scoring, position = (scale, cap), (offset, left, right, slopes)
         begin, end, _full_begin, _full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
         if (n0 >= begin) & (n0 < end):
             batch, h, g_head = sequence.to(tl.int64), head.to(tl.int64), (head // group).to(tl.int64)
-            masks = masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s)
-            dropout = dropout_of(seed, threshold, sequence, head)
-            scale_, cap_ = scoring
+            masks = (mask, batch * m_b, m_h, m_l, m_s, key_mask, batch * km_b, km_s)
+            dropout = (seed, threshold, sequence)
             i, j = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
             q_tile = load_tile(q + batch * q_b + h * q_h, i, q_l, i < rows, D, BLOCK_D)
             k_tile = load_tile(k + batch * k_b + g_head * k_g, j, k_s, j < columns, D, BLOCK_D)
-            s, t = raw_scores(products(q_tile, k_tile, PRECISION), scale_, cap_)
-            s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, position, masks, True)
+            s, t = raw_scores(products(q_tile, k_tile, PRECISION), scoring)
+            s, kept = visible_scores(
+                s, i[:, None], j[None, :], rows, columns, head, position, masks, True, NATURAL
+            )
             dp = tl.zeros((BLOCK_M, BLOCK_N), wide)
             if g is not None:
                 g_tile = load_tile(g + batch * g_b + h * g_h, i, g_l, i < rows, V, BLOCK_V)
                 v_tile = load_tile(v + batch * v_b + g_head * v_g, j, v_s, j < columns, V, BLOCK_V)
                 dp = products(g_tile, v_tile, PRECISION)
             if w is not None:
-                weights = (w + batch * w_b, w_h, w_l, w_s, number(w_factor, wide))
-                dp += weight_gradient(weights, i[:, None], j[None, :], kept, head)
+                weights = (w + batch * w_b, w_h, w_l, w_s, w_factor)
+                dp += weight_gradient(weights, i[:, None], j[None, :], kept, head, wide)
             drawn = None
             if dropout[0] is not None:
-                drawn = drawn_weights(dropout, i, n0, BLOCK_M, BLOCK_N)
+                drawn = drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N)
             at = (batch * heads + h) * total_rows + i
             own, lost = load_lse(lse, low, at, i < rows, NATURAL)
-            if NATURAL:
-                lost = lost[:, None]
             dot = tl.load(delta + at, mask=i < rows, other=0.0)[:, None]
             _p, _pz, ds, _dr = score_gradient(
-                s, kept, t, dp, drawn, keep, own[:, None], lost, dot, SOFTCAP, NATURAL
+                s, kept, t, dp, drawn, keep, own[:, None], lost[:, None], dot, scoring[1], True, NATURAL
             )
             sum += ds
     at = split.to(tl.int64)

@@ -1,8 +1,13 @@
 """What the kernels of attention share: places of a tile, products, scores, dropout.
 
 A program has one tile of query rows or of keys of one head. Rows and columns are given as blocks [m, 1] and
-[1, n], or [1, m] and [n, 1] where a tile is transposed; what is None in a tuple costs nothing. A compiled
-function can return a None that it was given, but not one of its own: hence the argument `nothing`.
+[1, n], or [1, m] and [n, 1] where a tile is transposed. What is None costs nothing; a tuple of Triton 3.6 can
+hold None only as the kernel's own argument, and no function can return it. Tuples of all kernels:
+
+    scoring   scale in the units of the scores, or the softcap; None or scale / softcap; as bits of doubles
+    position  offset, left, right (None: no limit), slopes of ALiBi
+    masks     mask, the sample's offset, strides of head, row and column; key_mask, offset, stride
+    dropout   seed, threshold, batch
 """
 
 from __future__ import annotations
@@ -38,44 +43,6 @@ def sequence_of(batch, cu_seqlens_q, cu_seqlens_k, rows, columns):
         columns = (tl.load(cu_seqlens_k + at + 1) - first_key).to(tl.int32)
         at = at * 0
     return at, first_row, first_key, rows, columns
-
-
-@triton.jit
-def scoring_of(
-    scale, cap, slopes, head, offset, left, right, wide: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, NATURAL: tl.constexpr, nothing=None,
-):  # fmt: skip
-    """What `raw_scores` and `visible_scores` take of a head: (scale, cap), (offset, left, right, slope)."""
-    cap_scale, left_limit, right_limit, slope = nothing, nothing, nothing, nothing
-    if SOFTCAP:
-        cap_scale = number(cap, wide)
-    if LEFT:
-        left_limit = left
-    if RIGHT:
-        right_limit = right
-    if slopes is not None:
-        slope = tl.load(slopes + head).to(wide)
-        if not NATURAL:
-            slope *= LOG2E
-    return (number(scale, wide), cap_scale), (offset, left_limit, right_limit, slope)
-
-
-@triton.jit
-def masks_of(mask, key_mask, batch, head, m_b, m_h, m_l, m_s, km_b, km_s):
-    """The masks of a sample's head, as `visible_scores` takes them."""
-    if mask is not None:
-        mask += batch * m_b + head.to(tl.int64) * m_h
-    if key_mask is not None:
-        key_mask += batch * km_b
-    return (mask, m_l, m_s, key_mask, km_s)
-
-
-@triton.jit
-def dropout_of(seed, threshold, batch, head):
-    """What `drawn_weights` takes; its seed is None without dropout."""
-    if seed is not None:
-        seed = tl.load(seed)
-    return (seed, threshold, batch, head)
 
 
 @triton.jit
@@ -159,18 +126,13 @@ def store_part(base, index, stride, x, part, present, SIZE: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def raw_scores(products, scale, cap):
-    """Scores before anything is added, and tanh of the softcap's argument where there is one.
-
-    `cap`: None, or scale / softcap, and then `scale` is the softcap; `scale` is in the units of the scores.
-    """
+def raw_scores(products, scoring):
+    """Scores before anything is added, and tanh of the softcap's argument where there is one."""
+    scale, cap = scoring
     t = products
     if cap is not None:
-        t = tanh(products * cap)
-        s = t * scale
-    else:
-        s = products * scale
-    return s, t
+        t = tanh(products * number(cap, products.dtype))
+    return t * number(scale, products.dtype), t
 
 
 @triton.jit
@@ -188,18 +150,18 @@ def _added(s, kept, mask, at, here):
 
 @triton.jit
 def visible_scores(
-    s, rows, cols, row_count, column_count, position, masks, MASKED: tl.constexpr, nothing=None
+    s, rows, cols, row_count, column_count, head, position, masks, MASKED: tl.constexpr, NATURAL: tl.constexpr
 ):  # fmt: skip
-    """Scores with all that is added, -inf where not kept; and what is kept (None if all is, unless MASKED).
-
-    position: (offset, left, right, slope), masks: (mask, m_l, m_s, key_mask,
-                                                    km_s); None for what is not there.
-    """
-    offset, left, right, slope = position
-    mask, m_l, m_s, key_mask, km_s = masks
-    ahead, kept = cols - rows - offset, nothing
-    if slope is not None:
+    """Scores with all that is added, -inf where not kept; and what is kept, which is only told if MASKED."""
+    offset, left, right, slopes = position
+    mask, m_at, m_h, m_l, m_s, key_mask, km_at, km_s = masks
+    ahead = cols - rows - offset
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(s.dtype)
+        if not NATURAL:
+            slope *= LOG2E
         s -= slope * tl.abs(ahead).to(s.dtype)
+    kept = tl.full((1, 1), 1, tl.int1)
     if MASKED:
         kept = (cols < column_count) & (rows < row_count)
         if left is not None:
@@ -207,10 +169,10 @@ def visible_scores(
         if right is not None:
             kept = kept & (ahead <= right)
         if mask is not None:
-            at = rows.to(tl.int64) * m_l + cols.to(tl.int64) * m_s
+            at = m_at + head.to(tl.int64) * m_h + rows.to(tl.int64) * m_l + cols.to(tl.int64) * m_s
             s, kept = _added(s, kept, mask, at, kept)
         if key_mask is not None:
-            s, kept = _added(s, kept, key_mask, cols.to(tl.int64) * km_s, cols < column_count)
+            s, kept = _added(s, kept, key_mask, km_at + cols.to(tl.int64) * km_s, cols < column_count)
         s = tl.where(kept, s, float("-inf"))
     return s, kept
 
@@ -218,18 +180,17 @@ def visible_scores(
 @triton.jit
 def extra_scores(q, k, scoring, EXTRA: tl.constexpr, PRECISION: tl.constexpr):
     """Scores of the extra columns [m, EXTRA_BLOCK], which of them exist, tanh as `raw_scores` gives it."""
-    scale, cap = scoring
-    s, t = raw_scores(products(q, k, PRECISION), scale, cap)
+    s, t = raw_scores(products(q, k, PRECISION), scoring)
     kept = (tl.arange(0, EXTRA_BLOCK) < EXTRA)[None, :] & (tl.zeros((q.shape[0], EXTRA_BLOCK), tl.int32) == 0)
     return tl.where(kept, s, float("-inf")), kept, t
 
 
 @triton.jit
-def kept_keys(index, count, key_mask, km_s):
+def kept_keys(index, count, key_mask, km_at, km_s):
     """Which of the keys `index` [n] exist and are kept by their mask."""
     here = index < count
     if key_mask is not None:
-        x = tl.load(key_mask + index.to(tl.int64) * km_s, mask=here, other=0)
+        x = tl.load(key_mask + km_at + index.to(tl.int64) * km_s, mask=here, other=0)
         here = here & (x != 0) if key_mask.dtype.element_ty == tl.uint8 else here & (x != float("-inf"))
     return here
 
@@ -238,9 +199,8 @@ def kept_keys(index, count, key_mask, km_s):
 def weights_of(s, lse, low, NATURAL: tl.constexpr):
     """exp(s - lse); `low`: what lse has lost, to base 2, or None.
 
-    Scores are logarithms to base 2, which saves a product, or natural: where masks are added,
-    as the lowest number of
-    a dtype times log2(e) would be -inf, and where float32's precision is asked for.
+    Scores are logarithms to base 2, which saves a product, or natural: where masks are added, as the lowest
+    number of a dtype times log2(e) would be -inf, and where float32's precision is asked for.
     """
     if NATURAL:
         e = s - lse
@@ -264,15 +224,15 @@ def logarithm(x):
 
 
 @triton.jit
-def drawn_weights(dropout, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def drawn_weights(dropout, head, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights [BLOCK_M, BLOCK_N] of rows [BLOCK_M] and columns from n0, a multiple of 4, dropout keeps.
 
-    dropout: (seed, threshold, batch, head). Philox4x32-10; a call's four words serve neighbouring columns.
+    Philox4x32-10; the four words of a call serve neighbouring columns.
     """
-    seed, threshold, batch, head = dropout
+    seed, threshold, batch = dropout
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     fours = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zero
-    w0, w1, w2, w3 = tl.philox(seed, fours, rows[:, None] + zero, head + zero, batch + zero)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), fours, rows[:, None] + zero, head + zero, batch + zero)
     least = threshold.to(tl.uint32)
     k0, k1, k2, k3 = (w0 >= least), (w1 >= least), (w2 >= least), (w3 >= least)
     even = tl.join(k0.to(tl.int8), k2.to(tl.int8))
@@ -281,12 +241,12 @@ def drawn_weights(dropout, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def drawn_extra(dropout, rows, columns, BLOCK_M: tl.constexpr):
+def drawn_extra(dropout, head, rows, columns, BLOCK_M: tl.constexpr):
     """Which weights [BLOCK_M, EXTRA_BLOCK] of the columns from `columns` on dropout keeps."""
-    seed, threshold, batch, head = dropout
+    seed, threshold, batch = dropout
     zero = tl.zeros((BLOCK_M, EXTRA_BLOCK), tl.int32)
     cols = (columns + tl.arange(0, EXTRA_BLOCK))[None, :] + zero
-    w0, w1, w2, w3 = tl.philox(seed, cols // 4, rows[:, None] + zero, head + zero, batch + zero)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), cols // 4, rows[:, None] + zero, head + zero, batch + zero)
     place = cols % 4
     word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
     return word >= threshold.to(tl.uint32)
