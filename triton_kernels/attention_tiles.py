@@ -75,7 +75,7 @@ class Tile:
         elif kernel == FORWARD:
             block_m, block_n, warps = 64, 64, 4 if widest <= 64 else 8
         elif kernel == COLUMNS and widest <= 64:
-            block_m, block_n, warps = 32, 64, 4
+            block_m, block_n, warps = 32, 64 if large or not dropout else 32, 4
         elif kernel == COLUMNS and padded and not (heavy or large):
             block_m, block_n = 32, 64
         else:
