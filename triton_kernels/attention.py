@@ -198,8 +198,9 @@ def attention_backward(
          weights),
     )  # fmt: skip
     needed = {name for name, on in zip(NAMES, output_mask, strict=True) if on and given[name] is not None}
+    tensors = {name: t for name, t in given.items() if t is not None}
     grads = (grad_output, grad_lse, None if weights == "none" else grad_weights)
-    found = Gradients(call, grads, output, lse, needed).run(given) if needed else {}
+    found = Gradients(call, grads, output, lse, needed).run(tensors) if needed else {}
     return tuple(_laid_out(found[n], given[n]) if n in found else query.new_empty(0) for n in NAMES)
 
 

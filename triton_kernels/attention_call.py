@@ -87,7 +87,7 @@ class Call:
         dropping = seed is not None and dropout_p > 0
         return cls(
             op, dense_rows(query), dense_rows(key), dense_rows(value),
-            None if mask is None else _bytes(mask).expand(batch, heads, rows, columns), _bytes(key_mask),
+            _bytes(None if mask is None else mask.expand(batch, heads, rows, columns)), _bytes(key_mask),
             None if extra_key is None else extra_key.contiguous(),
             None if extra_value is None else extra_value.contiguous(),
             None if slopes is None else slopes.contiguous(), cu_q, cu_k,

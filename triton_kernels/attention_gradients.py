@@ -44,7 +44,9 @@ class Gradients:
         found: dict[str, Tensor] = {}
         with device_guard(call.query):
             self._launch_delta()
-            extras = {name: shapes[name] for name in ("extra_key", "extra_value") if name in needed}
+            extras: dict[str, Tensor] = {
+                name: shapes[name] for name in ("extra_key", "extra_value") if name in needed
+            }
             if "query" in needed or extras:
                 found |= self._rows(extras)
             if "key" in needed or "value" in needed:
