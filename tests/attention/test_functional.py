@@ -268,3 +268,13 @@ def test_steps_of_decoding_are_torchs():
         lambda: scaled_dot_product_attention(k, k, k),
     ):
         assert fusednn.explain(call)[0].backend != "torch"
+
+
+def test_layers_keep_their_bits_in_inference():
+    """Few rows of a layer are ours in training and inference."""
+    layer = fusednn.MultiheadAttention(16, 2, batch_first=True)
+    query, key = torch.randn(2, 1, 16), torch.randn(2, 40, 16)
+    trained, _ = layer(query, key, key, need_weights=False)
+    with torch.no_grad():
+        inferred, _ = layer.eval()(query, key, key, need_weights=False)
+    assert torch.equal(trained, inferred)

@@ -89,6 +89,63 @@ def scaled_dot_product_attention(
         TypeError: an argument is of another type.
         ValueError: a number or name is out of range.
     """
+    if _is_step_of_decoding(query, key, value) and is_causal is False:
+        others = (
+            attn_mask,
+            key_padding_mask,
+            return_weights,
+            window,
+            softcap,
+            alibi_slopes,
+            extra_key,
+            extra_value,
+        )
+        if all(other is None for other in others) and not (dropout_p or return_lse or position_offset):
+            reason = f"got {query.shape[2]} query rows; torch's attention is faster below {FEW_ROWS}"
+            record_choice("attention_forward", "torch", {"cpu": (reason,)})
+            return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
+    return attend(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        key_padding_mask=key_padding_mask,
+        return_lse=return_lse,
+        return_weights=return_weights,
+        window=window,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        extra_key=extra_key,
+        extra_value=extra_value,
+        position_offset=position_offset,
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    return_lse: bool = False,
+    return_weights: str | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    position_offset: int = 0,
+) -> Any:
+    """:func:`scaled_dot_product_attention` for layers: the same bits in training and inference."""
     name = "scaled_dot_product_attention"
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, argument, tensor)
@@ -121,7 +178,7 @@ def scaled_dot_product_attention(
 
     plain = mask is None and key_mask is None and extra_key is None and slopes is None
     plain = plain and not (return_lse or return_weights or cap or position_offset or dropout_p)
-    if plain and window is None and _torch_serves(query, key, value, is_causal):
+    if plain and window is None and _torch_serves(query):
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -301,25 +358,35 @@ FEW_ROWS = 8
 """Of queries, below which torch's CPU kernel is faster: ours packs all keys and values first (018)."""
 
 
-def _torch_serves(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> bool:
-    """Whether `auto` leaves a plain call to torch.
+def _is_step_of_decoding(query: Any, key: Any, value: Any) -> bool:
+    """Whether `auto` leaves few rows, in float32 and in inference, to torch's CPU kernel if asked for no more.
 
-    It does on devices, where ours have not been measured yet, and on the CPU for steps of decoding. Not in a
-    traced graph, which does not see which backend will be asked for where it runs.
+    Anything unusual, and anything wrong, is left to the general way.
     """
-    if torch.compiler.is_compiling() or settings.backend() != "auto":
+    tensors = (query, key, value)
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(t) is Tensor and t.dim() == 4 and t.dtype == torch.float32 for t in tensors)
+        and all(t.device.type == "cpu" for t in tensors)
+        and query.shape[2] < FEW_ROWS
+        and key.shape[2] > 0
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[3] == key.shape[3]
+        and key.shape[2] == value.shape[2]
+        and settings.backend() == "auto"
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not autocast_enabled(query.device)
+        and not needs_torchs_ops(*tensors)
+    )
+
+
+def _torch_serves(query: Tensor) -> bool:
+    """Whether `auto` leaves a plain call to torch: on devices, where ours have not been measured yet.
+
+    Not in a traced graph, which does not see which backend will be asked for where it runs.
+    """
+    if query.device.type != "cuda" or torch.compiler.is_compiling() or settings.backend() != "auto":
         return False
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    step = query.dtype == torch.float32 and query.shape[-2] < FEW_ROWS and key.shape[-2] > 0
-    if query.device.type == "cuda":
-        reasons: dict[str, tuple[str, ...]] = {
-            "triton": ("torch's attention serves plain calls: ours is not measured yet",)
-        }
-    elif query.device.type == "cpu" and step and not recorded and not is_causal:
-        reasons = {
-            "cpu": (f"got {query.shape[-2]} query rows; torch's attention is faster below {FEW_ROWS}",)
-        }
-    else:
-        return False
-    record_choice("attention_forward", "torch", reasons)
+    reason = "torch's attention serves plain calls: ours is not measured yet"
+    record_choice("attention_forward", "torch", {"triton": (reason,)})
     return True

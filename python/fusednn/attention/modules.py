@@ -287,7 +287,7 @@ def _fused(
         cos, sin = rotary_tables(q, length, layer.rotary_base)
         q, k = (rotate(t, cos[: t.shape[2]], sin[: t.shape[2]]) for t in (q, k))
     extra_key, extra_value = extra_columns(layer, k)
-    result = functional.scaled_dot_product_attention(
+    result = functional.attend(
         q,
         k,
         v,
