@@ -359,7 +359,7 @@ FEW_ROWS = 8
 
 
 def _is_step_of_decoding(query: Any, key: Any, value: Any) -> bool:
-    """Whether `auto` leaves few rows, in float32 and in inference, to torch's CPU kernel if asked for no more.
+    """Whether `auto` leaves few rows, in float32 and in inference, to torch's kernel if asked for no more.
 
     Anything unusual, and anything wrong, is left to the general way.
     """
