@@ -86,42 +86,47 @@ def test_samples(info, device, dtype, training):
     """Outputs, weights, gradients of inputs and parameters, and torch's reference functions.
 
     In float32 the error of each result, of a few numbers here, may be as large as the budget in the mean over
-    samples.
+    samples and seeds.
     """
     spent: dict[str, list[float]] = {}
-    samples = info.module_inputs_func(info, device, dtype, requires_grad=True, training=training)
-    assert len(samples) > 10
-    if info.module_cls is torch.nn.TransformerEncoder:
-        samples = samples[::4]  # torch makes them of the layer's, all of which are run
-    for sample in samples:
-        assert not _nothing_to_attend_to(sample), "agreement with torch ends there"
-        arguments = sample.constructor_input
-        torch.manual_seed(7)
-        theirs = info.module_cls(*arguments.args, **arguments.kwargs).to(device, dtype).train(training)
-        torch.manual_seed(7)
-        ours = PAIRS[info.module_cls](*_swapped(arguments), **arguments.kwargs).to(device, dtype)
-        ours.train(training)
-        assert any(isinstance(m, fusednn.MultiheadAttention) for m in ours.modules())
-        ours.load_state_dict(theirs.state_dict())
-        oracle = copy.deepcopy(theirs).double()
-        what = f"{sample.desc} {arguments.kwargs} {sample.forward_input.kwargs}"
-        actual, expected, exact = (_results(m, sample) for m in (ours, theirs, oracle))
-        assert actual.keys() == expected.keys()
-        for name, tensor in actual.items():
-            assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
-            if dtype == torch.float64:
-                torch.testing.assert_close(
-                    tensor, expected[name], msg=lambda text, n=f"{what} {name}": f"{n}: {text}"
-                )
-            else:
-                error = (tensor.double() - exact[name]).abs().max().item()
-                spent.setdefault(name, []).append(error / error_budget(expected[name], exact[name]))
-        if sample.reference_fn is not None:
-            args, kwargs = copy.deepcopy((sample.forward_input.args, sample.forward_input.kwargs))
-            expected = sample.reference_fn(ours, *args, **kwargs)
-            torch.testing.assert_close(ours(*args, **kwargs), expected)
+    for seed in range(8 if dtype == torch.float32 else 1):
+        torch.manual_seed(seed)
+        samples = info.module_inputs_func(info, device, dtype, requires_grad=True, training=training)
+        assert len(samples) > 10
+        if info.module_cls is torch.nn.TransformerEncoder:
+            samples = samples[::4]  # torch makes them of the layer's, all of which are run
+        for sample in samples:
+            _check(info, sample, device, dtype, training, spent)
     for name, shares in spent.items():
         assert sum(shares) / len(shares) <= 1, name
+
+
+def _check(info, sample, device, dtype, training, spent: dict[str, list[float]]) -> None:
+    """Compare one sample's results; add the share of its budget that each spent, by name, in float32."""
+    assert not _nothing_to_attend_to(sample), "agreement with torch ends there"
+    arguments = sample.constructor_input
+    theirs = info.module_cls(*arguments.args, **arguments.kwargs).to(device, dtype).train(training)
+    ours = PAIRS[info.module_cls](*_swapped(arguments), **arguments.kwargs).to(device, dtype)
+    ours.train(training)
+    assert any(isinstance(m, fusednn.MultiheadAttention) for m in ours.modules())
+    ours.load_state_dict(theirs.state_dict())
+    oracle = copy.deepcopy(theirs).double()
+    what = f"{sample.desc} {arguments.kwargs} {sample.forward_input.kwargs}"
+    actual, expected, exact = (_results(m, sample) for m in (ours, theirs, oracle))
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+        if dtype == torch.float64:
+            torch.testing.assert_close(
+                tensor, expected[name], msg=lambda text, n=f"{what} {name}": f"{n}: {text}"
+            )
+        else:
+            error = (tensor.double() - exact[name]).abs().max().item()
+            spent.setdefault(name, []).append(error / error_budget(expected[name], exact[name]))
+    if sample.reference_fn is not None:
+        args, kwargs = copy.deepcopy((sample.forward_input.args, sample.forward_input.kwargs))
+        expected = sample.reference_fn(ours, *args, **kwargs)
+        torch.testing.assert_close(ours(*args, **kwargs), expected)
 
 
 @pytest.mark.parametrize("info", _infos())

@@ -90,6 +90,14 @@ def image_scores(f: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(weight, f)
 
 
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """``sum over n of a[n] b[n]^T`` of [N, K, P] and [N, C, P]: [K, C].
+
+    Each sample's product alone, then their sum: one product over all N P terms rounds several times as much.
+    """
+    return (a @ b.transpose(1, 2)).sum(0)
+
+
 def additive_energy(products: Tensor, hidden_term: Tensor | None) -> Tensor:
     """``tanh(W f + U h)`` of [..., A, P] and [..., A]."""
     return (products if hidden_term is None else products + hidden_term.unsqueeze(-1)).tanh()

@@ -287,12 +287,12 @@ def _deferred(q: _Sequence, d: _StepGradients, h_prev: Tensor, a: Tensor, energy
     d_s = d.scaled / q.t  # [B, T, 1, P]
     d_products, d_v = d_s, None
     if q.v is not None:
-        d_v = torch.einsum("btgp,btap->ga", d_s, energy)
+        d_v = formulas.sum_of_products(d_s.flatten(0, 1), energy.flatten(0, 1))
         d_products = (q.v.t() @ d_s) * (1 - energy * energy)  # [B, T, A, P]
     d_attended = torch.einsum("btj,jcp->btcp", d.x, q.weight_by_position())
     return {
         "features": d_attended * a + q.w_score.t() @ d_products,  # [B, T, C, P]
-        "score_weight": torch.einsum("btkp,btcp->kc", d_products, q.f),
+        "score_weight": formulas.sum_of_products(d_products.flatten(0, 1), q.f.flatten(0, 1)),
         "hidden_weight": torch.einsum("btk,bth->kh", d.term, h_prev),
         "hidden_bias": d.term.sum((0, 1)),
         "v": d_v,

@@ -155,7 +155,7 @@ def spatial_attention_backward(
         d_v = d_s.new_empty(0)
     else:
         energy = formulas.additive_energy(w @ f, None if hidden_term is None else hidden_term.to(wide))
-        d_v = torch.einsum("ngp,nap->ga", d_s, energy)
+        d_v = formulas.sum_of_products(d_s, energy)
         d_products = (v.to(wide).t() @ d_s) * (1 - energy * energy)  # [N, A, P]
         d_term = d_products.sum(-1)
 
@@ -167,7 +167,7 @@ def spatial_attention_backward(
 
     grads: tuple[Callable[[], Tensor], ...] = (
         d_features,
-        lambda: torch.einsum("nkp,ncp->kc", d_products, f).to(weight.dtype),
+        lambda: formulas.sum_of_products(d_products, f).to(weight.dtype),
         lambda: d_term.to(features.dtype),
         lambda: d_v.to(features.dtype),
         lambda: _temperature_gradient(d_scaled, a, t, learned_temperature),
