@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
     __syncthreads();
 #pragma unroll 4
     for (int c = 0; c < kChunk; ++c) {
-      const Pack<float, 4> y = load<float, 4>(tile, c * Shape::tile_row + first_position);
+      const Pack<float, 4> y = load_shared<float, 4>(tile, c * Shape::tile_row + first_position);
 #pragma unroll
       for (int i = 0; i < TO; ++i) {
         const float w = weights[c * Shape::weight_row + thread_o + 16 * i];

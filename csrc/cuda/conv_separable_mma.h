@@ -58,7 +58,7 @@ __device__ void load_pointwise(const SeparableForward& p, bool packed, int c0,
           load_or_zero<T, V>(here ? p.pointwise_weight : nullptr, static_cast<int64_t>(o) * C + c0 + c);
 #pragma unroll
       for (int j = 0; j < V; ++j) pack.items[j] = Operand<E>::round(pack.get(j));
-      store(weights, o * Row + c, pack);
+      store_shared(weights, o * Row + c, pack);
     }
     return;
   }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
                                Pack<T, V> pack;
 #pragma unroll
                                for (int j = 0; j < V; ++j) pack.items[j] = Operand<E>::round(z[j]);
-                               store(tile, position * row + c, pack);
+                               store_shared(tile, position * row + c, pack);
                              });
     __syncthreads();
 #pragma unroll

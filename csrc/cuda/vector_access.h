@@ -61,34 +61,28 @@ struct RawOf<16> {
   using type = uint4;
 };
 
-// A plain access through a vector type may be taken apart into scalar ones; the intrinsics, with the default
-// caching, may not.
-template <class Raw>
-__device__ inline Raw load_raw(const Raw* source) {
-#if defined(__CUDA_ARCH__)
-  return __ldca(source);
-#else
-  return *source;
-#endif
-}
-
-template <class Raw>
-__device__ inline void store_raw(Raw* target, const Raw& raw) {
-#if defined(__CUDA_ARCH__)
-  __stwb(target, raw);
-#else
-  *target = raw;
-#endif
-}
-
-// `offset` counts elements; data + offset must be aligned to the pack.
 template <class T, int N>
-__device__ inline Pack<T, N> load(const void* data, int64_t offset) {
-  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
-  const Raw raw = load_raw(reinterpret_cast<const Raw*>(static_cast<const T*>(data) + offset));
+using RawPack = typename RawOf<sizeof(Pack<T, N>)>::type;
+
+template <class T, int N>
+__device__ inline Pack<T, N> from_raw(const RawPack<T, N>& raw) {
   Pack<T, N> pack;
   memcpy(&pack, &raw, sizeof(pack));
   return pack;
+}
+
+template <class T, int N>
+__device__ inline RawPack<T, N> to_raw(const Pack<T, N>& pack) {
+  RawPack<T, N> raw;
+  memcpy(&raw, &pack, sizeof(pack));
+  return raw;
+}
+
+// In global memory. A plain access through a vector type may be taken apart into scalar ones; the intrinsics,
+// with the default caching, may not. `offset` counts elements; data + offset must be aligned to the pack.
+template <class T, int N>
+__device__ inline Pack<T, N> load(const void* data, int64_t offset) {
+  return from_raw<T, N>(__ldca(reinterpret_cast<const RawPack<T, N>*>(static_cast<const T*>(data) + offset)));
 }
 
 template <class T, int N>
@@ -102,10 +96,18 @@ __device__ inline Pack<T, N> load_or_zero(const void* data, int64_t offset) {
 
 template <class T, int N>
 __device__ inline void store(void* data, int64_t offset, const Pack<T, N>& pack) {
-  using Raw = typename RawOf<sizeof(Pack<T, N>)>::type;
-  Raw raw;
-  memcpy(&raw, &pack, sizeof(pack));
-  store_raw(reinterpret_cast<Raw*>(static_cast<T*>(data) + offset), raw);
+  __stwb(reinterpret_cast<RawPack<T, N>*>(static_cast<T*>(data) + offset), to_raw(pack));
+}
+
+// The same in shared memory, on which those intrinsics fault.
+template <class T, int N>
+__device__ inline Pack<T, N> load_shared(const T* data, int offset) {
+  return from_raw<T, N>(*reinterpret_cast<const RawPack<T, N>*>(data + offset));
+}
+
+template <class T, int N>
+__device__ inline void store_shared(T* data, int offset, const Pack<T, N>& pack) {
+  *reinterpret_cast<RawPack<T, N>*>(data + offset) = to_raw(pack);
 }
 
 }  // namespace fusednn::cuda

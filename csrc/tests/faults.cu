@@ -88,6 +88,19 @@ __global__ void scale4(float* x) {
   v->x *= 2.0f;  // planted: misaligned
 }
 
+// x through dynamic shared memory, which an access for global memory alone doesn't reach.
+template <bool Global>
+__global__ void stages(float* x) {
+  float* staged = dynamic_shared<float>();
+  const int t = threadIdx.x;
+  if (Global) {
+    __stwb(staged + t, x[t]);
+  } else {
+    staged[t] = __ldca(x + t);
+  }
+  __stwb(x + t, 2.0f * staged[t]);
+}
+
 __global__ void leaves_early(int n) {
   if (static_cast<int>(threadIdx.x) >= n) return;
   __syncthreads();
@@ -216,6 +229,15 @@ TEST(healthy_alignment) {
 PLANTED(misaligned) {
   alignas(16) float x[9] = {1.0f};
   CHECK(launch(scale4, 1, 2, 0, nullptr, x + 1) == cudaSuccess);
+}
+
+TEST(global_access_of_shared_memory) {
+  const InOrder scope(cuda_on_cpu::Order::forward);
+  std::vector<float> x = ones(block);
+  CHECK(launch(stages<false>, 1, block, block * sizeof(float), nullptr, x.data()) == cudaSuccess);
+  CHECK_EQUAL(x[block - 1], 2.0f);
+  CHECK(reported(launch(stages<true>, 1, block, block * sizeof(float), nullptr, x.data()),
+                 {"bad address: thread (0,0,0) of block (0,0,0) gives shared memory to __stwb (faults.cu:"}));
 }
 
 TEST(divergent_barrier_after_an_exit) {

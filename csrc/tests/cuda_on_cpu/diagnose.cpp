@@ -14,10 +14,6 @@ std::string hex(unsigned value) {
   return text;
 }
 
-std::string name(const Thread& thread) {
-  return "thread " + describe(thread.index) + " of block " + describe(thread.block->index);
-}
-
 bool expects(const Thread& waiting, const Thread& other) {
   const Meeting& meeting = *waiting.meeting;
   if (&waiting == &other || other.meeting == &meeting) return false;
@@ -32,15 +28,21 @@ std::string describe(const uint3& index) {
   return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," + std::to_string(index.z) + ")";
 }
 
+std::string describe(const Thread& thread) {
+  return "thread " + describe(thread.index) + " of block " + describe(thread.block->index);
+}
+
+std::string describe(const Site& site) {
+  const char* slash = strrchr(site.file, '/');
+  return std::string(" (") + (slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + ")";
+}
+
 std::string describe_wait(const Thread& thread) {
-  if (thread.state == State::finished) return name(thread) + " has exited";
-  if (thread.meeting == nullptr) return name(thread) + " spins";
+  if (thread.state == State::finished) return describe(thread) + " has exited";
+  if (thread.meeting == nullptr) return describe(thread) + " spins";
   const Meeting& meeting = *thread.meeting;
-  const char* slash = strrchr(meeting.site.file, '/');
-  std::string text = name(thread) + " waits at " + meeting.name;
-  if (meeting.mask != 0) text += " of lanes " + hex(meeting.mask);
-  return text + " (" + (slash ? slash + 1 : meeting.site.file) + ":" + std::to_string(meeting.site.line) +
-         ")";
+  return describe(thread) + " waits at " + meeting.name +
+         (meeting.mask != 0 ? " of lanes " + hex(meeting.mask) : "") + describe(meeting.site);
 }
 
 // In the natural order of threads, whatever the order of turns was.

@@ -229,6 +229,14 @@ void note_static_shared(Site site) {
   tsan_acquire(&scheduler.static_tokens[(scheduler.batch + 1) % 2]);
 }
 
+void expect_global(const char* name, const void* address, Site site) {
+  const Block& block = *scheduler.current->block;
+  const size_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(block.shared);
+  if (block.shared == nullptr || offset >= scheduler.shape.shared_bytes) return;
+  raise_fault("bad address: " + describe(*scheduler.current) + " gives shared memory to " + name +
+              describe(site) + ", which takes global memory alone");
+}
+
 unsigned lane() { return scheduler.current->lane; }
 
 unsigned live_lanes() { return scheduler.current->warp->present & ~scheduler.current->warp->exited; }

@@ -94,6 +94,8 @@ std::vector<uint32_t> block_order(size_t count);
 
 // diagnose.cpp
 std::string describe(const uint3& index);
+std::string describe(const Thread& thread);
+std::string describe(const Site& site);  // with a space before it
 std::string describe_wait(const Thread& thread);
 std::string describe_deadlock();
 std::string describe_spin();

@@ -23,4 +23,5 @@
 #include "cuda_on_cpu/atomics.h"
 #include "cuda_on_cpu/launch.h"
 #include "cuda_on_cpu/math.h"
+#include "cuda_on_cpu/memory.h"
 #include "cuda_on_cpu/warp.h"

@@ -32,6 +32,8 @@ int launch(const LaunchShape& shape, const void* kernel, void (*body)(void*), vo
 
 void* dynamic_shared_memory();
 void note_static_shared(Site site);
+// A fault if `address` lies in the block's dynamic shared memory, where `name` would fault on a device.
+void expect_global(const char* name, const void* address, Site site);
 
 // Waits for every thread of the block; returns in how many of them `predicate` held.
 int sync_block(const char* name, bool predicate, Site site);

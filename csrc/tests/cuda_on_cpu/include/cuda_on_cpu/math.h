@@ -126,27 +126,3 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   }
   return result;
 }
-
-#define CUDA_ON_CPU_LOAD(name) \
-  template <class T>           \
-  T name(const T* address) {   \
-    return *address;           \
-  }
-CUDA_ON_CPU_LOAD(__ldg)
-CUDA_ON_CPU_LOAD(__ldca)
-CUDA_ON_CPU_LOAD(__ldcg)
-CUDA_ON_CPU_LOAD(__ldcs)
-CUDA_ON_CPU_LOAD(__ldcv)
-CUDA_ON_CPU_LOAD(__ldlu)
-#undef CUDA_ON_CPU_LOAD
-
-#define CUDA_ON_CPU_STORE(name)                          \
-  template <class T>                                     \
-  void name(T* address, std::type_identity_t<T> value) { \
-    *address = value;                                    \
-  }
-CUDA_ON_CPU_STORE(__stcg)
-CUDA_ON_CPU_STORE(__stcs)
-CUDA_ON_CPU_STORE(__stwb)
-CUDA_ON_CPU_STORE(__stwt)
-#undef CUDA_ON_CPU_STORE
