@@ -61,10 +61,12 @@ MARKS = {
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of the layers, which tools/run_tests.py runs apart from those of the house."""
+    """Mark the tests of the layers, for tools/run_tests.py, which runs them apart from those of the house."""
     for folder in item.path.relative_to(TESTS).parts[:-1]:
         if (TESTS.parent / "python" / "fusednn" / folder).is_dir():
             item.add_marker("family")
+            if folder == "attention":
+                item.add_marker("attention")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,9 +1,10 @@
-"""Run the tests in four pytest processes, as many at a time as there are cores for them.
+"""Run the tests in five pytest processes, as many at a time as there are cores for them.
 
     python tools/run_tests.py [options and paths for pytest]
 
-house: builds, tools, dispatch. families: the layers. emulated: those of the layers' tests that run CUDA
-kernels in the emulator. interpreter: those that Triton's interpreter runs, which needs a process of its own.
+house: builds, tools, dispatch. attention: the largest family of layers. families: the others. emulated: those
+of the layers' tests that run CUDA kernels in the emulator. interpreter: those that Triton's interpreter runs,
+which needs a process of its own.
 The output of each is shown when it ends, and one summary at the end; exit code 1 if a process failed, found
 no test, or could not run.
 """
@@ -42,7 +43,8 @@ class Process:
 PROCESSES = (
     Process("house", "not interpreter and not family"),
     Process("interpreter", "interpreter", {"TRITON_INTERPRET": "1"}, needs="triton"),
-    Process("families", "not interpreter and not emulated and family"),
+    Process("attention", "not interpreter and not emulated and attention"),
+    Process("families", "not interpreter and not emulated and family and not attention"),
     Process("emulated", "not interpreter and emulated and family"),
 )
 

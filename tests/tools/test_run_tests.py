@@ -14,6 +14,10 @@ def test_house(): assert "TRITON_INTERPRET" not in os.environ
 def test_families(): assert "TRITON_INTERPRET" not in os.environ
 
 @pytest.mark.family
+@pytest.mark.attention
+def test_attention(): assert "TRITON_INTERPRET" not in os.environ
+
+@pytest.mark.family
 @pytest.mark.emulated
 def test_emulated(): assert "TRITON_INTERPRET" not in os.environ
 
@@ -25,9 +29,10 @@ addopts = -q --strict-markers
 markers =
   interpreter: in its own process
   family: of a layer
+  attention: of the largest family
   emulated: in its own process, too
 """
-NAMES = ["house", "families", "emulated", "interpreter"]
+NAMES = ["house", "attention", "families", "emulated", "interpreter"]
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def test_progress_is_said_now_and_then(suite, capfd, monkeypatch):
 def test_no_interpreter_test_is_a_failure(suite, capfd):
     (suite / "test_suite.py").write_text(SUITE.split("@pytest.mark.interpreter")[0])
     assert run_tests.main([]) == 1
-    assert "FAILED  interpreter: 3 deselected" in capfd.readouterr().out
+    assert "FAILED  interpreter: 4 deselected" in capfd.readouterr().out
 
 
 def test_a_selection_may_leave_a_process_without_tests(suite):
