@@ -164,14 +164,16 @@ struct AttentionTensors {
   }
 };
 
-AttentionResult run_forward(const AttentionTensors& t, const std::string& weights, const Tensor& output) {
+AttentionResult run_forward(const AttentionTensors& t, const std::string& weights, const Tensor& output,
+                            bool with_lse = true) {
   const Attention& c = t.call;
   cpu::AttentionForward p{};
   p.returned = weights_named(weights);
   TORCH_CHECK(p.returned == ReturnedWeights::none || !c.cu_seqlens_q, "weights: got '", weights,
               "', expected 'none' for packed sequences");
   const auto options = t.query.options();
-  const Tensor lse = at::empty({c.batch, c.heads, c.rows}, options.dtype(wide_type(t.query)));
+  Tensor lse;
+  if (with_lse) lse = at::empty({c.batch, c.heads, c.rows}, options.dtype(wide_type(t.query)));
   const int64_t columns = c.columns + c.extra;
   at::DimVector sizes{0};
   if (p.returned == ReturnedWeights::mean) sizes = {c.batch, c.rows, columns};
@@ -182,7 +184,7 @@ AttentionResult run_forward(const AttentionTensors& t, const std::string& weight
     return {output, lse, found};
   }
   p.output = out_rows_of(output);
-  p.lse = lse.mutable_data_ptr();
+  p.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   p.weights = found.numel() ? found.mutable_data_ptr() : nullptr;
   const cpu::AttentionKernels& kernels = cpu::attention_kernels();
   const cpu::Parallel threads = torch_parallel();
@@ -305,8 +307,8 @@ AttentionTensors layer_tensors(const std::array<Tensor, 3>& heads, const Optiona
 }  // namespace
 
 AttentionResult self_attention_forward(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
-                                       const std::string& weights, const Tensor& output) {
-  return run_forward(layer_tensors(heads, key_mask), weights, output);
+                                       const std::string& weights, const Tensor& output, bool with_lse) {
+  return run_forward(layer_tensors(heads, key_mask), weights, output, with_lse);
 }
 
 void self_attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_weights,

@@ -71,14 +71,14 @@ struct Parts {
   OptionalTensor key_mask;
 };
 
-Parts attend(const Layer& l) {
+Parts attend(const Layer& l, bool with_lse) {
   Parts p;
   p.input = l.rows(l.input.contiguous());
   p.heads = l.project(p.input, l.in_weight, l.in_bias);
   if (l.padding) p.key_mask = l.padding->scalar_type() == at::kBool ? l.padding->logical_not() : *l.padding;
   p.attended = at::empty_like(p.input);
   std::tie(std::ignore, p.lse, p.weights) =
-      self_attention_forward(l.three(p.heads), p.key_mask, l.weights, l.heads_of(p.attended, 1, 0));
+      self_attention_forward(l.three(p.heads), p.key_mask, l.weights, l.heads_of(p.attended, 1, 0), with_lse);
   p.result = l.project(p.attended, l.out_weight, l.out_bias).view(l.input.sizes());
   return p;
 }
@@ -124,7 +124,7 @@ struct LayerNode : torch::autograd::Function<LayerNode> {
                                const OptionalTensor& in_bias, const Tensor& out_weight,
                                const OptionalTensor& out_bias, const Layer& layer) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Parts p = attend(layer);
+    const Parts p = attend(layer, true);
     ctx->save_for_backward({input, in_weight, or_undefined(in_bias), out_weight, or_undefined(out_bias),
                             or_undefined(p.key_mask), p.heads, p.attended, p.lse});
     ctx->saved_data["heads"] = layer.heads;
@@ -192,7 +192,7 @@ std::optional<std::tuple<Tensor, Tensor>> try_multihead_attention(
     return std::make_tuple(out[0], out[1]);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Parts p = attend(layer);
+  const Parts p = attend(layer, false);
   return std::make_tuple(p.result, p.weights);
 }
 

@@ -338,6 +338,7 @@ class AttentionForwardKernel {
       const Vec<T> by(inverse(r.total[i]) * static_cast<T>(c_.dropout ? c_.dropout_scale : 1.));
       for (int64_t v = 0; v < c_.value_size; v += Vec<T>::size)
         (Vec<T>::load(r.output + i * v_pitch_ + v) * by).store(out + v, c_.value_size - v);
+      if (!p_.lse) continue;
       const T total = r.total[i];
       static_cast<T*>(p_.lse)[(q.batch * c_.heads + head) * c_.rows + at] =
           total == T(0) ? minus_infinity<T>()

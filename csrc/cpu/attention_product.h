@@ -19,17 +19,18 @@ constexpr int tile_rows() {
   return minimum(kAccumulators / V, 12);
 }
 
-// Tiles of nearly equal height.
+// Tiles of nearly equal height. `bias`: as for a tile.
 template <int V, class T>
 void multiply_panel(int64_t rows, int64_t K, Strided<T> a, const T* b, int64_t b_stride, T* c,
-                    int64_t c_stride, Into into) {
+                    int64_t c_stride, Into into, const T* bias = nullptr) {
   constexpr int M = tile_rows<V>();
   for (int64_t m = 0, tiles = ceil_div(rows, M); tiles > 0; --tiles) {
     const int64_t height = ceil_div(rows - m, tiles);
     switch (height) {
-#define FUSEDNN_CASE(N)                                                                                    \
-  case N:                                                                                                  \
-    if constexpr (N <= M) tile<N, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, V - 1, into); \
+#define FUSEDNN_CASE(N)                                                                               \
+  case N:                                                                                             \
+    if constexpr (N <= M)                                                                             \
+      tile<N, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, V - 1, into, Alone{}, bias); \
     break;
       FUSEDNN_CASE(1)
       FUSEDNN_CASE(2)

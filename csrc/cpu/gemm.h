@@ -80,12 +80,16 @@ Ahead ahead_of(const S* b, int64_t stride) {
 }
 
 // The last vector of a row of C may lie further on than its neighbours: `last` counts vectors from the first.
+// `bias`, if not null, is a row that Into::add adds in place of C's own.
 template <int M, int V, class T, class S, class Beside = Alone>
 void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c_stride, int last, Into into,
-          Beside beside = {}) {
+          Beside beside = {}, const T* bias = nullptr) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[M][V];
-  const auto at = [&](int m, int v) { return c + m * c_stride + (v < V - 1 ? v : last) * w; };
+  const T* added = bias ? bias : c;
+  const int64_t added_stride = bias ? 0 : c_stride;
+  const auto place = [&](int64_t stride, int m, int v) { return m * stride + (v < V - 1 ? v : last) * w; };
+  const auto at = [&](int m, int v) { return c + place(c_stride, m, v); };
 #pragma GCC unroll 24
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -114,7 +118,8 @@ void tile(int64_t K, Strided<T> a, const S* b, int64_t b_stride, T* c, int64_t c
       if (into == Into::stream)
         acc[m][v].stream(at(m, v));
       else
-        (into == Into::add ? Vec<T>::load(at(m, v)) + acc[m][v] : acc[m][v]).store(at(m, v));
+        (into == Into::add ? Vec<T>::load(added + place(added_stride, m, v)) + acc[m][v] : acc[m][v])
+            .store(at(m, v));
     }
 }
 

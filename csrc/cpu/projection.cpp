@@ -60,13 +60,6 @@ size_t workspace(const MatrixProduct& p, int threads) {
   return count.bytes;
 }
 
-// to[rows][P] starts with the bias.
-void fill(int64_t rows, const T* bias, int64_t count, T* to, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t j = 0; j < P; j += Vec<T>::size)
-      (count > j ? Vec<T>::load(bias + j, count - j) : Vec<T>(T(0))).store(to + r * stride + j);
-}
-
 // Rows [first, first + rows), depth [k, k + depth).
 void block(const MatrixProduct& p, int64_t first, int64_t rows, int64_t k, int64_t depth, Strided<T> a,
            const Room& room) {
@@ -75,13 +68,14 @@ void block(const MatrixProduct& p, int64_t first, int64_t rows, int64_t k, int64
     T* out = p.out + first * p.out_row_stride + n;
     T* to = whole ? out : room.edge;
     const int64_t stride = whole ? p.out_row_stride : P, count = minimum(P, p.columns - n);
-    const bool begun = k > 0 || p.bias;
     if (!whole && k > 0)
       for (int64_t r = 0; r < rows; ++r)
         std::memcpy(to + r * P, out + r * p.out_row_stride, count * sizeof(T));
-    if (k == 0 && p.bias) fill(rows, p.bias + n, count, to, stride);
+    T bias[P] = {};
+    const bool biased = p.bias && k == 0;
+    if (biased) std::memcpy(bias, p.bias + n, count * sizeof(T));
     multiply_panel<kWide>(rows, depth, a, p.packed + n * p.depth + k * P, P, to, stride,
-                          begun ? Into::add : Into::overwrite);
+                          k > 0 || biased ? Into::add : Into::overwrite, biased ? bias : nullptr);
     if (whole) continue;
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * p.out_row_stride, to + r * P, count * sizeof(T));
   }

@@ -53,7 +53,7 @@ struct Attention {
 struct AttentionForward {
   Attention call;
   HeadRowsOut output;  // [B, H, L, V]
-  void* lse;           // [B, H, L], float or double
+  void* lse;           // [B, H, L], float or double, or null
   ReturnedWeights returned;
   void* weights;  // [B, L, S + X] or [B, H, L, S + X]
 };
