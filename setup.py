@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 import toolchain  # noqa: E402
 
-RECORD = "_build_info.json"  # read by fusednn._native before it loads the extension
+RECORD = "_build_info.json"  # read by fusednn.core.native before it loads the extension
 PACKAGE_DIRS = {"fusednn": "python/fusednn", "fusednn.triton_kernels": "triton_kernels"}
 
 
@@ -36,10 +36,12 @@ def from_source(pattern: str, path: str) -> str:
 
 
 def packages() -> list[str]:
-    """List fusednn and its subpackages."""
-    source = ROOT / "python"
-    found = [".".join(p.parent.relative_to(source).parts) for p in sorted(source.rglob("__init__.py"))]
-    return [*found, "fusednn.triton_kernels"]
+    """List fusednn, its subpackages, and the Triton kernels'."""
+    found = []
+    for source, prefix in (("python", ()), ("triton_kernels", ("fusednn", "triton_kernels"))):
+        for path in sorted((ROOT / source).rglob("__init__.py")):
+            found.append(".".join((*prefix, *path.parent.relative_to(ROOT / source).parts)))
+    return found
 
 
 def native_extensions() -> list[Extension]:
@@ -133,7 +135,7 @@ class CMakeBuild(build_ext):
         record = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda if cuda else None,
-            "interface": int(from_source(r"INTERFACE_VERSION = (\d+)", "python/fusednn/_native.py")),
+            "interface": int(from_source(r"INTERFACE_VERSION = (\d+)", "python/fusednn/core/native.py")),
             "version": self.distribution.get_version(),
         }
         (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")

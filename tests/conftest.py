@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import fusednn
-from fusednn import _native, testing
+from fusednn import testing
+from fusednn.core import native as _native
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 REQUIRE_ALL = os.environ.get("FUSEDNN_REQUIRE_ALL") == "1"

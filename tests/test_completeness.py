@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fusednn
-from fusednn.dispatch import Operation
+from fusednn.core.dispatch import Operation
 
 OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusednn::"))
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks" / "cases"

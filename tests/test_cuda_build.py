@@ -112,19 +112,22 @@ def test_everything_compiles_without_spills(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = json.loads(report.read_text())
     assert {k["arch"] for k in kernels} == set(check.ARCHITECTURES)
-    sources = {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    sources = {check.name_of(p) for p in (ROOT / "csrc").glob("*/cuda/*.cu")}
     assert {k["source"] for k in kernels} == sources
-    assert {p.name for p in check.binding_sources()} >= {"rnn_cuda.cpp", "cuda_stream.cpp"}
+    assert {check.name_of(p) for p in check.binding_sources()} >= {
+        "rnn/bindings/cuda.cpp",
+        "core/bindings/cuda_stream.cpp",
+    }
 
 
 @needs_nvcc
-@pytest.mark.parametrize("name", ["rnn_forward", "rnn_backward"])
+@pytest.mark.parametrize("name", ["forward", "backward"])
 def test_packs_stay_one_access(name, tmp_path):
     """Every global access of a kernel on packs of N elements moves the whole pack."""
     ptx = tmp_path / "kernel.ptx"
     csrc = ROOT / "csrc"
-    command = [NVCC, "-std=c++20", "-O3", "-arch=compute_80", "-ptx", f"-I{csrc}", f"-I{csrc / 'include'}",
-               str(csrc / "cuda" / f"{name}.cu"), "-o", str(ptx)]  # fmt: skip
+    command = [NVCC, "-std=c++20", "-O3", "-arch=compute_80", "-ptx", f"-I{csrc}",
+               str(csrc / "rnn" / "cuda" / f"{name}.cu"), "-o", str(ptx)]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     entries = re.split(r"\.entry ", ptx.read_text())[1:]
     assert len(entries) == 2 * 13

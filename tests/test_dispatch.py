@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import fusednn
-from fusednn import _native, settings, testing
-from fusednn.dispatch import Implementation, Operation
+from fusednn import testing
+from fusednn.core import native as _native
+from fusednn.core import settings
+from fusednn.core.dispatch import Implementation, Operation
 
 PACKAGE = Path(fusednn.__file__).parent
 
@@ -207,7 +209,7 @@ class Keep(logging.Handler):
     def emit(self, record): records.append(record.getMessage())
 logging.getLogger("fusednn").addHandler(Keep())
 import torch, fusednn
-from fusednn import _native, settings
+from fusednn.core import native as _native, settings
 h = fusednn.GRUCell(3, 5)(torch.randn(2, 3))
 json.dump({
     "native": _native.extension is not None,
@@ -264,7 +266,7 @@ def test_environment_leaves_the_extension_out():
 @pytest.mark.usefixtures("native")
 def test_environment_turns_the_weight_cache_off():
     script = (
-        "import torch, fusednn; from fusednn import _native; cell = fusednn.GRUCell(8, 16)\n"
+        "import torch, fusednn; from fusednn.core import native as _native; cell = fusednn.GRUCell(8, 16)\n"
         "for _ in range(4): cell(torch.randn(32, 8))\n"
         "print(_native.extension.cpu.packed_weights())"
     )

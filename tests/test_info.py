@@ -14,7 +14,9 @@ import pytest
 
 import fusednn
 from fusednn import __main__ as command_line
-from fusednn import _native, info, settings
+from fusednn import info
+from fusednn.core import native as _native
+from fusednn.core import settings
 
 # The package as this process found it: an editable install may belong to another folder.
 PACKAGE_PARENT = Path(fusednn.__file__).parents[1]

@@ -227,8 +227,6 @@ def test_native_wheel_holds_the_extension_and_its_record(tmp_path):
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
-    code = (
-        f"{ALONE}import fusednn, fusednn._native as n; assert n.extension is not None; print(n.build_info())"
-    )
+    code = f"{ALONE}import fusednn.core.native as n; assert n.extension is not None; print(n.build_info())"
     said = run(sys.executable, "-c", code, cwd=target, PYTHONPATH=str(target))
     assert "'interface'" in said

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fusednn
-from fusednn import _native, testing
+from fusednn import testing
+from fusednn.core import native as _native
 
 
 def _results(dtype=torch.float32):

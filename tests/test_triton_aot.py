@@ -22,7 +22,12 @@ pytestmark = [
 
 
 def compile_one(**changes):
-    job = {"module": "triton_kernels.rnn", "case": "lstm_forward/wide", "dtype": "fp32", "arch": 90}
+    job = {
+        "module": "fusednn.triton_kernels.rnn.gates",
+        "case": "lstm_forward/wide",
+        "dtype": "fp32",
+        "arch": 90,
+    }
     return triton_aot.compile_case(triton_aot.Job(**(job | changes)))
 
 
@@ -52,7 +57,7 @@ def test_failure_to_compile_is_caught(tmp_path, monkeypatch):
     """A jitted function that returns two types: the interpreter runs it, the compiler refuses."""
     (tmp_path / "broken.py").write_text(
         "import triton, triton.language as tl\n"
-        "from triton_kernels.aot import AotCase\n"
+        "from fusednn.triton_kernels.core.aot import AotCase\n"
         "@triton.jit\n"
         "def load(x):\n"
         "    value = tl.load(x)\n"
@@ -72,8 +77,8 @@ def test_failure_to_compile_is_caught(tmp_path, monkeypatch):
 
 
 def test_misnamed_arguments_are_an_error():
-    from triton_kernels import rnn
-    from triton_kernels.aot import AotCase
+    from fusednn.triton_kernels.core.aot import AotCase
+    from fusednn.triton_kernels.rnn import gates as rnn
 
     case = AotCase("misnamed", rnn.gru_backward_kernel, ("grad_h",), {}, {}, {})
     with pytest.raises(ValueError, match=r"misnamed: arguments .*'gates'.* are not named on both sides"):

@@ -5,7 +5,7 @@ import torch
 
 FUNCTIONS = ("exp", "tanh", "sigmoid")
 
-# As csrc/cpu/vec_math.h states them.
+# As csrc/core/cpu/vec_math.h states them.
 BOUNDS = {"exp": 1.5, "tanh": 3.0, "sigmoid": 3.0}
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)

@@ -2,9 +2,9 @@
 
     python tools/cuda_build_check.py [--json FILE] [--arch 80 90] [--jobs 2] [--no-bindings]
 
-Kernels: csrc/cuda/*.cu by nvcc. Bindings: csrc/bindings/*.cpp that need CUDA headers, by the host compiler
-against the installed torch, whose CPU build ships those headers too. Exits with 1 if anything fails to
-compile or spills.
+Kernels: csrc/*/cuda/*.cu by nvcc. Bindings: csrc/*/bindings/*.cpp that need CUDA headers, by the host
+compiler against the installed torch, whose CPU build ships those headers too. Exits with 1 if anything fails
+to compile or spills.
 """
 
 from __future__ import annotations
@@ -112,6 +112,11 @@ class Compilation:
     kernels: tuple[Kernel, ...] = ()
 
 
+def name_of(source: Path) -> str:
+    """A source's path below csrc: `rnn/cuda/forward.cu`."""
+    return str(source.resolve().relative_to(CSRC)) if source.resolve().is_relative_to(CSRC) else source.name
+
+
 def compile_kernels(nvcc: str, source: Path, arch: int, extra: tuple[str, ...] = ()) -> Compilation:
     """Compiles one .cu file for one architecture; for the newest, the host code and the PTX too."""
     if arch == ARCHITECTURES[-1]:
@@ -120,18 +125,17 @@ def compile_kernels(nvcc: str, source: Path, arch: int, extra: tuple[str, ...] =
         target = (f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin")
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc, *NVCC_FLAGS, *extra, *target, f"-I{CSRC}", f"-I{CSRC / 'include'}",
-            str(source), "-o", str(Path(folder, "out")),
+            nvcc, *NVCC_FLAGS, *extra, *target, f"-I{CSRC}", str(source), "-o", str(Path(folder, "out")),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
     output = done.stdout + done.stderr
     kernels = tuple(parse_ptxas(output)) if done.returncode == 0 else ()
-    return Compilation(source.name, f"sm_{arch}", done.returncode, output, kernels)
+    return Compilation(name_of(source), f"sm_{arch}", done.returncode, output, kernels)
 
 
 def binding_sources() -> list[Path]:
     """The bindings that only a CUDA build compiles."""
-    return sorted(p for p in (CSRC / "bindings").glob("*.cpp") if "cuda" in p.stem)
+    return sorted(p for p in CSRC.glob("*/bindings/*.cpp") if "cuda" in p.stem)
 
 
 def compile_binding(toolkit: Path, source: Path, compiler: str = "") -> Compilation:
@@ -142,11 +146,11 @@ def compile_binding(toolkit: Path, source: Path, compiler: str = "") -> Compilat
     with tempfile.TemporaryDirectory() as folder:
         command = [
             compiler or os.environ.get("CXX", "g++"), *HOST_FLAGS, "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
-            f"-I{CSRC}", f"-I{CSRC / 'include'}", *(f"-isystem{path}" for path in systems),
+            f"-I{CSRC}", *(f"-isystem{path}" for path in systems),
             "-c", str(source), "-o", str(Path(folder, "out.o")),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-    return Compilation(source.name, "host", done.returncode, done.stdout + done.stderr)
+    return Compilation(name_of(source), "host", done.returncode, done.stdout + done.stderr)
 
 
 def run(nvcc: str, architectures: list[int], workers: int, bindings: bool) -> list[Compilation]:
@@ -154,7 +158,7 @@ def run(nvcc: str, architectures: list[int], workers: int, bindings: bool) -> li
     toolkit = toolkit_of(nvcc)
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(compile_binding, toolkit, source) for source in binding_sources() if bindings]
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
+        for source in sorted(CSRC.glob("*/cuda/*.cu")):
             futures += [pool.submit(compile_kernels, nvcc, source, arch) for arch in architectures]
         return [future.result() for future in futures]
 

@@ -1,4 +1,4 @@
-"""Print the polynomial of csrc/cpu/vec_math.h: Q in exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2.
+"""Print the polynomial of csrc/core/cpu/vec_math.h: Q in exp(r) = 1 + r + r^2 Q(r) on |r| <= ln(2) / 2.
 
 Remez exchange in 60-digit arithmetic on the error of Q (r^2 <= 0.12 times smaller in exp); run it to get the
 same digits again.

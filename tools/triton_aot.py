@@ -2,8 +2,8 @@
 
     python tools/triton_aot.py [--json FILE] [--arch 80 90] [--dtype fp32] [--jobs 2] [case ...]
 
-The modules of triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails to
-compile or uses local memory, which these kernels only do by spilling.
+The modules of fusednn.triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails
+to compile or uses local memory, which these kernels only do by spilling.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def jobs_of(
     """Every registered combination; `dtypes` and `cases` narrow it down unless empty."""
     dtypes, cases = set(dtypes), set(cases)
     jobs = []
-    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+    for info in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         for case in getattr(importlib.import_module(info.name), "AOT_CASES", ()):
             if cases and case.name not in cases:
                 continue
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     os.environ.pop("TRITON_INTERPRET", None)
-    jobs = jobs_of("triton_kernels", arguments.arch, arguments.dtype, arguments.cases)
+    jobs = jobs_of("fusednn.triton_kernels", arguments.arch, arguments.dtype, arguments.cases)
     if not jobs:
         parser.error("nothing to compile")
     results = run(jobs, arguments.jobs)

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/launch.h"
+#include "core/cuda/launch.h"
 
 using fusednn::cuda::launch;
 

@@ -9,11 +9,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention/cuda/params.h"
+#include "attention/philox.h"
 #include "check.h"
 #include "cuda_runtime.h"
-#include "fusednn/attention_cuda.h"
 #include "in_order.h"
-#include "math/philox.h"
 
 namespace attention = fusednn::cuda::attention;
 using fusednn::DType;

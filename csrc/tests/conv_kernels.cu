@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "check.h"
+#include "conv/cuda/params.h"
 #include "cuda_runtime.h"
-#include "fusednn/conv_cuda.h"
 
 using fusednn::Activation;
 using fusednn::DType;

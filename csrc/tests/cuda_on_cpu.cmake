@@ -8,7 +8,7 @@ function(add_cuda_on_cpu name)
   target_compile_definitions(${name} PRIVATE ${ARGN})
   target_include_directories(${name} BEFORE PUBLIC
     "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/cuda_on_cpu/include"
-    "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/.." "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../include")
+    "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/..")
   set_target_properties(${name} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_EXTENSIONS OFF
     CXX_VISIBILITY_PRESET hidden)
 endfunction()

@@ -1,6 +1,6 @@
 // The CUDA bindings on CPU tensors: what the tests import as _cuda_on_cpu. Its "stream" is the only one there
 // is.
-#include "bindings/bindings.h"
+#include "core/bindings/bindings.h"
 
 namespace {
 

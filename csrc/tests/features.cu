@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "cuda/launch.h"
+#include "core/cuda/launch.h"
 #include "cuda_on_cpu.h"
 #include "in_order.h"
 

@@ -9,8 +9,8 @@
 
 #include "check.h"
 #include "cuda_runtime.h"
-#include "fusednn/attention_lstm_cuda.h"
-#include "fusednn/spatial_cuda.h"
+#include "recurrence/cuda/params.h"
+#include "spatial/cuda/params.h"
 
 using namespace fusednn::cuda;
 using fusednn::DType;

@@ -7,12 +7,12 @@ from .attention.modules import MultiheadAttention
 from .attention.transformer import TransformerEncoderLayer
 from .conv.block import DepthwiseSeparableConv2d
 from .conv.modules import DepthwiseConv1d, DepthwiseConv2d
-from .dispatch import explain
+from .core.dispatch import explain
+from .core.settings import use_backend
+from .recurrence.modules import AttentionLSTM
 from .replace import replace_layers, restore_layers
 from .rnn.modules import GRUCell, LSTMCell
-from .settings import use_backend
 from .spatial.modules import SpatialAttention
-from .spatial.recurrent_modules import AttentionLSTM
 
 __all__ = [
     "AttentionLSTM",

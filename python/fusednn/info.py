@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from . import _native, settings
 from ._version import __version__
+from .core import native, settings
 
 _DISTRIBUTIONS = ("triton", "numpy", "onnxruntime", "openvino")
 _PEERS = {"onnxruntime": "onnx onnxscript onnxruntime", "openvino": "openvino"}  # and what pip is to install
@@ -31,9 +31,9 @@ def collect() -> dict[str, Any]:
     return {
         "versions": _versions(),
         "native": {
-            "loaded": _native.extension is not None,
-            "reason": _without_paths(_native.unavailable_reason),
-            "build": _native.build_info(),
+            "loaded": native.extension is not None,
+            "reason": _without_paths(native.unavailable_reason),
+            "build": native.build_info(),
         },
         "cpu": _cpu(),
         "devices": _devices(),
@@ -87,10 +87,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    native = _native.extension
+    extension = native.extension
     return {
-        "isa": native.cpu.isa() if native is not None else None,
-        "best_isa": native.cpu.best_isa() if native is not None else None,
+        "isa": extension.cpu.isa() if extension is not None else None,
+        "best_isa": extension.cpu.best_isa() if extension is not None else None,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -115,14 +115,14 @@ def _backends() -> dict[str, str | None]:
     """Backend to the reason why it serves nothing here; None: it serves."""
     return {
         "reference": None,
-        "cpu": _without_paths(_native.unavailable_reason),
+        "cpu": _without_paths(native.unavailable_reason),
         "cuda": _against_cuda(),
         "triton": _against_triton(),
     }
 
 
 def _against_cuda() -> str | None:
-    if "cuda" not in _native.cuda_modules:
+    if "cuda" not in native.cuda_modules:
         return "this build has no CUDA kernels"
     return None if torch.cuda.is_available() else "no CUDA device"
 
@@ -145,11 +145,11 @@ def _variables() -> dict[str, str | None]:
 
 def _missing() -> list[dict[str, str]]:
     found = []
-    if _native.extension is None:
-        why = _without_paths(_native.unavailable_reason) or "not built"
-        command = "unset FUSEDNN_NATIVE" if not settings.native_enabled() else _native.REMEDY
+    if native.extension is None:
+        why = _without_paths(native.unavailable_reason) or "not built"
+        command = "unset FUSEDNN_NATIVE" if not settings.native_enabled() else native.REMEDY
         found.append({"what": "extension", "why": why, "command": command})
-    if torch.cuda.is_available() and "cuda" not in _native.cuda_modules:
+    if torch.cuda.is_available() and "cuda" not in native.cuda_modules:
         command = "FUSEDNN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fusednn"
         if _in_checkout():
             command = "FUSEDNN_CUDA=1 pip install --no-build-isolation --no-deps -e ."

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _native, settings
+from .core import native, settings
 
 ERROR_RATIO = 2.0
 """A kernel's largest error may be this many times that of same-dtype PyTorch."""
@@ -115,22 +115,22 @@ def emulated_cuda(module: ModuleType, device_type: str = "cpu") -> Iterator[None
         module: has the functions of ``fusednn._C.cuda``, e.g. those kernels compiled to run on the CPU.
         device_type: ``Tensor.device.type`` of the tensors that it takes.
     """
-    before = _native.cuda_modules.get(device_type)
-    _native.cuda_modules[device_type] = module
+    before = native.cuda_modules.get(device_type)
+    native.cuda_modules[device_type] = module
     try:
         yield
     finally:
         if before is None:
-            del _native.cuda_modules[device_type]
+            del native.cuda_modules[device_type]
         else:
-            _native.cuda_modules[device_type] = before
+            native.cuda_modules[device_type] = before
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets that this machine and this build can run the CPU kernels on, weakest first."""
-    if _native.extension is None:
+    if native.extension is None:
         return ()
-    best = settings.INSTRUCTION_SETS.index(_native.extension.cpu.best_isa())
+    best = settings.INSTRUCTION_SETS.index(native.extension.cpu.best_isa())
     return settings.INSTRUCTION_SETS[: best + 1]
 
 
@@ -142,9 +142,9 @@ def instruction_set(name: str) -> Iterator[None]:
         RuntimeError: there are no compiled kernels.
         ValueError: the machine or the build lacks the instruction set.
     """
-    if _native.extension is None:
-        raise RuntimeError(f"instruction_set: {_native.unavailable_reason}")
-    cpu = _native.extension.cpu
+    if native.extension is None:
+        raise RuntimeError(f"instruction_set: {native.unavailable_reason}")
+    cpu = native.extension.cpu
     before = cpu.isa()
     cpu.set_isa(name)
     try:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusednn import settings
 from fusednn.attention import dropout
+from fusednn.core import settings
 from fusednn.testing import assert_close_to_oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fusednn import _native
+from fusednn.core import native as _native
 from tests import conftest as suite
 
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
@@ -100,7 +100,7 @@ def _found(place: suite.Place, name: str) -> bool:
         return hasattr(suite.emulated_module(), name)
     if place.backend == "cuda":
         return any(hasattr(module, name) for module in _native.cuda_modules.values())
-    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "attention.py"
+    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "attention" / "launch.py"
     return kernels.exists() and name in kernels.read_text()
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusednn import _native, testing
+from fusednn import testing
 from fusednn.attention import reference
+from fusednn.core import native as _native
 from tests import conftest as suite
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

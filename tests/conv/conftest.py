@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusednn import _native
+from fusednn.core import native as _native
 from tests import conftest as suite
 
 DEPTHWISE = ("depthwise_conv2d_forward", "depthwise_conv2d_backward")
@@ -66,7 +66,7 @@ def _found(place: suite.Place, name: str) -> bool:
         return hasattr(suite.emulated_module(), name)
     if place.backend == "cuda":
         return any(hasattr(module, name) for module in _native.cuda_modules.values())
-    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "conv.py"
+    kernels = suite.TEST_MODULES.parents[1] / "triton_kernels" / "conv" / "launch.py"
     return kernels.exists() and f"def {name}(" in kernels.read_text()
 
 

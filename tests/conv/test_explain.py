@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fusednn
-from fusednn import _native
+from fusednn.core import native as _native
 
 pytestmark = pytest.mark.skipif(_native.extension is None, reason="no extension")
 

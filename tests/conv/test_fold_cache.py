@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fusednn
-from fusednn import _native
 from fusednn.conv import shortcut
+from fusednn.core import native as _native
 
 SOURCES = [f"{c}.{n}" for c in ("depthwise", "pointwise") for n in ("weight", "bias")] + [
     f"norm{i}.{n}" for i in (1, 2) for n in ("weight", "bias", "running_mean", "running_var")

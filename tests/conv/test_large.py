@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusednn
-from fusednn import _native
+from fusednn.core import native as _native
 
 FORMATS = {False: (1, 66_000, 13_190), True: (8, 23_300, 4_659)}  # channels, height = width, stride
 WINDOWS, KERNEL = 6, 3

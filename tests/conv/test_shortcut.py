@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusednn
-from fusednn import _native
 from fusednn.conv import shortcut
+from fusednn.core import native as _native
 
 from .test_block import Block, every_block, images, pair, step
 

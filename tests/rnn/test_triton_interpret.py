@@ -25,7 +25,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import triton
     import triton.language as tl
 
-    from triton_kernels import activations, not_supported_reasons, rnn
+    from fusednn.triton_kernels import not_supported_reasons
+    from fusednn.triton_kernels.core import activations
+    from fusednn.triton_kernels.rnn import gates as rnn
 
     from . import gate_checks
 
@@ -100,5 +102,5 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 else:
 
     def test_importing_the_package_does_not_import_triton():
-        code = "import sys, triton_kernels; assert 'triton' not in sys.modules"
+        code = "import sys, fusednn.triton_kernels; assert 'triton' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

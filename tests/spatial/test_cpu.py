@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fusednn
-from fusednn import _native, dispatch
+from fusednn.core import dispatch
+from fusednn.core import native as _native
 from fusednn.spatial import shortcut
 
 from .cases import OUTPUTS, SCORES, check, fused_step, make, run

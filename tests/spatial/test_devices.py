@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednn
-from fusednn import _native
+from fusednn.core import native as _native
 from fusednn.functional import spatial_attention, spatial_softmax
-from fusednn.spatial import plan, reference
+from fusednn.recurrence import plan
+from fusednn.spatial import reference
 
 from .cases import DTYPES, OUTPUTS, SCORES, check, fused_step, make, run
 from .op_cases import op_cases

@@ -20,7 +20,7 @@ def kernels():
     """Return the module of the call's plan; all calls are Triton's."""
     assert INTERPRETED
     with running_on(INTERPRETER):
-        from fusednn.triton_kernels import spatial_call
+        from fusednn.triton_kernels.spatial import call as spatial_call
 
         yield spatial_call
 
@@ -92,7 +92,7 @@ def test_results_do_not_depend_on_the_batch(kernels):
 
 def test_offsets_beyond_2_31(kernels, tmp_path):
     """Strides of a sparse file, whose pages exist where they were written."""
-    from fusednn.triton_kernels.spatial_forward import attention_forward_kernel
+    from fusednn.triton_kernels.spatial.forward import attention_forward_kernel
 
     n, c, p = 2, 3, 4
     strides = (1 << 32, 1 << 30, 1 << 20)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..dispatch import Implementation, Operation, Reasons
+from ..core import native
+from ..core.dispatch import Implementation, Operation, Reasons
 from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,9 +30,9 @@ def _triton_kernels() -> ModuleType:
 
 
 def _against_cpu(name: str, query: Tensor) -> Reasons:
-    if _native.extension is None:
-        return [_native.unavailable_reason or "no extension"]
-    if not hasattr(_native.extension.cpu, name):
+    if native.extension is None:
+        return [native.unavailable_reason or "no extension"]
+    if not hasattr(native.extension.cpu, name):
         return [f"this build's CPU kernels lack {name}"]
     if query.device.type != "cpu":
         return [f"got tensors on {query.device}, expected cpu"]
@@ -40,9 +40,9 @@ def _against_cpu(name: str, query: Tensor) -> Reasons:
 
 
 def _against_cuda(name: str, query: Tensor) -> Reasons:
-    if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
+    if not any(hasattr(module, name) for module in native.cuda_modules.values()):
         return [f"this build has no CUDA kernel for {name}"]
-    if not hasattr(_native.cuda_modules.get(query.device.type), name):
+    if not hasattr(native.cuda_modules.get(query.device.type), name):
         return [f"got tensors on {query.device}, expected cuda"]
     return _against_dtype(query)
 
@@ -67,10 +67,10 @@ def _operation(name: str, first: int) -> Operation:
     """Make the operation `name`, whose argument `first` is the query."""
 
     def cpu(*args: Any) -> Any:
-        return getattr(_native.extension.cpu, name)(*args)
+        return getattr(native.extension.cpu, name)(*args)
 
     def cuda(*args: Any) -> Any:
-        return getattr(_native.cuda_modules[args[first].device.type], name)(*args)
+        return getattr(native.cuda_modules[args[first].device.type], name)(*args)
 
     return Operation(
         name,
@@ -118,7 +118,7 @@ def _products_are_torchs(*_args: Any) -> Reasons:
 
 def _projection(name: str) -> Operation:
     def cpu(*args: Any) -> Any:
-        return getattr(_native.extension.cpu, name)(*args)
+        return getattr(native.extension.cpu, name)(*args)
 
     torchs = getattr(reference, name)
     return Operation(

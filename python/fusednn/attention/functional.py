@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import settings
-from ..dispatch import record_choice
-from ..transforms import autocast_enabled, needs_torchs_ops
+from ..core import settings
+from ..core.dispatch import record_choice
+from ..core.transforms import autocast_enabled, needs_torchs_ops
 from . import (
     checks,
     ops,  # noqa: F401  registers torch.ops.fusednn.*

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..transforms import autocast_enabled
+from ..core.transforms import autocast_enabled
 from .functional import scaled_dot_product_attention
 
 SCORES = ("dot", "general", "concat")

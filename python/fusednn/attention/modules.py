@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transforms import autocast_enabled
+from ..core.transforms import autocast_enabled
 from . import functional, mha_checks, nested, shortcut
 from .mha_checks import Layer
 from .projections import extra_columns, project, project_in

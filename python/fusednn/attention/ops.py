@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
-from ..transforms import under_transform
+from ..core import settings
+from ..core.transforms import under_transform
 from . import backends, reference
 
 _library = torch.library.Library("fusednn", "FRAGMENT")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
-from ..transforms import under_transform
+from ..core import settings
+from ..core.transforms import under_transform
 from . import backends
 from .projection_reference import differentiable_projection_gradients
 

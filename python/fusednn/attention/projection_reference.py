@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..transforms import gradients_by_autograd, without_autocast
+from ..core.transforms import gradients_by_autograd, without_autocast
 
 
 @without_autocast

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .. import _native, settings
-from ..transforms import autocast_enabled, needs_torchs_ops
+from ..core import native, settings
+from ..core.transforms import autocast_enabled, needs_torchs_ops
 from . import projection_ops  # noqa: F401  registers torch.ops.fusednn.projection_*
 from .mha_checks import Layer
 
@@ -21,7 +21,7 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     ours = (
         input.device.type == "cpu"
         and (torch.compiler.is_compiling() or settings.backend() in ("auto", "cpu"))
-        and _native.extension is not None
+        and native.extension is not None
         and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
         and not autocast_enabled(input.device)
         and not needs_torchs_ops(*tensors)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import gradients_by_autograd, under_transform, without_autocast
+from ..core.transforms import gradients_by_autograd, under_transform, without_autocast
 from . import dropout
 from .projection_reference import projection_backward as projection_backward
 from .projection_reference import projection_forward as projection_forward

@@ -16,8 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 from torch.overrides import has_torch_function
 
-from .. import _native, dispatch, settings
-from ..transforms import gradients_by_autograd
+from ..core import dispatch, native, settings
+from ..core.transforms import gradients_by_autograd
 from . import reference
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def applies(query: Any, key: Any, value: Any) -> bool:
         and type(query) in (Tensor, nn.Parameter)
         and query.device.type == "cpu"
         and query.layout == torch.strided
-        and _native.extension is not None
-        and hasattr(_native.extension.cpu, "try_multihead_attention")
+        and native.extension is not None
+        and hasattr(native.extension.cpu, "try_multihead_attention")
         and not torch.compiler.is_compiling()
         and settings.backend() in ("auto", "cpu")
         and forward_ad._current_level < 0
@@ -53,7 +53,7 @@ def attend(
     tensors = (input, layer.in_proj_weight, layer.in_proj_bias, out.weight, out.bias)
     if has_torch_function(tensors) or (padding is not None and type(padding) is not Tensor):
         return None
-    found = _native.extension.cpu.try_multihead_attention(
+    found = native.extension.cpu.try_multihead_attention(
         *tensors, padding, layer.num_heads, layer.batch_first, weights
     )
     if found is None:

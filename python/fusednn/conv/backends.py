@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..dispatch import Implementation, Operation, Reasons, no_plan, no_reasons
+from ..core import native
+from ..core.dispatch import Implementation, Operation, Reasons, no_plan, no_reasons
 from . import reference
 from .composite import Composite
 
@@ -29,9 +29,9 @@ def _triton_kernels() -> ModuleType:
 
 
 def _against_cpu(name: str, input: Tensor) -> Reasons:
-    if _native.extension is None:
-        return [_native.unavailable_reason or "no extension"]
-    if not hasattr(_native.extension.cpu, name):
+    if native.extension is None:
+        return [native.unavailable_reason or "no extension"]
+    if not hasattr(native.extension.cpu, name):
         return [f"this build's CPU kernels lack {name}"]
     if input.device.type != "cpu":
         return [f"got tensors on {input.device}, expected cpu"]
@@ -48,7 +48,7 @@ _COMPOSED = {
 
 
 def _cuda_kernels(input: Tensor) -> ModuleType:
-    return _native.cuda_modules[input.device.type]
+    return native.cuda_modules[input.device.type]
 
 
 _compositions = {"cuda": Composite(_cuda_kernels), "triton": Composite(lambda _input: _triton_kernels())}
@@ -64,9 +64,9 @@ def _run_kernels(backend: str, kernels: ModuleType, name: str, args: tuple[Any, 
 
 def _against_cuda(name: str, input: Tensor) -> Reasons:
     name = _COMPOSED.get(name, name)
-    if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
+    if not any(hasattr(module, name) for module in native.cuda_modules.values()):
         return [f"this build has no CUDA kernel for {name}"]
-    if not hasattr(_native.cuda_modules.get(input.device.type), name):
+    if not hasattr(native.cuda_modules.get(input.device.type), name):
         return [f"got tensors on {input.device}, expected cuda"]
     return _against_dtype(input)
 
@@ -87,7 +87,7 @@ def _separable_plan(
     """Return what the CPU's planner decided on: one pass or two kernels, bytes moved, tasks."""
     if input.numel() == 0:
         return {}
-    plan = _native.extension.cpu.separable_conv2d_plan(
+    plan = native.extension.cpu.separable_conv2d_plan(
         input, w1, w2, residual is not None, stride, padding, dilation
     )
     return {"path": "fused" if plan.pop("fused") else "two kernels", **plan}
@@ -138,7 +138,7 @@ def _operation(
         (
             Implementation(
                 "cpu",
-                lambda *args: getattr(_native.extension.cpu, name)(*args),
+                lambda *args: getattr(native.extension.cpu, name)(*args),
                 lambda *args: _against_cpu(name, input_of(args)),
                 slower_on_cpu,
                 cpu_plan,

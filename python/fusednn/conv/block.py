@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
-from .. import _native, dispatch
-from ..transforms import may_need_backward, under_transform
+from ..core import dispatch, native
+from ..core.transforms import may_need_backward, under_transform
 from . import batch_norm, checks, eligibility, functional, shortcut
 from .fold_cache import FoldCache
 
@@ -179,7 +179,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         if has_torch_function((input, *sources)):
             return None
         recorded = may_need_backward(input, *sources)
-        cpu, depthwise, pointwise = _native.extension.cpu, self.depthwise, self.pointwise
+        cpu, depthwise, pointwise = native.extension.cpu, self.depthwise, self.pointwise
         if batch_norms == norms and (recorded or any(norms)):
             function = cpu.try_separable_training
         elif not recorded and not any(batch_norms):

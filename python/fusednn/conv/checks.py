@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import autocast_enabled
+from ..core.transforms import autocast_enabled
 from .reference import ACTIVATIONS
 from .shapes import output_size
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import settings
+from ..core import settings
 
 _SAMPLES = 32
 _PLAIN = (Tensor, nn.Parameter)  # exact types: a subclass may keep its data elsewhere

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..transforms import may_need_backward, under_transform
+from ..core.transforms import may_need_backward, under_transform
 from . import (
     batch_norm,
     checks,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import settings
-from ..transforms import gradients_by_autograd
+from ..core import settings
+from ..core.transforms import gradients_by_autograd
 from . import backends, reference
 from .shapes import output_format, output_size, saved_format
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..transforms import without_autocast
+from ..core.transforms import without_autocast
 from .shapes import output_format, saved_format
 
 _aten = torch.ops.aten

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from .. import _native, dispatch, settings
+from ..core import dispatch, native, settings
 from . import checks, eligibility
 
 
@@ -24,8 +24,8 @@ def applies(input: Any) -> bool:
     """Whether a call with this input may take the shortcut, as far as the block itself doesn't matter."""
     return (
         type(input) in (Tensor, nn.Parameter)
-        and _native.extension is not None
-        and hasattr(_native.extension.cpu, "BlockOptions")
+        and native.extension is not None
+        and hasattr(native.extension.cpu, "BlockOptions")
         and not torch.compiler.is_compiling()
         and settings.backend() in ("auto", "cpu")
         and forward_ad._current_level < 0
@@ -79,7 +79,7 @@ def _options(children: Mapping[str, nn.Module | None], residual: bool) -> Any:
         depthwise.dilation,
     )
     acts = (eligibility.activation_of(children[name]) for name in ("activation1", "activation2"))
-    return _native.extension.cpu.BlockOptions(depthwise.groups, *geometry, *acts, residual)
+    return native.extension.cpu.BlockOptions(depthwise.groups, *geometry, *acts, residual)
 
 
 def batch_norm_fields(norm: nn.BatchNorm2d | None, uses_batch: bool) -> tuple[Any, ...] | None:

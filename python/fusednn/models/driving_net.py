@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conv.block import DepthwiseSeparableConv2d
+from ..recurrence.modules import AttentionLSTM
 from ..spatial import checks
-from ..spatial.recurrent_modules import AttentionLSTM
 from .layers import ConvNormReLU
 
 State = tuple[Tensor, Tensor]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import dispatch
 from ..conv import batch_norm, eligibility
 from ..conv.fold_cache import FoldCache
-from ..transforms import autocast_enabled, may_need_backward, needs_torchs_ops
+from ..core import dispatch
+from ..core.transforms import autocast_enabled, may_need_backward, needs_torchs_ops
 
 
 class ConvNormReLU(nn.Module):

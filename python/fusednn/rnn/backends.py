@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..dispatch import Implementation, Operation, Reasons
+from ..core import native
+from ..core.dispatch import Implementation, Operation, Reasons
 from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,16 +28,16 @@ def _against_dtypes(input: Tensor, *states: Tensor, wide_state: bool) -> Reasons
 
 
 def _against_cpu(input: Tensor, *states: Tensor) -> Reasons:
-    if _native.extension is None:
-        return [_native.unavailable_reason or "no extension"]
+    if native.extension is None:
+        return [native.unavailable_reason or "no extension"]
     if input.device.type != "cpu":
         return [f"got tensors on {input.device}, expected cpu"]
     return _against_dtypes(input, *states, wide_state=True)
 
 
 def _against_cuda(input: Tensor, *states: Tensor) -> Reasons:
-    if input.device.type not in _native.cuda_modules:
-        if not _native.cuda_modules:
+    if input.device.type not in native.cuda_modules:
+        if not native.cuda_modules:
             return ["this build has no CUDA kernels"]
         return [f"got tensors on {input.device}, expected cuda"]
     return _against_dtypes(input, *states, wide_state=False)
@@ -97,7 +97,7 @@ class _Products:
         return reference.where_needed(grads, output_mask, input)
 
 
-_cuda = _Products(lambda input: _native.cuda_modules[input.device.type])
+_cuda = _Products(lambda input: native.cuda_modules[input.device.type])
 _triton_products = _Products(lambda _input: importlib.import_module("fusednn.triton_kernels.rnn"))
 
 
@@ -105,7 +105,7 @@ def _operation(name: str, states: Callable[..., tuple[Tensor, ...]]) -> Operatio
     """Make the operation `name`; `states` picks input and states out of its arguments for the predicates."""
 
     def cpu(*args):
-        return getattr(_native.extension.cpu, name)(*args)
+        return getattr(native.extension.cpu, name)(*args)
 
     return Operation(
         name,

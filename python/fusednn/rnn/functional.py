@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .. import _native, dispatch, settings
-from ..transforms import may_need_backward, needs_torchs_ops
+from ..core import dispatch, native, settings
+from ..core.transforms import may_need_backward, needs_torchs_ops
 from . import (
     flops,  # noqa: F401  registers the formulas
     ops,  # noqa: F401  registers torch.ops.fusednn.*
@@ -51,7 +51,7 @@ def lstm_cell(
     if has_torch_function(tensors):
         return handle_torch_function(lstm_cell, tensors, input, hx, *parameters)
     if len(tensors) == 7 and type(hx) is tuple and _shortcut_applies(tensors):
-        found = _native.extension.cpu.try_lstm_cell(*tensors)
+        found = native.extension.cpu.try_lstm_cell(*tensors)
         if found is not None:
             return found
     if isinstance(hx, Tensor) or not isinstance(hx, (tuple, list)):
@@ -106,7 +106,7 @@ def gru_cell(
     if has_torch_function(tensors):
         return handle_torch_function(gru_cell, tensors, *tensors)
     if _shortcut_applies(tensors):
-        found = _native.extension.cpu.try_gru_cell(*tensors)
+        found = native.extension.cpu.try_gru_cell(*tensors)
         if found is not None:
             return found
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
@@ -126,7 +126,7 @@ def _shortcut_applies(tensors: tuple[Tensor | None, ...]) -> bool:
     An argument that is no tensor is left to the checks, which name it.
     """
     return (
-        _native.extension is not None
+        native.extension is not None
         and not torch.compiler.is_compiling()
         and settings.backend() in ("auto", "cpu")
         and forward_ad._current_level < 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import settings
-from ..transforms import under_transform
+from ..core import settings
+from ..core.transforms import under_transform
 from . import backends, reference
 
 _library = torch.library.Library("fusednn", "FRAGMENT")

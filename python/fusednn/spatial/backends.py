@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
-from ..dispatch import Implementation, Operation, Reasons
-from . import plan, reference
+from ..core import native
+from ..core.dispatch import Implementation, Operation, Reasons
+from ..recurrence import plan
+from . import reference
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,9 +38,9 @@ def _with_form(args: tuple[Any, ...], features: int) -> tuple[Any, ...]:
 
 
 def _against_cpu(name: str, input: Tensor) -> Reasons:
-    if _native.extension is None:
-        return [_native.unavailable_reason or "no extension"]
-    if not hasattr(_native.extension.cpu, name):
+    if native.extension is None:
+        return [native.unavailable_reason or "no extension"]
+    if not hasattr(native.extension.cpu, name):
         return [f"this build's CPU kernels lack {name}"]
     if input.device.type != "cpu":
         return [f"got tensors on {input.device}, expected cpu"]
@@ -47,9 +48,9 @@ def _against_cpu(name: str, input: Tensor) -> Reasons:
 
 
 def _against_cuda(name: str, input: Tensor) -> Reasons:
-    if not any(hasattr(module, name) for module in _native.cuda_modules.values()):
+    if not any(hasattr(module, name) for module in native.cuda_modules.values()):
         return [f"this build has no CUDA kernel for {name}"]
-    if not hasattr(_native.cuda_modules.get(input.device.type), name):
+    if not hasattr(native.cuda_modules.get(input.device.type), name):
         return [f"got tensors on {input.device}, expected cuda"]
     return _against_dtype(input)
 
@@ -57,7 +58,7 @@ def _against_cuda(name: str, input: Tensor) -> Reasons:
 def _recurrence_limits(args: tuple[Any, ...], features: int) -> Reasons:
     """Return why the CUDA kernels of the recurrence can't serve a call whose features are at `features`."""
     f, _h0, c0, score, _hidden, _bias, v, _learned, _fixed, _w_ih, w_hh = args[features : features + 11]
-    limits = _native.cuda_modules[f.device.type].attention_lstm_limits
+    limits = native.cuda_modules[f.device.type].attention_lstm_limits
     return limits(f, score, w_hh, c0 is not None, v is not None)
 
 
@@ -110,10 +111,10 @@ def _operation(
     """
 
     def cpu(*args: Any) -> Any:
-        return getattr(_native.extension.cpu, name)(*native_arguments(args))
+        return getattr(native.extension.cpu, name)(*native_arguments(args))
 
     def cuda(*args: Any) -> Any:
-        return getattr(_native.cuda_modules[features_of(*args).device.type], name)(*native_arguments(args))
+        return getattr(native.cuda_modules[features_of(*args).device.type], name)(*native_arguments(args))
 
     def against_cuda(*args: Any) -> Reasons:
         return _against_cuda(name, features_of(*args)) or cuda_limits(args)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..transforms import autocast_enabled, under_transform
+from ..core.transforms import autocast_enabled, under_transform
 
 Named = tuple[str, Tensor | None]
 

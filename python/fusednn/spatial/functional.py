@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..transforms import autocast_enabled, needs_torchs_ops
+from ..core.transforms import autocast_enabled, needs_torchs_ops
 from . import (
     checks,
     ops,  # noqa: F401  registers torch.ops.fusednn.*

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .. import settings
-from ..transforms import gradients_by_autograd, under_transform
+from ..core import settings
+from ..core.transforms import gradients_by_autograd, under_transform
+from ..recurrence.reference import frame_format
 from . import backends, reference
 from .formulas import accumulation_dtype
-from .recurrence import frame_format
 
 _library = torch.library.Library("fusednn", "FRAGMENT")
 

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..transforms import without_autocast
+from ..core.transforms import without_autocast
+from ..recurrence.reference import attention_lstm_backward as attention_lstm_backward
+from ..recurrence.reference import attention_lstm_forward as attention_lstm_forward
 from . import formulas
-from .recurrence import attention_lstm_backward as attention_lstm_backward
-from .recurrence import attention_lstm_forward as attention_lstm_forward
 
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-from .. import _native, dispatch, settings
-from ..transforms import gradients_by_autograd
+from ..core import dispatch, native, settings
+from ..core.transforms import gradients_by_autograd
 from . import reference
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def applies(features: Any) -> bool:
     """Whether a call with these features may take the shortcut, as far as the layer itself doesn't matter."""
     return (
         type(features) in (Tensor, nn.Parameter)
-        and _native.extension is not None
-        and hasattr(_native.extension.cpu, "try_spatial_attention")
+        and native.extension is not None
+        and hasattr(native.extension.cpu, "try_spatial_attention")
         and not torch.compiler.is_compiling()
         and settings.backend() in ("auto", "cpu")
         and forward_ad._current_level < 0
@@ -46,7 +46,7 @@ def attend(module: SpatialAttention, features: Tensor, hidden: Any) -> tuple[Ten
     tensors = (features, hidden, module.score.weight, projection.weight, projection.bias)
     if projection.bias is None or has_torch_function(tensors):
         return None
-    return _native.extension.cpu.try_spatial_attention(*tensors, module._fixed_temperature, module.output)
+    return native.extension.cpu.try_spatial_attention(*tensors, module._fixed_temperature, module.output)
 
 
 def layer_gradients(

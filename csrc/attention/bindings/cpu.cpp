@@ -1,0 +1,340 @@
+// fusednn._C.cpu: attention on CPU tensors; schemas as in fusednn/attention/ops.py.
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <cmath>
+
+#include "attention/bindings/cpu.h"
+#include "attention/cpu/params.h"
+#include "core/bindings/bindings.h"
+#include "core/bindings/scratch.h"
+#include "core/bindings/tensor_checks.h"
+#include "core/bindings/torch_parallel.h"
+
+namespace fusednn {
+
+using at::Tensor;
+using cpu::Attention;
+using cpu::HeadRows;
+using cpu::HeadRowsOut;
+using cpu::ReturnedWeights;
+
+namespace {
+
+// The last dimension contiguous, as kernels read it.
+Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
+
+HeadRows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+HeadRowsOut out_rows_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// [B, heads, rows, size], laid out as [B, rows, heads, size].
+Tensor empty_by_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
+  return at::empty({batch, rows, heads, size}, like.options()).transpose(1, 2);
+}
+
+ReturnedWeights weights_named(const std::string& name) {
+  if (name == "none") return ReturnedWeights::none;
+  if (name == "mean") return ReturnedWeights::mean;
+  TORCH_CHECK_VALUE(name == "heads", "weights: got '", name, "', expected 'none', 'mean' or 'heads'");
+  return ReturnedWeights::heads;
+}
+
+at::ScalarType wide_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
+  cpu::Mask mask;
+  if (!t) return mask;
+  TORCH_CHECK(t->device().is_cpu(), name, ": got a tensor on ", t->device(), ", expected cpu");
+  TORCH_CHECK(t->scalar_type() == at::kBool || t->scalar_type() == type, name, ": got ", t->scalar_type(),
+              ", expected Bool or ", type);
+  bool fits = t->dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i] || t->size(i) == 1;
+  TORCH_CHECK(fits, name, ": got shape ", t->sizes(), ", expected ", sizes, " or sizes of 1");
+  const auto stride = [&](int64_t i) { return t->size(i) == 1 ? 0 : t->stride(i); };
+  mask.data = t->const_data_ptr();
+  mask.is_bool = t->scalar_type() == at::kBool;
+  mask.batch_stride = stride(0);
+  if (t->dim() == 4) mask.head_stride = stride(1), mask.row_stride = stride(2);
+  mask.column_stride = stride(t->dim() - 1);
+  return mask;
+}
+
+void check_bounds(const Tensor& t, const char* name, int64_t total) {
+  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.scalar_type() == at::kInt && t.size(0) > 0, name,
+              ": got ", t.scalar_type(), " of shape ", t.sizes(), ", expected Int of [N + 1] on cpu");
+  const int32_t* bounds = t.const_data_ptr<int32_t>();
+  bool ascends = bounds[0] == 0 && bounds[t.size(0) - 1] == total;
+  for (int64_t i = 1; i < t.size(0); ++i) ascends = ascends && bounds[i] >= bounds[i - 1];
+  TORCH_CHECK(ascends, name, ": expected numbers that ascend from 0 to ", total);
+}
+
+int64_t longest_of(const Tensor& bounds) {
+  int64_t longest = 0;
+  const int32_t* b = bounds.const_data_ptr<int32_t>();
+  for (int64_t i = 1; i < bounds.size(0); ++i) longest = std::max<int64_t>(longest, b[i] - b[i - 1]);
+  return longest;
+}
+
+// A call's tensors, checked, and their description.
+struct AttentionTensors {
+  Tensor query, key, value, cu_seqlens_q, cu_seqlens_k;
+  OptionalTensor mask, key_mask, extra_key, extra_value, alibi_slopes;
+  Attention call{};
+
+  AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask_,
+                   const OptionalTensor& key_mask_, const OptionalTensor& extra_key_,
+                   const OptionalTensor& extra_value_, const OptionalTensor& slopes,
+                   const OptionalTensor& bounds_q, const OptionalTensor& bounds_k, const OptionalTensor& seed,
+                   double scale, int64_t left, int64_t right, int64_t offset, double softcap,
+                   double dropout_p)
+      : mask(mask_), key_mask(key_mask_) {
+    const auto type = q.scalar_type();
+    call.dtype = dtype_of(q, "query");
+    TORCH_CHECK(q.dim() == 4 && q.device().is_cpu(), "query: got shape ", q.sizes(), " on ", q.device(),
+                ", expected [B, H, L, D] on cpu");
+    TORCH_CHECK(k.dim() == 4, "key: got shape ", k.sizes(), ", expected [B, G, S, D]");
+    TORCH_CHECK(v.dim() == 4, "value: got shape ", v.sizes(), ", expected [B, G, S, V]");
+    call.batch = q.size(0), call.heads = q.size(1), call.rows = q.size(2), call.size = q.size(3);
+    call.groups = k.size(1), call.columns = k.size(2), call.value_size = v.size(3);
+    check(k, "key", {call.batch, call.groups, call.columns, call.size}, type);
+    check(v, "value", {call.batch, call.groups, call.columns, call.value_size}, type);
+    TORCH_CHECK(call.heads == call.groups || (call.groups > 0 && call.heads % call.groups == 0), "key: got ",
+                call.groups, " heads, expected a divisor of query's ", call.heads);
+    query = with_dense_rows(q), key = with_dense_rows(k), value = with_dense_rows(v);
+    call.query = rows_of(query), call.key = rows_of(key), call.value = rows_of(value);
+
+    call.mask = mask_of(mask, "mask", {call.batch, call.heads, call.rows, call.columns}, type);
+    if (key_mask) check(*key_mask, "key_mask", {call.batch, call.columns}, key_mask->scalar_type());
+    call.key_mask = mask_of(key_mask, "key_mask", {call.batch, call.columns}, type);
+    set_extra(extra_key_, extra_value_, type);
+    if (slopes) {
+      check(*slopes, "alibi_slopes", {call.heads}, at::kFloat);
+      alibi_slopes = slopes->contiguous();
+      call.alibi_slopes = alibi_slopes->const_data_ptr<float>();
+    }
+    call.sequences = call.batch;
+    TORCH_CHECK(bounds_q.has_value() == bounds_k.has_value(),
+                "cu_seqlens_q, cu_seqlens_k: expected both or neither");
+    if (bounds_q) set_bounds(*bounds_q, *bounds_k);
+    call.scale = scale, call.softcap = softcap;
+    call.window_left = left, call.window_right = right, call.position_offset = offset;
+    set_dropout(seed, dropout_p);
+  }
+
+  bool empty() const { return call.batch * call.heads * call.rows == 0; }
+
+ private:
+  void set_extra(const OptionalTensor& k, const OptionalTensor& v, at::ScalarType type) {
+    TORCH_CHECK(k.has_value() == v.has_value(), "extra_key, extra_value: expected both or neither");
+    if (!k) return;
+    call.extra = k->dim() == 3 ? k->size(1) : 0;
+    check(*k, "extra_key", {call.groups, call.extra, call.size}, type);
+    check(*v, "extra_value", {call.groups, call.extra, call.value_size}, type);
+    extra_key = k->contiguous(), extra_value = v->contiguous();
+    call.extra_key = extra_key->const_data_ptr(), call.extra_value = extra_value->const_data_ptr();
+  }
+
+  void set_bounds(const Tensor& q, const Tensor& k) {
+    TORCH_CHECK(call.batch == 1 && !mask && !key_mask && !extra_key,
+                "cu_seqlens_q: packed sequences come as one sample, without masks and extra columns");
+    cu_seqlens_q = q.contiguous(), cu_seqlens_k = k.contiguous();
+    check_bounds(cu_seqlens_q, "cu_seqlens_q", call.rows);
+    check_bounds(cu_seqlens_k, "cu_seqlens_k", call.columns);
+    TORCH_CHECK(q.size(0) == k.size(0), "cu_seqlens_k: got ", k.sizes(), ", expected ", q.sizes());
+    call.sequences = q.size(0) - 1;
+    call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
+    call.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
+    call.longest_q = longest_of(cu_seqlens_q), call.longest_k = longest_of(cu_seqlens_k);
+  }
+
+  void set_dropout(const OptionalTensor& seed, double p) {
+    if (!seed || p <= 0) return;
+    TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == at::kLong && seed->device().is_cpu(),
+                "dropout_seed: got ", seed->scalar_type(), " of shape ", seed->sizes(),
+                ", expected one Long on cpu");
+    call.dropout = true;
+    call.dropout_threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
+    call.dropout_scale = p >= 1 ? 0 : 1 / (1 - p);
+    call.dropout_seed = static_cast<uint64_t>(seed->item<int64_t>());
+  }
+};
+
+AttentionResult run_forward(const AttentionTensors& t, const std::string& weights, const Tensor& output,
+                            bool with_lse = true) {
+  const Attention& c = t.call;
+  cpu::AttentionForward p{};
+  p.returned = weights_named(weights);
+  TORCH_CHECK(p.returned == ReturnedWeights::none || !c.cu_seqlens_q, "weights: got '", weights,
+              "', expected 'none' for packed sequences");
+  const auto options = t.query.options();
+  Tensor lse;
+  if (with_lse) lse = at::empty({c.batch, c.heads, c.rows}, options.dtype(wide_type(t.query)));
+  const int64_t columns = c.columns + c.extra;
+  at::DimVector sizes{0};
+  if (p.returned == ReturnedWeights::mean) sizes = {c.batch, c.rows, columns};
+  if (p.returned == ReturnedWeights::heads) sizes = {c.batch, c.heads, c.rows, columns};
+  const Tensor found = at::empty(sizes, options);
+  if (t.empty() || c.sequences == 0) {
+    if (found.numel()) found.zero_();  // the mean of no heads
+    return {output, lse, found};
+  }
+  p.output = out_rows_of(output);
+  p.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
+  p.weights = found.numel() ? found.mutable_data_ptr() : nullptr;
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  p.call = c;
+  const Scratch scratch(kernels.forward_workspace(p, threads.threads));
+  p.call.workspace = scratch.data();
+  kernels.forward(p, threads);
+  return {output, lse, found};
+}
+
+AttentionResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                  const OptionalTensor& mask, const OptionalTensor& key_mask,
+                                  const OptionalTensor& extra_key, const OptionalTensor& extra_value,
+                                  const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
+                                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed,
+                                  int64_t, int64_t, double scale, int64_t window_left, int64_t window_right,
+                                  int64_t position_offset, double softcap, double dropout_p,
+                                  const std::string& weights) {
+  const AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes,
+                           cu_seqlens_q, cu_seqlens_k, dropout_seed, scale, window_left, window_right,
+                           position_offset, softcap, dropout_p);
+  const Attention& c = t.call;
+  return run_forward(t, weights, empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size));
+}
+
+AttentionGradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
+                                      const OptionalTensor& grad_weights, const Tensor& query,
+                                      const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+                                      const OptionalTensor& key_mask, const OptionalTensor& extra_key,
+                                      const OptionalTensor& extra_value, const OptionalTensor& alibi_slopes,
+                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                      const OptionalTensor& dropout_seed, const Tensor& output,
+                                      const Tensor& lse, int64_t, int64_t, double scale, int64_t window_left,
+                                      int64_t window_right, int64_t position_offset, double softcap,
+                                      double dropout_p, const std::string& weights,
+                                      std::array<bool, 7> output_mask) {
+  AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
+                     cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
+                     dropout_p);
+  const Attention& c = t.call;
+  const auto type = query.scalar_type();
+  const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size},
+      lse_sizes{c.batch, c.heads, c.rows};
+  check(output, "output", output_sizes, type);
+  check(grad_output, "grad_output", output_sizes, type);
+  check(lse, "lse", lse_sizes, wide_type(query));
+  check(grad_lse, "grad_lse", lse_sizes, wide_type(query));
+
+  cpu::AttentionBackward p{};
+  p.returned = weights_named(weights);
+  const Tensor outputs = with_dense_rows(output), sums = lse.contiguous();
+  OptionalTensor grads, sum_grads, weight_grads;
+  if (grad_output) grads = with_dense_rows(*grad_output);
+  if (grad_lse) sum_grads = grad_lse->contiguous();
+  if (grad_weights && p.returned != ReturnedWeights::none) {
+    const int64_t columns = c.columns + c.extra;
+    const at::DimVector sizes = p.returned == ReturnedWeights::mean
+                                    ? at::DimVector{c.batch, c.rows, columns}
+                                    : at::DimVector{c.batch, c.heads, c.rows, columns};
+    check(*grad_weights, "grad_weights", sizes, type);
+    weight_grads = grad_weights->contiguous();
+  }
+  const std::array<const Tensor*, 7> like{&query,
+                                          &key,
+                                          &value,
+                                          mask ? &*mask : nullptr,
+                                          key_mask ? &*key_mask : nullptr,
+                                          extra_key ? &*extra_key : nullptr,
+                                          extra_value ? &*extra_value : nullptr};
+  // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the
+  // end.
+  std::array<Tensor, 7> found, written;
+  for (int i = 0; i < 7; ++i) {
+    found[i] = output_mask[i] ? Tensor() : at::empty({0}, query.options());
+    if (!output_mask[i]) continue;
+    TORCH_CHECK(like[i] && like[i]->scalar_type() == type, "output_mask: got a gradient of argument ", i,
+                " asked for, which has none");
+    found[i] = at::empty_like(*like[i]);
+    const bool dense = i < 3 ? found[i].size(-1) <= 1 || found[i].stride(-1) == 1 : found[i].is_contiguous();
+    written[i] = dense ? found[i] : at::empty(found[i].sizes(), found[i].options());
+  }
+  if (t.empty() || c.sequences == 0) {
+    for (Tensor& f : found) f.zero_();
+    return std::tuple_cat(found);
+  }
+  p.output = rows_of(outputs);
+  if (grads) p.grad_output = rows_of(*grads);
+  p.lse = sums.const_data_ptr();
+  p.grad_lse = data_or_null(sum_grads);
+  p.grad_weights = data_or_null(weight_grads);
+  const auto rows_out = [&](int i) { return output_mask[i] ? out_rows_of(written[i]) : HeadRowsOut{}; };
+  const auto dense_out = [&](int i) {
+    return output_mask[i] && written[i].numel() ? written[i].mutable_data_ptr() : nullptr;
+  };
+  p.grad_query = rows_out(0), p.grad_key = rows_out(1), p.grad_value = rows_out(2);
+  p.grad_mask = dense_out(3), p.grad_key_mask = dense_out(4);
+  p.grad_extra_key = dense_out(5), p.grad_extra_value = dense_out(6);
+  for (int64_t i = 0; mask && i < 4; ++i) p.mask_sizes[i] = mask->size(i);
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  p.call = c;
+  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
+  p.call.workspace = scratch.data();
+  kernels.backward(p, threads);
+  for (int i = 0; i < 7; ++i)
+    if (output_mask[i] && !written[i].is_same(found[i])) found[i].copy_(written[i]);
+  return std::tuple_cat(found);
+}
+
+}  // namespace
+
+namespace {
+
+AttentionTensors layer_tensors(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask) {
+  const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(heads[0].size(3), 1)));
+  return AttentionTensors(heads[0], heads[1], heads[2], {}, key_mask, {}, {}, {}, {}, {}, {}, scale, -1, -1,
+                          0, 0, 0);
+}
+
+}  // namespace
+
+AttentionResult self_attention_forward(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
+                                       const std::string& weights, const Tensor& output, bool with_lse) {
+  return run_forward(layer_tensors(heads, key_mask), weights, output, with_lse);
+}
+
+void self_attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_weights,
+                             const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
+                             const std::string& weights, const Tensor& output, const Tensor& lse,
+                             const std::array<Tensor, 3>& grads) {
+  const AttentionTensors t = layer_tensors(heads, key_mask);
+  cpu::AttentionBackward p{};
+  p.returned = weights_named(weights);
+  if (grad_output) p.grad_output = rows_of(*grad_output);
+  p.output = rows_of(output);
+  p.lse = lse.const_data_ptr();
+  p.grad_weights = data_or_null(grad_weights);
+  p.grad_query = out_rows_of(grads[0]), p.grad_key = out_rows_of(grads[1]),
+  p.grad_value = out_rows_of(grads[2]);
+  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  p.call = t.call;
+  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
+  p.call.workspace = scratch.data();
+  kernels.backward(p, threads);
+}
+
+void bind_attention_cpu(pybind11::module_& m) {
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
+}
+
+}  // namespace fusednn

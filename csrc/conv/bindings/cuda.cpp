@@ -1,0 +1,277 @@
+// Python face of the CUDA launchers of the conv family; schemas as in fusednn/conv/ops.py.
+//
+// Device-agnostic, as rnn_cuda.cpp: the tensors' device decides the guard, stream_of the stream.
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
+#include <cuda_runtime_api.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <array>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "conv/cuda/params.h"
+#include "core/bindings/bindings.h"
+#include "core/bindings/cuda_arguments.h"
+
+namespace fusednn {
+namespace {
+
+using at::Tensor;
+using Pair = std::array<int64_t, 2>;
+using Padding = std::array<int64_t, 4>;  // top, bottom, left, right
+using cuda::DepthwiseShape;
+
+Activation activation_named(const char* op, const char* argument, const std::string& name) {
+  constexpr const char* names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh"};
+  for (int i = 0; i < 7; ++i) {
+    if (name == names[i]) return static_cast<Activation>(i);
+  }
+  TORCH_CHECK_VALUE(false, op, ": ", argument, ": got '", name,
+                    "', expected none, relu, relu6, silu, hardswish, gelu or gelu_tanh");
+}
+
+// A depthwise call's tensors, checked: dense, and all images in the format of the result.
+class Convolution : public CudaArguments {
+ public:
+  Convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+              const Pair& stride, const Padding& padding, const Pair& dilation,
+              const OptionalTensor& other_weight = {})
+      : CudaArguments(op, "input", input) {
+    TORCH_CHECK(input.dim() == 4, op, ": input: got shape ", input.sizes(), ", expected [N, C, H, W]");
+    TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, op,
+                ": weight: got shape ", weight.sizes(), ", expected [C m, 1, kh, kw]");
+    const int64_t in_channels = input.size(1), channels = weight.size(0);
+    TORCH_CHECK(in_channels > 0 ? channels % in_channels == 0 : channels == 0, op, ": weight: got ", channels,
+                " channels, expected a multiple of the input's ", in_channels);
+    const bool last = is_last(input) || is_last(weight) || (other_weight && is_last(*other_weight));
+    format_ = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    set_shape(input, weight, stride, padding, dilation);
+    input_ = input.contiguous(format_);
+    weight_ = dense("weight", weight, weight.sizes());
+    bias_ = dense("bias", bias, {channels});
+  }
+
+  const DepthwiseShape& shape() const { return shape_; }
+  const void* input() const { return input_.const_data_ptr(); }
+  const void* weight() const { return weight_.const_data_ptr(); }
+  const void* bias() const { return data_or_null(bias_); }
+
+  // An image of the result's size in its format.
+  template <class MaybeTensor>
+  MaybeTensor image(const char* name, const MaybeTensor& t, int64_t channels) const {
+    return dense(name, t, {shape_.batch, channels, shape_.out_height, shape_.out_width}, format_);
+  }
+
+  Tensor empty_image(int64_t channels) const {
+    return at::empty({shape_.batch, channels, shape_.out_height, shape_.out_width}, options(), format_);
+  }
+
+  Tensor empty_input() const { return at::empty_like(input_, options(), format_); }
+
+ private:
+  static bool is_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+
+  int small(const char* name, int64_t value) const {
+    constexpr int64_t most =
+        std::numeric_limits<int>::max() / 4;  // sums of a few of them are computed in int
+    TORCH_CHECK(value >= 0 && value <= most, op(), ": ", name, ": got ", value, ", expected 0 to ", most);
+    return static_cast<int>(value);
+  }
+
+  void set_shape(const Tensor& input, const Tensor& weight, const Pair& stride, const Padding& padding,
+                 const Pair& dilation) {
+    DepthwiseShape& s = shape_;
+    s.batch = input.size(0);
+    s.channels = small("channels", weight.size(0));
+    s.multiplier = static_cast<int>(s.channels == 0 ? 1 : s.channels / input.size(1));
+    s.height = small("height", input.size(2)), s.width = small("width", input.size(3));
+    s.kernel_h = small("weight's height", weight.size(2)),
+    s.kernel_w = small("weight's width", weight.size(3));
+    s.stride_h = small("stride", stride[0]), s.stride_w = small("stride", stride[1]);
+    s.dilation_h = small("dilation", dilation[0]), s.dilation_w = small("dilation", dilation[1]);
+    s.pad_top = small("padding", padding[0]), s.pad_left = small("padding", padding[2]);
+    s.channels_last = format_ == at::MemoryFormat::ChannelsLast;
+    TORCH_CHECK(s.stride_h > 0 && s.stride_w > 0, op(), ": stride: got ", at::IntArrayRef(stride),
+                ", expected at least 1");
+    TORCH_CHECK(s.dilation_h > 0 && s.dilation_w > 0, op(), ": dilation: got ", at::IntArrayRef(dilation),
+                ", expected at least 1");
+    const auto outputs = [&](int64_t size, int64_t pad, int64_t kernel, int64_t step, int64_t spread) {
+      const int64_t reach = spread * (kernel - 1) + 1;
+      small("dilated kernel", reach);
+      TORCH_CHECK(size + pad >= reach, op(), ": input: got ", size + pad,
+                  " rows or columns with padding, expected at least the kernel's ", reach);
+      return small("output's size", (size + pad - reach) / step + 1);
+    };
+    s.out_height =
+        outputs(s.height, padding[0] + small("padding", padding[1]), s.kernel_h, s.stride_h, s.dilation_h);
+    s.out_width =
+        outputs(s.width, padding[2] + small("padding", padding[3]), s.kernel_w, s.stride_w, s.dilation_w);
+    TORCH_CHECK(s.batch * std::max(s.height, s.out_height) <= std::numeric_limits<int>::max(), op(),
+                ": input: got ", s.batch, " images of ", s.height,
+                " rows, expected less than 2^31 rows together");
+  }
+
+  DepthwiseShape shape_{};
+  at::MemoryFormat format_;
+  Tensor input_, weight_;
+  OptionalTensor bias_;
+};
+
+Tensor depthwise_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& weight,
+                                const OptionalTensor& bias, const Pair& stride, const Padding& padding,
+                                const Pair& dilation, const std::string& activation) {
+  constexpr const char* op = "depthwise_conv2d_forward";
+  const c10::DeviceGuard guard(input.device());
+  const Convolution conv(op, input, weight, bias, stride, padding, dilation);
+  Tensor out = conv.empty_image(conv.shape().channels);
+  conv.succeeded(
+      cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(op, "activation", activation),
+                               conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
+                              stream_of(input)));
+  return out;
+}
+
+// The gradient of the convolution's result before its activation.
+Tensor grad_before_activation(const Convolution& conv, const Tensor& grad_output, Activation activation,
+                              CUstream_st* stream) {
+  const Tensor grad = conv.image("grad_output", grad_output, conv.shape().channels);
+  if (activation == Activation::none) return grad;
+  Tensor grad_z = conv.empty_image(conv.shape().channels);
+  conv.succeeded(cuda::depthwise_activation_backward(
+      {conv.dtype(), conv.shape(), activation, grad.const_data_ptr(), conv.input(), conv.weight(),
+       conv.bias(), grad_z.mutable_data_ptr()},
+      stream));
+  return grad_z;
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of, const Tensor& grad_output,
+                                                             const Tensor& input, const Tensor& weight,
+                                                             const OptionalTensor& bias, const Pair& stride,
+                                                             const Padding& padding, const Pair& dilation,
+                                                             const std::string& activation,
+                                                             const std::array<bool, 3>& output_mask) {
+  constexpr const char* op = "depthwise_conv2d_backward";
+  const c10::DeviceGuard guard(input.device());
+  const auto [needs_input, needs_weight, needs_bias] = output_mask;
+  Tensor grad_input = at::empty({0}, input.options()), grad_weight = at::empty({0}, input.options()),
+         grad_bias = at::empty({0}, input.options());
+  if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};
+
+  const Convolution conv(op, input, weight, bias, stride, padding, dilation);
+  const DepthwiseShape& shape = conv.shape();
+  CUstream_st* stream = stream_of(input);
+  const Tensor grad_z =
+      grad_before_activation(conv, grad_output, activation_named(op, "activation", activation), stream);
+  if (needs_input) {
+    grad_input = conv.empty_input();
+    conv.succeeded(cuda::depthwise_grad_input(
+        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.weight(), grad_input.mutable_data_ptr()},
+        stream));
+  }
+  if (needs_weight || needs_bias) {
+    const int splits = cuda::depthwise_grad_weight_splits(shape);
+    const auto wide = conv.options().dtype(at::promote_types(input.scalar_type(), at::kFloat));
+    Tensor partials = at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, wide);
+    Tensor dense = at::empty(weight.sizes(), conv.options());
+    if (needs_bias) grad_bias = at::empty({shape.channels}, conv.options());
+    conv.succeeded(cuda::depthwise_grad_weight(
+        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.input(), splits, partials.mutable_data_ptr(),
+         needs_weight ? dense.mutable_data_ptr() : nullptr,
+         needs_bias ? grad_bias.mutable_data_ptr() : nullptr},
+        stream));
+    if (needs_weight) {
+      grad_weight = at::empty_like(weight);
+      if (grad_weight.is_contiguous()) {
+        grad_weight = dense;
+      } else {
+        grad_weight.copy_(dense);
+      }
+    }
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// Why separable_conv2d_forward can't take such a call; empty if it can.
+std::vector<std::string> separable_conv2d_limits(const Tensor& input, const Tensor& depthwise_weight,
+                                                 const Tensor& pointwise_weight) {
+  std::vector<std::string> reasons;
+  const auto limit = [&](const char* what, int64_t got, int64_t most) {
+    if (got > most) {
+      reasons.push_back(c10::str("got ", got, " ", what, ", the fused kernel takes at most ", most, " of ",
+                                 input.scalar_type()));
+    }
+  };
+  limit("output channels", pointwise_weight.size(0), cuda::separable_most_outputs(dtype_of(input, "input")));
+  limit("taps", depthwise_weight.size(2) * depthwise_weight.size(3), cuda::kSeparableMostTaps);
+  return reasons;
+}
+
+Tensor separable_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& depthwise_weight,
+                                const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
+                                const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
+                                const Pair& stride, const Padding& padding, const Pair& dilation,
+                                const std::string& depthwise_activation,
+                                const std::string& pointwise_activation) {
+  constexpr const char* op = "separable_conv2d_forward";
+  const c10::DeviceGuard guard(input.device());
+  const Convolution conv(op, input, depthwise_weight, depthwise_bias, stride, padding, dilation,
+                         pointwise_weight);
+  for (const std::string& reason : separable_conv2d_limits(input, depthwise_weight, pointwise_weight)) {
+    TORCH_CHECK(false, op, ": ", reason);
+  }
+  const int64_t outputs = pointwise_weight.size(0);
+  const Tensor pointwise =
+      conv.dense("pointwise_weight", pointwise_weight, {outputs, conv.shape().channels, 1, 1});
+  const OptionalTensor bias = conv.dense("pointwise_bias", pointwise_bias, {outputs});
+  const OptionalTensor added = conv.image("residual", residual, outputs);
+  Tensor out = conv.empty_image(outputs);
+  conv.succeeded(cuda::separable_forward(
+      {conv.dtype(), conv.shape(), static_cast<int>(outputs),
+       activation_named(op, "depthwise_activation", depthwise_activation),
+       activation_named(op, "pointwise_activation", pointwise_activation), conv.input(), conv.weight(),
+       conv.bias(), pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
+       out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
+      stream_of(input)));
+  return out;
+}
+
+}  // namespace
+
+void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of) {
+  // wrap_* turns torch's exceptions into Python's and releases the GIL.
+  m.def("depthwise_conv2d_forward",
+        torch::wrap_pybind_function_no_gil(
+            [=](const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Pair& stride,
+                const Padding& padding, const Pair& dilation, const std::string& activation) {
+              return depthwise_conv2d_forward(stream_of, input, weight, bias, stride, padding, dilation,
+                                              activation);
+            }));
+  m.def("depthwise_conv2d_backward",
+        torch::wrap_pybind_function_no_gil(
+            [=](const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                const OptionalTensor& bias, const Pair& stride, const Padding& padding, const Pair& dilation,
+                const std::string& activation, const std::array<bool, 3>& output_mask) {
+              return depthwise_conv2d_backward(stream_of, grad_output, input, weight, bias, stride, padding,
+                                               dilation, activation, output_mask);
+            }));
+  m.def("separable_conv2d_forward",
+        torch::wrap_pybind_function_no_gil(
+            [=](const Tensor& input, const Tensor& depthwise_weight, const OptionalTensor& depthwise_bias,
+                const Tensor& pointwise_weight, const OptionalTensor& pointwise_bias,
+                const OptionalTensor& residual, const Pair& stride, const Padding& padding,
+                const Pair& dilation, const std::string& depthwise_activation,
+                const std::string& pointwise_activation) {
+              return separable_conv2d_forward(stream_of, input, depthwise_weight, depthwise_bias,
+                                              pointwise_weight, pointwise_bias, residual, stride, padding,
+                                              dilation, depthwise_activation, pointwise_activation);
+            }));
+  m.def("separable_conv2d_limits", torch::wrap_pybind_function_no_gil(&separable_conv2d_limits));
+}
+
+}  // namespace fusednn

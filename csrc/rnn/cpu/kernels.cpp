@@ -1,0 +1,93 @@
+// The rnn kernels of one instruction set, as a table. This file is compiled once for each.
+#include "rnn/cpu/params.h"
+
+#include "core/cpu/dtypes.h"
+#include "rnn/cpu/backward.h"
+#include "rnn/cpu/forward.h"
+
+namespace fusednn::cpu::FUSEDNN_ISA {
+namespace {
+
+template <class F>
+auto with_cell(Cell cell, const F& f) {
+  return cell == Cell::lstm ? f.template operator()<Cell::lstm>() : f.template operator()<Cell::gru>();
+}
+
+bool by_panels(const CellWeights&, int64_t batch) { return batch >= 16; }
+
+size_t packed_bytes(const CellWeights& q) {
+  return with_types(q.dtype, [&]<class T, class S>() -> size_t {
+    constexpr int w = Vec<T>::size;
+    return ceil_div(q.hidden_size, w) * w * gates_of(q.cell) * (q.input_size + q.hidden_size) * sizeof(S);
+  });
+}
+
+void pack_weights(const CellWeights& q, void* packed, const Parallel& parallel) {
+  with_types(q.dtype, [&]<class T, class S>() {
+    with_cell(q.cell, [&]<Cell cell>() { pack<cell, T, S>(q, packed, parallel); });
+  });
+}
+
+size_t forward_workspace(const CellWeights& q) {
+  return with_types(q.dtype, [&]<class T, class S>() { return forward_workspace_bytes<T>(); });
+}
+
+void forward(const CellForward& p, const Parallel& parallel) {
+  with_types(p.weights.dtype, [&]<class T, class S>() {
+    with_cell(p.weights.cell, [&]<Cell cell>() { cell_forward<cell, T, S>(p, parallel); });
+  });
+}
+
+void backward(const GatesBackward& p, const Parallel& parallel) {
+  with_types(p.dtype, [&]<class T, class S>() {
+    with_cell(p.cell, [&]<Cell cell>() { gates_backward<cell, T, S>(p, parallel); });
+  });
+}
+
+size_t gradient_workspace(bool wide) {
+  return wide ? product_workspace_bytes<double>() : product_workspace_bytes<float>();
+}
+
+void gradient_sums(const GradientSums& p, const Parallel& parallel) {
+  int64_t work = 0;
+  for (int i = 0; i < p.weight_count; ++i)
+    work += p.weights[i].batch * p.weights[i].gate_rows * p.weights[i].size;
+  for (int i = 0; i < p.row_sum_count; ++i) work += p.row_sums[i].M * p.row_sums[i].N;
+  const bool worth_it = work > kSerialWork;
+  const int64_t parts = worth_it ? parallel.threads : 1;
+  parallel(parts, worth_it, [&](int64_t begin, int64_t end, int thread) {
+    void* workspace = static_cast<char*>(p.workspace) + thread * gradient_workspace(p.wide);
+    for (int64_t part = begin; part < end; ++part) {
+      for (int i = 0; i < p.weight_count; ++i)
+        with_types(p.weights[i].weight_dtype,
+                   [&]<class T, class S>() { weight_gradients<T, S>(p.weights[i], part, parts, workspace); });
+      for (int i = 0; i < p.row_sum_count; ++i)
+        p.wide ? sum_rows<double>(p.row_sums[i], part, parts) : sum_rows<float>(p.row_sums[i], part, parts);
+    }
+  });
+}
+
+template <class T>
+void apply(int function, int64_t n, const T* x, T* out) {
+  for (int64_t i = 0; i < n; i += Vec<T>::size) {
+    const Vec<T> v = Vec<T>::load(x + i, n - i);
+    const Vec<T> y = function == 0 ? exp(v) : function == 1 ? tanh(v) : sigmoid(v);
+    y.store(out + i, n - i);
+  }
+}
+
+void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
+  if (wide)
+    apply(function, n, static_cast<const double*>(x), static_cast<double*>(out));
+  else
+    apply(function, n, static_cast<const float*>(x), static_cast<float*>(out));
+}
+
+}  // namespace
+
+extern const RnnKernels rnn_table = {
+    by_panels, packed_bytes,       pack_weights,  forward_workspace, forward,
+    backward,  gradient_workspace, gradient_sums, vector_math,
+};
+
+}  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,0 +1,285 @@
+// fusednn._C.cpu: spatial attention and the softmax over positions on CPU tensors; schemas as in
+// fusednn/spatial/ops.py.
+#include "spatial/bindings/cpu.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+
+#include "core/bindings/bindings.h"
+#include "core/bindings/scratch.h"
+#include "core/bindings/torch_parallel.h"
+#include "spatial/cpu/params.h"
+
+namespace fusednn {
+
+using at::MemoryFormat;
+using at::Tensor;
+using cpu::SpatialOutput;
+
+namespace {
+
+SpatialOutput output_named(const std::string& name) {
+  if (name == "scale" || name == "flatten") return SpatialOutput::scale;
+  if (name == "sum") return SpatialOutput::sum;
+  TORCH_CHECK_VALUE(name == "coordinates", "output: got '", name,
+                    "', expected 'scale', 'flatten', 'sum' or 'coordinates'");
+  return SpatialOutput::coordinates;
+}
+
+// T for the kernels, which hold it to the smallest normal number: NaN unless it is positive.
+double temperature_of(const OptionalTensor& learned, double fixed) {
+  if (!learned) return fixed;
+  TORCH_CHECK(learned->numel() == 1 && learned->device().is_cpu(), "temperature: got shape ",
+              learned->sizes(), " on ", learned->device(), ", expected one number on cpu");
+  const double t = learned->item().toDouble();
+  return t > 0 ? t : std::nan("");
+}
+
+OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
+
+const bool* bools(const OptionalTensor& mask) { return mask ? mask->const_data_ptr<bool>() : nullptr; }
+
+void* data_if(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+
+// A call's tensors, checked and dense in the layout that its kernel takes. Additive scores and a flat result
+// are made from planes.
+struct AttentionCall {
+  cpu::SpatialShape shape;
+  DType dtype;
+  MemoryFormat format, layout;  // of the features, and of the copy that the kernel reads
+  bool flat;
+  double temperature;
+  Tensor features, weight;
+  OptionalTensor hidden_term, v, mask;
+
+  AttentionCall(const Tensor& f, const Tensor& w, const OptionalTensor& term, const OptionalTensor& v_,
+                const OptionalTensor& m, const OptionalTensor& learned, double fixed,
+                const std::string& output, bool backward = false)
+      : dtype(dtype_of(f, "features")),
+        flat(output == "flatten"),
+        temperature(temperature_of(learned, fixed)) {
+    const auto type = f.scalar_type();
+    TORCH_CHECK(f.dim() == 4 && f.device().is_cpu(), "features: got ", f.dim(), "D on ", f.device(),
+                ", expected 4D [N, C, H, W] on cpu");
+    TORCH_CHECK(w.dim() == 2, "weight: got ", w.dim(), "D, expected 2D [rows, C]");
+    const int64_t n = f.size(0), c = f.size(1), area = f.size(2) * f.size(3), rows = w.size(0);
+    const int64_t glimpses = v_ ? v_->size(0) : rows;
+    TORCH_CHECK(area > 0, "features: got shape ", f.sizes(), ", expected positions");
+    check(w, "weight", {rows, c}, type);
+    check(v_, "v", {glimpses, rows}, type);
+    if (v_)
+      check(term, "hidden_term", {n, rows}, type);
+    else
+      check(term, "hidden_term", {n, rows, area}, type);
+    check(m, "mask", {n, area}, at::kBool);
+    format = f.suggest_memory_format();
+    layout = flat || v_ ? MemoryFormat::Contiguous : format;
+    shape = {n,
+             c,
+             f.size(2),
+             f.size(3),
+             glimpses,
+             rows,
+             v_.has_value(),
+             layout == MemoryFormat::ChannelsLast,
+             output_named(output)};
+    features = f.contiguous(layout);
+    weight = w.contiguous();
+    hidden_term = backward && !v_ ? term : dense(term);  // looked at, not read
+    v = dense(v_);
+    mask = dense(m);
+  }
+
+  at::DimVector attended_sizes() const {
+    const int64_t maps = shape.glimpses * shape.channels;
+    if (flat) return {shape.batch, maps * shape.area()};
+    if (shape.output == SpatialOutput::scale) return {shape.batch, maps, shape.height, shape.width};
+    if (shape.output == SpatialOutput::sum) return {shape.batch, maps};
+    return {shape.batch, shape.glimpses, 2};
+  }
+  at::DimVector map_sizes() const { return {shape.batch, shape.glimpses, shape.height, shape.width}; }
+  bool of_images() const { return shape.output == SpatialOutput::scale && !flat; }
+
+  cpu::SpatialForward arguments(void* attended, const Tensor& map) const {
+    return {dtype,
+            shape,
+            temperature,
+            features.const_data_ptr(),
+            weight.const_data_ptr(),
+            data_or_null(hidden_term),
+            data_or_null(v),
+            bools(mask),
+            attended,
+            const_cast<void*>(map.const_data_ptr()),
+            nullptr};
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> spatial_attention_forward(const Tensor& features, const Tensor& weight,
+                                                     const OptionalTensor& hidden_term,
+                                                     const OptionalTensor& v, const OptionalTensor& mask,
+                                                     const OptionalTensor& learned_temperature,
+                                                     double temperature, const std::string& output) {
+  const AttentionCall call(features, weight, hidden_term, v, mask, learned_temperature, temperature, output);
+  const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
+  const Tensor attended = at::empty(call.attended_sizes(), features.options(), layout);
+  const Tensor map = at::empty(call.map_sizes(), features.options());
+  if (call.shape.batch > 0) {
+    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
+    const cpu::Parallel threads = torch_parallel();
+    cpu::SpatialForward p = call.arguments(data_if(attended), map);
+    const Scratch scratch(kernels.attention_forward_workspace(p, threads.threads));
+    p.workspace = scratch.data();
+    kernels.attention_forward(p, threads);
+  }
+  return {call.of_images() ? attended.contiguous(call.format) : attended, map};
+}
+
+SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
+                                            const OptionalTensor& grad_map, const Tensor& features,
+                                            const Tensor& weight, const OptionalTensor& hidden_term,
+                                            const OptionalTensor& v, const OptionalTensor& mask,
+                                            const OptionalTensor& learned_temperature, double temperature,
+                                            const std::string& output, const Tensor& map,
+                                            const std::array<bool, 5>& output_mask) {
+  const AttentionCall call(features, weight, hidden_term, v, mask, learned_temperature, temperature, output,
+                           true);
+  const auto type = features.scalar_type();
+  check(map, "map", call.map_sizes(), type);
+  check(grad_map, "grad_map", call.map_sizes(), type);
+  check(grad_attended, "grad_attended", call.attended_sizes(), type);
+  const std::array<bool, 5> there = {true, true, hidden_term.has_value(), v.has_value(),
+                                     learned_temperature.has_value()};
+  for (int i = 0; i < 5; ++i)
+    TORCH_CHECK(there[i] || !output_mask[i], "output_mask: got true at ", i, ", expected no absent argument");
+
+  const auto room = [&](bool wanted, at::IntArrayRef sizes, MemoryFormat format = MemoryFormat::Contiguous) {
+    return wanted ? at::empty(sizes, features.options(), format) : at::empty({0}, features.options());
+  };
+  const Tensor grad_features = room(output_mask[0], features.sizes(), call.layout);
+  const Tensor grad_weight = room(output_mask[1], weight.sizes());
+  const Tensor grad_term = room(output_mask[2], hidden_term ? hidden_term->sizes() : at::IntArrayRef());
+  const Tensor grad_v = room(output_mask[3], v ? v->sizes() : at::IntArrayRef());
+  double grad_temperature = 0;
+  if (call.shape.batch > 0) {
+    const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
+    const OptionalTensor grad =
+        grad_attended ? OptionalTensor(grad_attended->contiguous(layout)) : std::nullopt;
+    const OptionalTensor of_map = dense(grad_map);
+    const Tensor dense_map = map.contiguous();
+    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
+    const cpu::Parallel threads = torch_parallel();
+    cpu::SpatialBackward p{call.arguments(nullptr, dense_map),
+                           data_or_null(grad),
+                           data_or_null(of_map),
+                           data_if(grad_features),
+                           data_if(grad_weight),
+                           data_if(grad_term),
+                           data_if(grad_v),
+                           output_mask[4] ? &grad_temperature : nullptr,
+                           nullptr};
+    const Scratch scratch(kernels.attention_backward_workspace(p, threads.threads));
+    p.workspace = scratch.data();
+    kernels.attention_backward(p, threads);
+  } else {
+    grad_weight.zero_();
+    grad_v.zero_();
+  }
+  const Tensor of_temperature = output_mask[4] ? at::full(learned_temperature->sizes(), grad_temperature,
+                                                          learned_temperature->options())
+                                               : at::empty({0}, features.options());
+  return {output_mask[0] ? grad_features.contiguous(call.format) : grad_features, grad_weight, grad_term,
+          grad_v, of_temperature};
+}
+
+namespace {
+
+cpu::SpatialSoftmax softmax_call(const Tensor& t, const char* name, const OptionalTensor& mask,
+                                 const OptionalTensor& learned, double fixed) {
+  const DType dtype = dtype_of(t, name);
+  TORCH_CHECK(t.dim() == 4 && t.device().is_cpu(), name, ": got ", t.dim(), "D on ", t.device(),
+              ", expected 4D [N, G, H, W] on cpu");
+  TORCH_CHECK(t.size(2) > 0 && t.size(3) > 0, name, ": got shape ", t.sizes(), ", expected positions");
+  check(mask, "mask", {t.size(0), t.size(1), t.size(2) * t.size(3)}, at::kBool);
+  cpu::SpatialSoftmax p{};
+  p.dtype = dtype;
+  p.rows = t.size(0) * t.size(1);
+  p.height = t.size(2);
+  p.width = t.size(3);
+  p.temperature = temperature_of(learned, fixed);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> spatial_softmax_forward(const Tensor& logits, const OptionalTensor& mask,
+                                                   const OptionalTensor& learned_temperature,
+                                                   double temperature, bool coordinates) {
+  cpu::SpatialSoftmax p = softmax_call(logits, "logits", mask, learned_temperature, temperature);
+  const Tensor dense_logits = logits.contiguous();
+  const OptionalTensor dense_mask = dense(mask);
+  const Tensor map = at::empty(logits.sizes(), logits.options());
+  const Tensor xy = coordinates ? at::empty({logits.size(0), logits.size(1), 2}, logits.options())
+                                : at::empty({0}, logits.options());
+  if (p.rows == 0) return {map, xy};
+  const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
+  const cpu::Parallel threads = torch_parallel();
+  const Scratch scratch(kernels.softmax_workspace(p, threads.threads));
+  p.logits = dense_logits.const_data_ptr();
+  p.mask = bools(dense_mask);
+  p.map = map.mutable_data_ptr();
+  p.coordinates = coordinates ? xy.mutable_data_ptr() : nullptr;
+  p.workspace = scratch.data();
+  kernels.softmax_forward(p, threads);
+  return {map, xy};
+}
+
+std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_map,
+                                                    const OptionalTensor& grad_coordinates,
+                                                    const OptionalTensor& mask,
+                                                    const OptionalTensor& learned_temperature,
+                                                    double temperature, const Tensor& map,
+                                                    const std::array<bool, 2>& output_mask) {
+  cpu::SpatialSoftmaxBackward b{};
+  cpu::SpatialSoftmax& p = b.forward;
+  p = softmax_call(map, "map", mask, learned_temperature, temperature);
+  const auto type = map.scalar_type();
+  check(grad_map, "grad_map", map.sizes(), type);
+  check(grad_coordinates, "grad_coordinates", {map.size(0), map.size(1), 2}, type);
+  TORCH_CHECK(learned_temperature || !output_mask[1],
+              "output_mask: got true at 1, expected no absent argument");
+  const Tensor dense_map = map.contiguous();
+  const OptionalTensor dense_mask = dense(mask), of_map = dense(grad_map), of_xy = dense(grad_coordinates);
+  const Tensor grad = output_mask[0] ? at::empty(map.sizes(), map.options()) : at::empty({0}, map.options());
+  double grad_temperature = 0;
+  if (p.rows > 0) {
+    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
+    const cpu::Parallel threads = torch_parallel();
+    const Scratch scratch(kernels.softmax_workspace(p, threads.threads));
+    p.mask = bools(dense_mask);
+    p.map = const_cast<void*>(dense_map.const_data_ptr());
+    p.workspace = scratch.data();
+    b.grad_map = data_or_null(of_map);
+    b.grad_coordinates = data_or_null(of_xy);
+    b.grad_logits = data_if(grad);
+    b.grad_temperature = output_mask[1] ? &grad_temperature : nullptr;
+    kernels.softmax_backward(b, threads);
+  }
+  return {grad, output_mask[1]
+                    ? at::full(learned_temperature->sizes(), grad_temperature, learned_temperature->options())
+                    : at::empty({0}, map.options())};
+}
+
+}  // namespace
+
+void bind_spatial_cpu(pybind11::module_& m) {
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("spatial_softmax_forward", &spatial_softmax_forward, unlocked);
+  m.def("spatial_softmax_backward", &spatial_softmax_backward, unlocked);
+  m.def("spatial_attention_forward", &spatial_attention_forward, unlocked);
+  m.def("spatial_attention_backward", &spatial_attention_backward, unlocked);
+}
+
+}  // namespace fusednn

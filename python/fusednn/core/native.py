@@ -1,0 +1,90 @@
+"""Load the compiled extension ``fusednn._C``, or keep the reason why that was not possible.
+
+The extension is tied to the torch it was built with, so the record written beside it at build time is read
+before anything is loaded: a stale binary is refused with words rather than with a crash.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import settings
+
+logger = logging.getLogger("fusednn")
+
+# Raised whenever the Python side and csrc/bindings must change together.
+INTERFACE_VERSION = 1
+
+REMEDY = "pip install --no-build-isolation -e . (in a checkout) or pip install --no-build-isolation fusednn"
+
+
+def _build_record() -> dict[str, Any] | None:
+    path = Path(__file__).parents[1] / "_build_info.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and {"torch", "interface"} <= record.keys() else None
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])
+
+
+def _load() -> tuple[Any, str | None]:
+    if not settings.native_enabled():
+        return None, "FUSEDNN_NATIVE=0"
+    record = _build_record()
+    if record is None:
+        return None, "the extension fusednn._C was not built"
+    if _minor(str(record["torch"])) != _minor(torch.__version__):
+        return (
+            None,
+            f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}",
+        )
+    if record["interface"] != INTERFACE_VERSION:
+        return None, f"fusednn._C is stale: interface {record['interface']}, expected {INTERFACE_VERSION}"
+    try:
+        return importlib.import_module("fusednn._C"), None
+    except ImportError as error:
+        return None, f"fusednn._C can't be loaded: {error}"
+
+
+extension, unavailable_reason = _load()
+
+if extension is None and settings.native_enabled():
+    logger.warning("%s; layers run on plain PyTorch. To build it: %s", unavailable_reason, REMEDY)
+
+
+def build_info() -> dict[str, Any]:
+    """What the extension was built with; empty if there is none."""
+    return (_build_record() or {}) if extension is not None else {}
+
+
+def _apply_settings() -> None:
+    """Hand the extension what the environment asks of it."""
+    if extension is None:
+        return
+    extension.cpu.keep_packed_weights(settings.weight_cache_enabled())
+    cap = settings.cpu_isa()
+    if cap is not None:
+        try:
+            extension.cpu.set_isa(cap)
+        except ValueError as error:
+            logger.warning("FUSEDNN_CPU_ISA is ignored: %s", error)
+
+
+_apply_settings()
+
+# Modules with the CUDA launchers by the device type that they serve. Tests add the emulated ones for "cpu".
+cuda_modules: dict[str, ModuleType] = {}
+
+if extension is not None and hasattr(extension, "cuda"):
+    cuda_modules["cuda"] = extension.cuda

@@ -1,0 +1,1 @@
+"""Attend-and-recur: spatial attention inside an LSTM or a GRU, over whole sequences."""

@@ -1,0 +1,210 @@
+"""Launchers of attention, with the signatures of the ops of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.checks import device_guard
+from .call import Call, strides_of
+from .forward import attention_forward_kernel
+from .gradients import NAMES, Gradients
+from .tiles import FORWARD, SCORES
+from .weights import attention_weights_kernel
+
+__all__ = ["attention_backward", "attention_forward"]
+
+
+def _output_and_lse(call: Call, low: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [B, H, L, V], [B, L, H, V] in memory, and lse [B, H, L]."""
+    batch, heads, rows, _ = call.query.shape
+    output = call.query.new_empty(batch, rows, heads, call.value.shape[3]).transpose(1, 2)
+    lse = call.empty_rows()
+    if call.cu_seqlens_q is not None:  # sequences need not cover all rows
+        output.zero_()
+        lse.fill_(-torch.inf)
+    tiles = call.row_tiles(FORWARD)
+    programs = call.batch * heads * tiles
+    if programs:
+        attention_forward_kernel[call.grid(programs)](
+            out=output, lse=lse, low=low, **strides_of(output, ("o_b", "o_h", "o_l")),
+            **call.arguments(FORWARD, tiles), **call.extras(),
+        )  # fmt: skip
+    return output, lse
+
+
+def _weights(call: Call, lse: Tensor, low: Tensor | None) -> Tensor:
+    batch, heads, rows, _ = call.query.shape
+    outer = (batch,) if call.weights == "mean" else (batch, heads)
+    weights = call.query.new_empty(*outer, rows, call.key.shape[2] + call.extra)
+    tiles, columns = call.row_tiles(SCORES), call.column_tiles(SCORES) + (call.extra > 0)
+    if weights.numel() == 0:
+        return weights
+    if heads == 0:
+        return weights.fill_(torch.nan)  # as torch's mean of nothing
+    given = call.arguments(SCORES, tiles) | call.extras()
+    for name in ("v", "extra_value", "v_b", "v_g", "v_s"):
+        del given[name]
+    attention_weights_kernel[call.grid(weights.shape[:-2].numel() * tiles * columns)](
+        lse=lse, low=low, weights=weights, column_tiles=columns,
+        each=heads if call.weights == "mean" else 1, **given,
+    )  # fmt: skip
+    return weights
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    position_offset: int,
+    softcap: float,
+    dropout_p: float,
+    weights: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of queries over keys.
+
+    Args:
+        query: [B, H, L, D]; packed sequences: [1, H, T, D].
+        key: [B, G, S, D], G divides H.
+        value: [B, G, S, V].
+        mask: bool (True takes part) or of the query's dtype (added), each size that of [B, H, L,
+                                                                                         S] or 1; or None.
+        key_mask: [B, S], likewise.
+        extra_key: [G, X, D], columns after the S, which nothing hides; or None.
+        extra_value: [G, X, V].
+        alibi_slopes: [H] float32, or None.
+        cu_seqlens_q: [N + 1] int32, where packed sequences begin and end; or None.
+        cu_seqlens_k: likewise of the keys.
+        dropout_seed: int64, one number, or None.
+        max_seqlen_q: rows of the longest packed sequence.
+        max_seqlen_k: keys of the longest packed sequence.
+        scale: of the scores.
+        window_left: keys before its own that a row sees; -1: no limit.
+        window_right: keys after its own; 0: causal.
+        position_offset: of row 0 among the keys.
+        softcap: 0: none.
+        dropout_p: part of the weights that dropout drops.
+        weights: none, mean or heads.
+
+    Returns:
+        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0], [B, L, S + X] or [B, H, L,
+                                                                                                  S + X].
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+        ValueError: there are no such weights.
+
+    """
+    call = Call.of(
+        "attention_forward",
+        (query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q, cu_seqlens_k,
+         dropout_seed),
+        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p,
+         weights),
+    )  # fmt: skip
+    low = call.empty_rows() if call.natural and weights != "none" else None
+    with device_guard(query):
+        output, lse = _output_and_lse(call, low)
+        found = query.new_empty(0) if weights == "none" else _weights(call, lse, low)
+    return output, lse, found
+
+
+def attention_backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    dropout_seed: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    position_offset: int,
+    softcap: float,
+    dropout_p: float,
+    weights: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of `attention_forward`, whose weights are made again from lse.
+
+    Args:
+        grad_output: [B, H, L, V] or None.
+        grad_lse: [B, H, L] or None.
+        grad_weights: of the shape of the weights, or None.
+        query: as in the forward, like the other arguments.
+        key: ...
+        value: ...
+        mask: ...
+        key_mask: ...
+        extra_key: ...
+        extra_value: ...
+        alibi_slopes: ...
+        cu_seqlens_q: ...
+        cu_seqlens_k: ...
+        dropout_seed: ...
+        output: [B, H, L, V], as the forward returned it.
+        lse: [B, H, L], likewise.
+        max_seqlen_q: as in the forward, like the other arguments.
+        max_seqlen_k: ...
+        scale: ...
+        window_left: ...
+        window_right: ...
+        position_offset: ...
+        softcap: ...
+        dropout_p: ...
+        weights: ...
+        output_mask: whether query, key, value, mask, key_mask, extra_key and extra_value need their gradient.
+
+    Returns:
+        Their gradients, that of a mask in its own shape; empty where masked.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+        ValueError: there are no such weights.
+
+    """
+    given = dict(zip(NAMES, (query, key, value, mask, key_mask, extra_key, extra_value), strict=True))
+    call = Call.of(
+        "attention_backward",
+        (*given.values(), alibi_slopes, cu_seqlens_q, cu_seqlens_k, dropout_seed),
+        (max_seqlen_q, max_seqlen_k, scale, window_left, window_right, position_offset, softcap, dropout_p,
+         weights),
+    )  # fmt: skip
+    needed = {name for name, on in zip(NAMES, output_mask, strict=True) if on and given[name] is not None}
+    tensors = {name: t for name, t in given.items() if t is not None}
+    grads = (grad_output, grad_lse, None if weights == "none" else grad_weights)
+    found = Gradients(call, grads, output, lse, needed).run(tensors) if needed else {}
+    return tuple(_laid_out(found[n], given[n]) if n in found else query.new_empty(0) for n in NAMES)
+
+
+def _laid_out(grad: Tensor, tensor: Tensor | None) -> Tensor:
+    """The gradient in the memory layout that torch gives to what is like its tensor."""
+    like = torch.empty_like(tensor) if tensor is not None else grad
+    return grad if grad.stride() == like.stride() else like.copy_(grad)

@@ -1,0 +1,292 @@
+"""What the kernels of attention share: places of a tile, products, scores, dropout.
+
+A program has one tile of query rows or of keys of one head. Rows and columns are given as blocks [m, 1] and
+[1, n], or [1, m] and [n, 1] where a tile is transposed. What is None costs nothing; a tuple of Triton 3.6 can
+hold None only as the kernel's own argument, and no function can return it. Tuples of all kernels:
+
+    scoring   scale in the units of the scores, or the softcap; None or scale / softcap; as bits of doubles
+    position  offset, left, right (None: no limit), slopes of ALiBi
+    masks     mask, the sample's offset, strides of head, row and column; key_mask, offset, stride
+    dropout   seed, threshold, batch
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..core.activations import tanh
+from ..core.storage import INTERPRETING, rounded
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+EXTRA_BLOCK = tl.constexpr(16)  # columns of the tile of extra ones: the least that a matrix product takes
+CAREFUL_BLOCK = tl.constexpr(16)  # keys of a tile where values that are not finite are looked for
+
+
+@triton.jit
+def number(bits, dtype: tl.constexpr):
+    """A number from a double's bits: a launch would narrow a float to float32. It passes 0 in 32 bits."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
+
+
+@triton.jit
+def sequence_of(batch, cu_seqlens_q, cu_seqlens_k, rows, columns):
+    """Batch in memory, first row, first key (64 bits), rows and keys of sample or packed sequence `batch`."""
+    at = batch.to(tl.int64)
+    first_row = at * 0
+    first_key = at * 0
+    if cu_seqlens_q is not None:
+        first_row = tl.load(cu_seqlens_q + at).to(tl.int64)
+        first_key = tl.load(cu_seqlens_k + at).to(tl.int64)
+        rows = (tl.load(cu_seqlens_q + at + 1) - first_row).to(tl.int32)
+        columns = (tl.load(cu_seqlens_k + at + 1) - first_key).to(tl.int32)
+        at = at * 0
+    return at, first_row, first_key, rows, columns
+
+
+@triton.jit
+def load_tile(base, index, stride, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows `index` [n] of a matrix of SIZE columns: [n, BLOCK], 0 beyond SIZE and where not `present`."""
+    d = tl.arange(0, BLOCK)[None, :]
+    at = base + index.to(tl.int64)[:, None] * stride + d
+    if present is None:
+        x = tl.load(at) if SIZE == BLOCK else tl.load(at, mask=d < SIZE, other=0.0)
+    elif SIZE == BLOCK:
+        x = tl.load(at, mask=present[:, None], other=0.0)
+    else:
+        x = tl.load(at, mask=present[:, None] & (d < SIZE), other=0.0)
+    return x
+
+
+@triton.jit
+def store_tile(base, index, stride, x, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes rows `index` [n] of a matrix of SIZE columns, rounded to nearest."""
+    d = tl.arange(0, BLOCK)[None, :]
+    at = base + index.to(tl.int64)[:, None] * stride + d
+    tl.store(at, rounded(x, base.dtype.element_ty), mask=present[:, None] & (d < SIZE))
+
+
+@triton.jit
+def products(x, y, PRECISION: tl.constexpr):
+    """Products x y^T [m, n] of x [m, d] and y [n, d]."""
+    if x.dtype == tl.float64:
+        found = tl.dot(x, tl.trans(y), input_precision="ieee", out_dtype=tl.float64)
+    elif INTERPRETING and x.dtype == tl.bfloat16:  # whose products the interpreter gets wrong
+        found = tl.dot(x.to(tl.float32), tl.trans(y.to(tl.float32)), input_precision="ieee")
+    else:
+        found = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return found
+
+
+@triton.jit
+def multiplied(x, y, sum, PRECISION: tl.constexpr):
+    """Sum + x y, x [m, n] rounded to the type of y [n, d]."""
+    x = rounded(x, y.dtype)
+    if y.dtype == tl.float64:  # without out_dtype Triton 3.6 fails to compile
+        sum = tl.dot(x, y, sum, input_precision="ieee", out_dtype=tl.float64)
+    elif INTERPRETING and y.dtype == tl.bfloat16:
+        sum = tl.dot(x.to(tl.float32), y.to(tl.float32), sum, input_precision="ieee")
+    else:
+        sum = tl.dot(x, y, sum, input_precision=PRECISION)
+    return sum
+
+
+@triton.jit
+def all_finite(x):
+    """Whether a block [m, n] has neither inf nor NaN."""
+    return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), 1), 0) == 0
+
+
+@triton.jit
+def multiplied_where_seen(x, seen, y, sum, part, PRECISION: tl.constexpr):
+    """Sum + x y, where what is not finite in y [n, d] counts only where it is `seen` [m, n], in three parts.
+
+    Part 0 is the product of finite values, 1 and 2 are above 0 where a sum sees inf and -inf; NaN is both.
+    """
+    wide = y.to(sum.dtype)
+    finite = tl.abs(wide) < float("inf")
+    other_sign = tl.where(part == 2, -wide, wide) < 0
+    odd = tl.where(finite | other_sign, 0.0, 1.0)
+    x = tl.where(part == 0, x, tl.where(seen, 1.0, 0.0))
+    y = tl.where(part == 0, tl.where(finite, wide, 0.0), odd).to(y.dtype)
+    return multiplied(x, y, sum, PRECISION)
+
+
+@triton.jit
+def store_part(base, index, stride, x, part, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes part 0 of such a sum, or adds what the others say to what is there."""
+    d = tl.arange(0, BLOCK)[None, :]
+    at = base + index.to(tl.int64)[:, None] * stride + d
+    here = present[:, None] & (d < SIZE)
+    here = here & ((part == 0) | (x > 0))
+    there = tl.load(at, mask=here & (part != 0), other=0.0).to(x.dtype)
+    x = tl.where(part == 0, x, there + tl.where(part == 2, float("-inf"), float("inf")))
+    tl.store(at, rounded(x, base.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def raw_scores(products, scoring):
+    """Scores before anything is added, and tanh of the softcap's argument where there is one."""
+    scale, cap = scoring
+    t = products
+    if cap is not None:
+        t = tanh(products * number(cap, products.dtype))
+    return t * number(scale, products.dtype), t
+
+
+@triton.jit
+def _added(s, kept, mask, at, here):
+    """The scores with a mask's numbers, and what it keeps; a mask of bytes keeps what is not 0."""
+    x = tl.load(mask + at, mask=here, other=0)
+    if mask.dtype.element_ty == tl.uint8:
+        kept = kept & (x != 0)
+    else:
+        x = x.to(s.dtype)
+        s += x
+        kept = kept & (x != float("-inf"))  # NaN takes part
+    return s, kept
+
+
+@triton.jit
+def visible_scores(
+    s, rows, cols, row_count, column_count, head, position, masks, MASKED: tl.constexpr, NATURAL: tl.constexpr
+):  # fmt: skip
+    """Scores with all that is added, -inf where not kept; and what is kept, which is only told if MASKED."""
+    offset, left, right, slopes = position
+    mask, m_at, m_h, m_l, m_s, key_mask, km_at, km_s = masks
+    ahead = cols - rows - offset
+    if slopes is not None:
+        slope = tl.load(slopes + head).to(s.dtype)
+        if not NATURAL:
+            slope *= LOG2E
+        s -= slope * tl.abs(ahead).to(s.dtype)
+    kept = tl.full((1, 1), 1, tl.int1)
+    if MASKED:
+        kept = (cols < column_count) & (rows < row_count)
+        if left is not None:
+            kept = kept & (ahead >= -left)
+        if right is not None:
+            kept = kept & (ahead <= right)
+        if mask is not None:
+            at = m_at + head.to(tl.int64) * m_h + rows.to(tl.int64) * m_l + cols.to(tl.int64) * m_s
+            s, kept = _added(s, kept, mask, at, kept)
+        if key_mask is not None:
+            s, kept = _added(s, kept, key_mask, km_at + cols.to(tl.int64) * km_s, cols < column_count)
+        s = tl.where(kept, s, float("-inf"))
+    return s, kept
+
+
+@triton.jit
+def extra_scores(q, k, scoring, EXTRA: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of the extra columns [m, EXTRA_BLOCK], which of them exist, tanh as `raw_scores` gives it."""
+    s, t = raw_scores(products(q, k, PRECISION), scoring)
+    kept = (tl.arange(0, EXTRA_BLOCK) < EXTRA)[None, :] & (tl.zeros((q.shape[0], EXTRA_BLOCK), tl.int32) == 0)
+    return tl.where(kept, s, float("-inf")), kept, t
+
+
+@triton.jit
+def kept_keys(index, count, key_mask, km_at, km_s):
+    """Which of the keys `index` [n] exist and are kept by their mask."""
+    here = index < count
+    if key_mask is not None:
+        x = tl.load(key_mask + km_at + index.to(tl.int64) * km_s, mask=here, other=0)
+        here = here & (x != 0) if key_mask.dtype.element_ty == tl.uint8 else here & (x != float("-inf"))
+    return here
+
+
+@triton.jit
+def weights_of(s, lse, low, NATURAL: tl.constexpr):
+    """exp(s - lse); `low`: what lse has lost, to base 2, or None.
+
+    Scores are logarithms to base 2, which saves a product, or natural: where masks are added, as the lowest
+    number of a dtype times log2(e) would be -inf, and where float32's precision is asked for.
+    """
+    if NATURAL:
+        e = s - lse
+        if s.dtype == tl.float64:
+            if low is not None:
+                e -= low * LN2
+            e = tl.exp(e)
+        elif low is not None:
+            e = tl.exp2(e * LOG2E - low)
+        else:
+            e = tl.exp2(e * LOG2E)
+    else:
+        e = tl.exp2(s - lse)
+    return e
+
+
+@triton.jit
+def logarithm(x):
+    """Natural, of a sum of weights."""
+    return tl.log(x) if x.dtype == tl.float64 else tl.log2(x) * LN2
+
+
+@triton.jit
+def drawn_weights(dropout, head, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which weights [BLOCK_M, BLOCK_N] of rows [BLOCK_M] and columns from n0, a multiple of 4, dropout keeps.
+
+    Philox4x32-10; the four words of a call serve neighbouring columns.
+    """
+    seed, threshold, batch = dropout
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
+    fours = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zero
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), fours, rows[:, None] + zero, head + zero, batch + zero)
+    least = threshold.to(tl.uint32)
+    k0, k1, k2, k3 = (w0 >= least), (w1 >= least), (w2 >= least), (w3 >= least)
+    even = tl.join(k0.to(tl.int8), k2.to(tl.int8))
+    odd = tl.join(k1.to(tl.int8), k3.to(tl.int8))
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def drawn_extra(dropout, head, rows, columns, BLOCK_M: tl.constexpr):
+    """Which weights [BLOCK_M, EXTRA_BLOCK] of the columns from `columns` on dropout keeps."""
+    seed, threshold, batch = dropout
+    zero = tl.zeros((BLOCK_M, EXTRA_BLOCK), tl.int32)
+    cols = (columns + tl.arange(0, EXTRA_BLOCK))[None, :] + zero
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), cols // 4, rows[:, None] + zero, head + zero, batch + zero)
+    place = cols % 4
+    word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
+    return word >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def tiles_between(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
+    """Multiples of BLOCK: those of all tiles, and within them those of tiles in which all is kept."""
+    end = tl.cdiv(tl.maximum(end, 0), BLOCK) * BLOCK
+    begin = tl.minimum(tl.maximum(begin, 0) // BLOCK * BLOCK, end)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(full_begin, 0), BLOCK) * BLOCK, begin), end)
+    full_end = tl.minimum(tl.maximum(tl.maximum(full_end, 0) // BLOCK * BLOCK, full_begin), end)
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
+def key_tiles(m0, rows, columns, position, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The key tiles of the query rows from m0, as `tiles_between` gives them."""
+    offset, left, right, _ = position
+    first, last = m0 + offset, tl.minimum(m0 + BLOCK_M, rows) - 1 + offset
+    begin, end, full_begin, full_end = m0 * 0, columns, m0 * 0, columns
+    if right is not None:
+        end = tl.minimum(columns, last + right + 1)
+        full_end = tl.minimum(columns, first + right + 1)
+    if left is not None:
+        begin = first - left
+        full_begin = last - left
+    return tiles_between(begin, end, full_begin, full_end, BLOCK_N)
+
+
+@triton.jit
+def row_tiles(n0, rows, columns, position, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The row tiles of the keys from n0; rows that don't exist have weight 0 without a mask."""
+    offset, left, right, _ = position
+    first, last = n0 - offset, tl.minimum(n0 + BLOCK_N, columns) - 1 - offset
+    begin, end, full_begin, full_end = n0 * 0, rows, n0 * 0, tl.cdiv(rows, BLOCK_M) * BLOCK_M
+    if right is not None:
+        begin = first - right
+        full_begin = last - right
+    if left is not None:
+        end = tl.minimum(rows, last + left + 1)
+        full_end = tl.minimum(full_end, first + left + 1)
+    return tiles_between(begin, end, full_begin, full_end, BLOCK_M)

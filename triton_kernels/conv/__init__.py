@@ -1,0 +1,15 @@
+"""Depthwise convolution and the depthwise-separable block."""
+
+from .launch import (
+    depthwise_conv2d_backward,
+    depthwise_conv2d_forward,
+    separable_conv2d_forward,
+    separable_conv2d_limits,
+)
+
+__all__ = [
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_forward",
+    "separable_conv2d_forward",
+    "separable_conv2d_limits",
+]

@@ -1,0 +1,219 @@
+"""Launchers of the convolutions, with the signatures of the ops of the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..core.checks import device_guard
+from ..core.support import interpreting
+from .depthwise import (
+    MOST_UNROLLED,
+    OPTIONS,
+    depthwise_add_splits_kernel,
+    depthwise_forward_kernel,
+    depthwise_gather_kernel,
+    depthwise_grad_weight_kernel,
+    tile_size,
+)
+from .geometry import Convolution
+from .separable import separable_conv2d_forward, separable_conv2d_limits
+
+__all__ = [
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_forward",
+    "separable_conv2d_forward",
+    "separable_conv2d_limits",
+]
+
+# An interpreted program takes about the same time whatever its size.
+GATHER_TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (512, 4096)
+MOST_TAPS = 16  # of a program of the weight gradient
+WANTED_PROGRAMS = 2048
+MOST_SPLITS = 256
+
+
+def _tile(last: bool, channels: int, positions: int, size: int, most_positions: int = 512) -> dict[str, int]:
+    """Long where memory is contiguous: channels, or positions."""
+    channels, positions = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
+    if last:
+        block_c = min(channels, 64)
+        return {"BLOCK_P": min(positions, size // block_c, most_positions), "BLOCK_C": block_c}
+    block_p = min(positions, most_positions)
+    return {"BLOCK_P": block_p, "BLOCK_C": min(channels, size // block_p)}
+
+
+def _launch_forward(
+    conv: Convolution, input: Tensor, bias: Tensor | None, grad: Tensor | None, output: Tensor,
+    sizes: tuple[int, int, int, int], pad: tuple[int, int], activation: str, flipped: bool,
+) -> None:  # fmt: skip
+    """`sizes` are height and width of `input`, then of `output`."""
+    if output.numel() == 0:
+        return
+    channels, multiplier = conv.channels, conv.multiplier
+    positions = output.shape[0] * sizes[2] * sizes[3]
+    size = GATHER_TILE if interpreting() else tile_size(conv.weight.shape[3], input.element_size())
+    tile = _tile(conv.last, channels, positions, size)
+    grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
+    with device_guard(input):
+        depthwise_forward_kernel[grid](
+            input, conv.weight, bias, grad, output, positions, channels, *sizes,
+            *conv.strides(channels // multiplier, *sizes[:2]), *conv.strides(channels, *sizes[2:]),
+            *((1, 1) if flipped else conv.stride), *pad, *conv.dilation,
+            KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=multiplier, FLIPPED=flipped,
+            ACTIVATION=activation, MOST=MOST_UNROLLED, **tile, **OPTIONS,
+        )  # fmt: skip
+
+
+def depthwise_conv2d_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """The activated depthwise convolution.
+
+    Args:
+        input: [N, C, H, W].
+        weight: [C m, 1, kh, kw].
+        bias: [C m] or None.
+        stride: of rows and columns.
+        padding: top, bottom, left, right, of zeros.
+        dilation: of rows and columns.
+        activation: none, relu, relu6, silu, hardswish, gelu or gelu_tanh.
+
+    Returns:
+        [N, C m, H', W'] in torch's memory format.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+
+    """
+    conv = Convolution.of("depthwise_conv2d_forward", input, weight, bias, stride, padding, dilation)
+    output = conv.empty_image(conv.channels)
+    sizes = (*conv.input.shape[2:], *conv.out_size)
+    _launch_forward(conv, conv.input, conv.bias, None, output, sizes, conv.pad, activation, False)
+    return output
+
+
+def _grad_before_activation(conv: Convolution, grad_output: Tensor, activation: str) -> Tensor:
+    grad = conv.image("grad_output", grad_output, conv.channels)
+    if activation == "none":
+        return grad
+    grad_z = conv.empty_image(conv.channels)
+    sizes = (*conv.input.shape[2:], *conv.out_size)
+    _launch_forward(conv, conv.input, conv.bias, grad, grad_z, sizes, conv.pad, activation, False)
+    return grad_z
+
+
+def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
+    out = torch.empty_like(conv.input, memory_format=conv.format)
+    if out.numel() == 0:
+        return out
+    height, width = conv.input.shape[2:]
+    kernel = conv.weight.shape[2:]
+    if conv.stride == (1, 1) and conv.multiplier == 1:
+        top, left = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.pad, strict=True))
+        _launch_forward(
+            conv, grad_z, None, None, out, (*conv.out_size, height, width), (top, left), "none", True
+        )
+        return out
+    channels = conv.input.shape[1]
+    positions = conv.input.shape[0] * height * width
+    tile = _tile(conv.last, channels, positions, GATHER_TILE)
+    grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
+    with device_guard(grad_z):
+        depthwise_gather_kernel[grid](
+            grad_z, conv.weight, out, positions, channels, height, width, *conv.out_size,
+            *conv.strides(channels, height, width), *conv.strides(conv.channels, *conv.out_size),
+            *conv.stride, *conv.pad, *conv.dilation,
+            KH=kernel[0], KW=kernel[1], MULTIPLIER=conv.multiplier, **tile, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, empty where not needed, in two passes."""
+    taps = conv.weight.shape[2] * conv.weight.shape[3]
+    weight = grad_z.new_empty(conv.weight.shape if needs[0] else (0,))
+    bias = grad_z.new_empty((conv.channels if needs[1] else 0,))
+    if conv.channels == 0:
+        return weight, bias
+    group = min(triton.next_power_of_2(taps), MOST_TAPS)
+    positions = grad_z.shape[0] * grad_z.shape[2] * grad_z.shape[3]
+    tile = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group, 64)
+    # A function of the shape alone, so that results repeat.
+    channel_blocks, tap_groups = triton.cdiv(conv.channels, tile["BLOCK_C"]), triton.cdiv(taps, group)
+    blocks = triton.cdiv(positions, tile["BLOCK_P"])
+    most = min(max(WANTED_PROGRAMS // (channel_blocks * tap_groups), 1), MOST_SPLITS)
+    steps = max(triton.cdiv(blocks, most), 1)
+    splits = triton.cdiv(blocks, steps)
+    wide = torch.promote_types(grad_z.dtype, torch.float32)
+    partials = grad_z.new_empty(splits, taps + 1, conv.channels, dtype=wide)
+    multiplier = conv.multiplier
+    with device_guard(grad_z):
+        if splits:
+            depthwise_grad_weight_kernel[(splits, channel_blocks, tap_groups)](
+                grad_z, conv.input, partials, positions, conv.channels, *conv.input.shape[2:], *conv.out_size,
+                *conv.strides(conv.channels // multiplier, *conv.input.shape[2:]),
+                *conv.strides(conv.channels, *conv.out_size), *conv.stride, *conv.pad, *conv.dilation, steps,
+                KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=multiplier, TAPS=group,
+                **tile, **OPTIONS,
+            )  # fmt: skip
+        depthwise_add_splits_kernel[(triton.cdiv((taps + 1) * conv.channels, 128),)](
+            partials, weight if needs[0] else None, bias if needs[1] else None, splits, conv.channels,
+            TAPS=taps, BLOCK=128, **OPTIONS,
+        )  # fmt: skip
+    return weight, bias
+
+
+def depthwise_conv2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `depthwise_conv2d_forward`, whose preactivation is computed again.
+
+    Args:
+        grad_output: [N, C m, H', W'].
+        input: as in the forward, like the other arguments.
+        weight: ...
+        bias: ...
+        stride: ...
+        padding: ...
+        dilation: ...
+        activation: ...
+        output_mask: whether input, weight and bias need their gradient.
+
+    Returns:
+        Gradients of input, weight and bias; empty where masked.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+
+    """
+    conv = Convolution.of("depthwise_conv2d_backward", input, weight, bias, stride, padding, dilation)
+    nothing = input.new_empty(0)
+    if not any(output_mask):
+        return nothing, nothing.clone(), nothing.clone()
+    grad_z = _grad_before_activation(conv, grad_output, activation)
+    grad_input = _grad_input(conv, grad_z) if output_mask[0] else nothing
+    if not any(output_mask[1:]):
+        return grad_input, nothing.clone(), nothing.clone()
+    grad_weight, grad_bias = _grad_weight(conv, grad_z, output_mask[1:])
+    if output_mask[1]:
+        like = torch.empty_like(weight)
+        grad_weight = grad_weight if like.is_contiguous() else like.copy_(grad_weight)
+    return grad_input, grad_weight, grad_bias

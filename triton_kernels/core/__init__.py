@@ -1,0 +1,1 @@
+"""What the families share: storage types, activations, checks, ahead-of-time cases."""

@@ -1,0 +1,327 @@
+"""Gates of the LSTM and the GRU cell: everything of a step but its two matrix products.
+
+    LSTM  [i|f|g|o] = gates + b_ih + b_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')
+    GRU   r, z = sigmoid(x + b_ih + h + b_hh);  n = tanh(x_n + b_in + r (h_n + b_hn));  h' = n + z (h - n)
+
+Tiling: one program per [BLOCK_B, BLOCK_H] tile of the state, 512 elements on 4 warps.
+Bytes moved per hidden unit, s = item size: LSTM forward 7 s, and 4 s to save the gates, backward 13 s; GRU
+forward 8 s, and 4 s to save, backward 13 s. Arithmetic in float32 (float64 for float64), 64-bit offsets.
+Limits: contiguous tensors; 16-byte accesses need H to be a multiple of 16, odd H goes element by element.
+
+The launchers have the signatures of the C++ extension's functions of the same names.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core.activations import sigmoid, tanh
+from ..core.aot import AotCase
+from ..core.checks import Arguments, device_guard
+from ..core.storage import load, store
+
+TILE = 512
+WIDEST_BLOCK_H = 256
+# Fused multiply-adds are named because their default differs between versions of Triton.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _tile(batch, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Rows [BLOCK_B, 1], columns [1, BLOCK_H] and mask of this program's tile."""
+    blocks = (hidden + BLOCK_H - 1) // BLOCK_H
+    program = tl.program_id(0).to(tl.int64)
+    rows = (program // blocks) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    columns = (program % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    return rows, columns, (rows < batch) & (columns < hidden)
+
+
+@triton.jit
+def _biased(x, bias, k, hidden, columns):
+    """Adds to x gate k's part of a bias that may be None."""
+    if bias is not None:
+        x += load(bias + k * hidden, columns, columns < hidden)
+    return x
+
+
+@triton.jit(do_not_specialize=["batch"])
+def lstm_forward_kernel(
+    gates, bias_ih, bias_hh, cx, h, c, batch, hidden,
+    SAVE_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Gates [B, 4H] (overwritten by the activated ones if SAVE_GATES), cx, h, c [B, H]."""
+    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    state = rows * hidden + columns
+    gate_i = rows * 4 * hidden + columns
+    gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
+
+    i = _biased(_biased(load(gates, gate_i, mask), bias_ih, 0, hidden, columns), bias_hh, 0, hidden, columns)
+    f = _biased(_biased(load(gates, gate_f, mask), bias_ih, 1, hidden, columns), bias_hh, 1, hidden, columns)
+    g = _biased(_biased(load(gates, gate_g, mask), bias_ih, 2, hidden, columns), bias_hh, 2, hidden, columns)
+    o = _biased(_biased(load(gates, gate_o, mask), bias_ih, 3, hidden, columns), bias_hh, 3, hidden, columns)
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    c_next = f * load(cx, state, mask) + i * g
+
+    store(h, state, o * tanh(c_next), mask)
+    store(c, state, c_next, mask)
+    if SAVE_GATES:
+        store(gates, gate_i, i, mask)
+        store(gates, gate_f, f, mask)
+        store(gates, gate_g, g, mask)
+        store(gates, gate_o, o, mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def lstm_backward_kernel(
+    grad_h, grad_c, gates, cx, c, grad_gates, grad_cx, batch, hidden,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """gates, grad_gates [B, 4H], the rest [B, H]; grad_h and grad_c may be None."""
+    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    state = rows * hidden + columns
+    gate_i = rows * 4 * hidden + columns
+    gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
+
+    i, f = load(gates, gate_i, mask), load(gates, gate_f, mask)
+    g, o = load(gates, gate_g, mask), load(gates, gate_o, mask)
+    tanh_c = tanh(load(c, state, mask))
+    d_h = tl.zeros_like(tanh_c)
+    if grad_h is not None:
+        d_h = load(grad_h, state, mask)
+    d_c = d_h * o * (1.0 - tanh_c * tanh_c)
+    if grad_c is not None:
+        d_c += load(grad_c, state, mask)
+
+    store(grad_gates, gate_i, d_c * g * i * (1.0 - i), mask)
+    store(grad_gates, gate_f, d_c * load(cx, state, mask) * f * (1.0 - f), mask)
+    store(grad_gates, gate_g, d_c * i * (1.0 - g * g), mask)
+    store(grad_gates, gate_o, d_h * tanh_c * o * (1.0 - o), mask)
+    store(grad_cx, state, d_c * f, mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def gru_forward_kernel(
+    gates_x, gates_h, bias_ih, bias_hh, hx, h, gates, batch, hidden,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """gates_x, gates_h [B, 3H], hx, h [B, H], gates [B, 4H] saved as r, z, n, h_n or None."""
+    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    state = rows * hidden + columns
+    r_at = rows * 3 * hidden + columns
+    z_at, n_at = r_at + hidden, r_at + 2 * hidden
+
+    r = _biased(load(gates_x, r_at, mask), bias_ih, 0, hidden, columns)
+    r += _biased(load(gates_h, r_at, mask), bias_hh, 0, hidden, columns)
+    z = _biased(load(gates_x, z_at, mask), bias_ih, 1, hidden, columns)
+    z += _biased(load(gates_h, z_at, mask), bias_hh, 1, hidden, columns)
+    x_n = _biased(load(gates_x, n_at, mask), bias_ih, 2, hidden, columns)
+    h_n = _biased(load(gates_h, n_at, mask), bias_hh, 2, hidden, columns)
+    r, z = sigmoid(r), sigmoid(z)
+    n = tanh(x_n + r * h_n)
+
+    store(h, state, n + z * (load(hx, state, mask) - n), mask)
+    if gates is not None:
+        saved = rows * 4 * hidden + columns
+        store(gates, saved, r, mask)
+        store(gates, saved + hidden, z, mask)
+        store(gates, saved + 2 * hidden, n, mask)
+        store(gates, saved + 3 * hidden, h_n, mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def gru_backward_kernel(
+    grad_h, gates, hx, grad_gates_x, grad_gates_h, grad_hx, batch, hidden,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """grad_h, hx, grad_hx [B, H], gates [B, 4H], grad_gates_x, grad_gates_h [B, 3H]."""
+    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    state = rows * hidden + columns
+    saved = rows * 4 * hidden + columns
+    r_at = rows * 3 * hidden + columns
+    z_at, n_at = r_at + hidden, r_at + 2 * hidden
+
+    r, z = load(gates, saved, mask), load(gates, saved + hidden, mask)
+    n, h_n = load(gates, saved + 2 * hidden, mask), load(gates, saved + 3 * hidden, mask)
+    d_h = load(grad_h, state, mask)
+    d_x_n = d_h * (1.0 - z) * (1.0 - n * n)
+    d_r = d_x_n * h_n * r * (1.0 - r)
+    d_z = d_h * (load(hx, state, mask) - n) * z * (1.0 - z)
+
+    store(grad_gates_x, r_at, d_r, mask)
+    store(grad_gates_x, z_at, d_z, mask)
+    store(grad_gates_x, n_at, d_x_n, mask)
+    store(grad_gates_h, r_at, d_r, mask)
+    store(grad_gates_h, z_at, d_z, mask)
+    store(grad_gates_h, n_at, d_x_n * r, mask)
+    store(grad_hx, state, d_h * z, mask)
+
+
+def _blocks(hidden: int) -> dict[str, int]:
+    """The tile for a hidden size; whole rows are put together when one is short."""
+    block_h = min(triton.next_power_of_2(hidden), WIDEST_BLOCK_H)
+    return {"BLOCK_B": TILE // block_h, "BLOCK_H": block_h}
+
+
+def _launch(kernel, arguments: Arguments, *tensors: Tensor | None, **constants) -> None:
+    batch, hidden = arguments.batch, arguments.hidden
+    if batch == 0 or hidden == 0:
+        return
+    blocks = _blocks(hidden)
+    grid = (triton.cdiv(batch, blocks["BLOCK_B"]) * triton.cdiv(hidden, blocks["BLOCK_H"]),)
+    with device_guard(arguments.like):
+        kernel[grid](*tensors, batch, hidden, **constants, **blocks, **OPTIONS)
+
+
+def lstm_gates_forward(
+    gates: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, cx: Tensor, save_gates: bool
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step from the sum of both products.
+
+    Args:
+        gates: [B, 4H] in the order i, f, g, o; overwritten by the activated gates if `save_gates`.
+        bias_ih: [4H] or None.
+        bias_hh: [4H] or None.
+        cx: [B, H].
+        save_gates: keep the activated gates for `lstm_gates_backward`.
+
+    Returns:
+        h and c, each [B, H].
+
+    Raises:
+        RuntimeError: a shape, dtype or device differs from what `gates` asks for, or `gates` is not
+            contiguous.
+
+    """
+    a = Arguments.of("lstm_gates_forward", "gates", gates, 4)
+    if not gates.is_contiguous():
+        raise RuntimeError(
+            f"lstm_gates_forward: gates: got strides {list(gates.stride())}, expected a contiguous tensor, "
+            "since it is overwritten"
+        )
+    bias_ih, bias_hh, cx = a.bias("bias_ih", bias_ih, 4), a.bias("bias_hh", bias_hh, 4), a.rows("cx", cx, 1)
+    h, c = a.empty_rows(1), a.empty_rows(1)
+    _launch(lstm_forward_kernel, a, gates, bias_ih, bias_hh, cx, h, c, SAVE_GATES=save_gates)
+    return h, c
+
+
+def lstm_gates_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, cx: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one LSTM step.
+
+    Args:
+        grad_h: [B, H] or None for zero.
+        grad_c: [B, H] or None for zero.
+        gates: [B, 4H] activated, as `lstm_gates_forward` leaves them.
+        cx: [B, H], the state before the step.
+        c: [B, H], the state after it.
+
+    Returns:
+        grad_gates [B, 4H], before activation, and grad_cx [B, H].
+
+    Raises:
+        RuntimeError: a shape, dtype or device differs from what `gates` asks for.
+
+    """
+    a = Arguments.of("lstm_gates_backward", "gates", gates, 4)
+    gates, cx, c = a.rows("gates", gates, 4), a.rows("cx", cx, 1), a.rows("c", c, 1)
+    grad_h, grad_c = a.rows("grad_h", grad_h, 1), a.rows("grad_c", grad_c, 1)
+    grad_gates, grad_cx = a.empty_rows(4), a.empty_rows(1)
+    _launch(lstm_backward_kernel, a, grad_h, grad_c, gates, cx, c, grad_gates, grad_cx)
+    return grad_gates, grad_cx
+
+
+def gru_gates_forward(
+    gates_x: Tensor,
+    gates_h: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    hx: Tensor,
+    save_gates: bool,
+) -> tuple[Tensor, Tensor]:
+    """One GRU step from its two products.
+
+    Args:
+        gates_x: [B, 3H], the input's product, in the order r, z, n.
+        gates_h: [B, 3H], the state's product.
+        bias_ih: [3H] or None.
+        bias_hh: [3H] or None.
+        hx: [B, H].
+        save_gates: return what `gru_gates_backward` needs.
+
+    Returns:
+        h [B, H], and the gates r, z, n, h_n as [B, 4H], or an empty tensor if not saved.
+
+    Raises:
+        RuntimeError: a shape, dtype or device differs from what `gates_x` asks for.
+
+    """
+    a = Arguments.of("gru_gates_forward", "gates_x", gates_x, 3)
+    gates_x, gates_h = a.rows("gates_x", gates_x, 3), a.rows("gates_h", gates_h, 3)
+    bias_ih, bias_hh, hx = a.bias("bias_ih", bias_ih, 3), a.bias("bias_hh", bias_hh, 3), a.rows("hx", hx, 1)
+    h = a.empty_rows(1)
+    saved = a.empty_rows(4) if save_gates else None
+    _launch(gru_forward_kernel, a, gates_x, gates_h, bias_ih, bias_hh, hx, h, saved)
+    return h, h.new_empty(0) if saved is None else saved
+
+
+def gru_gates_backward(grad_h: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one GRU step.
+
+    Args:
+        grad_h: [B, H].
+        gates: [B, 4H], as `gru_gates_forward` saves them.
+        hx: [B, H].
+
+    Returns:
+        grad_gates_x [B, 3H], grad_gates_h [B, 3H], and the direct term of grad_hx [B, H], to which the caller
+        adds grad_gates_h @ weight_hh.
+
+    Raises:
+        RuntimeError: a shape, dtype or device differs from what `gates` asks for.
+
+    """
+    a = Arguments.of("gru_gates_backward", "gates", gates, 4)
+    gates, grad_h, hx = a.rows("gates", gates, 4), a.rows("grad_h", grad_h, 1), a.rows("hx", hx, 1)
+    grad_x, grad_recurrent, grad_hx = a.empty_rows(3), a.empty_rows(3), a.empty_rows(1)
+    _launch(gru_backward_kernel, a, grad_h, gates, hx, grad_x, grad_recurrent, grad_hx)
+    return grad_x, grad_recurrent, grad_hx
+
+
+_SIZES = {"batch": "i64", "hidden": "i32"}
+_WIDE = {"BLOCK_B": 2, "BLOCK_H": 256}
+_LSTM_FORWARD = ("gates", "bias_ih", "bias_hh", "cx", "h", "c")
+_LSTM_BACKWARD = ("grad_h", "grad_c", "gates", "cx", "c", "grad_gates", "grad_cx")
+_GRU_FORWARD = ("gates_x", "gates_h", "bias_ih", "bias_hh", "hx", "h", "gates")
+_GRU_BACKWARD = ("grad_h", "gates", "hx", "grad_gates_x", "grad_gates_h", "grad_hx")
+
+
+def _case(name, kernel, pointers, *, wide: bool, **constants) -> AotCase:
+    divisible = (*pointers, "hidden") if wide else pointers
+    return AotCase(
+        f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible
+    )
+
+
+AOT_CASES = [
+    case
+    for wide in (True, False)
+    for case in (
+        _case("lstm_forward", lstm_forward_kernel, _LSTM_FORWARD, wide=wide, SAVE_GATES=True),
+        _case("lstm_backward", lstm_backward_kernel, _LSTM_BACKWARD, wide=wide),
+        _case("gru_forward", gru_forward_kernel, _GRU_FORWARD, wide=wide),
+        _case("gru_backward", gru_backward_kernel, _GRU_BACKWARD, wide=wide),
+    )
+]
+AOT_CASES.append(
+    AotCase(
+        "lstm_forward/bare",
+        lstm_forward_kernel,
+        ("gates", "cx", "h", "c"),
+        _SIZES,
+        {"bias_ih": None, "bias_hh": None, "SAVE_GATES": False, **_WIDE},
+        OPTIONS,
+    )
+)
