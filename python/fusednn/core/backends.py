@@ -28,12 +28,12 @@ def _no_plan(_call: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend of an op. Every function takes the op's call, a tuple with the names of its schema.
+    """One backend of an op. Every function takes the op's call, a tuple with the names of its arguments.
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
         run: makes the results from the backend's kernels, a module, and a call; by default the kernel of the
-            op's name, called with the schema's arguments. Of ``"torch"``, which has no such module, it must
+            op's name, called with the op's arguments. Of ``"torch"``, which has no such module, it must
             be given.
         kernel: the kernel that must be there; that of the op's name by default.
         arguments: what the kernel is called with, made from the call.

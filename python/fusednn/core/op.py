@@ -1,16 +1,18 @@
-"""Declares an op: schema, fake kernel, reference, backends and gradients, each written once.
+"""Declares an op once: reference, fake kernel, backends and gradients.
 
-    lstm_cell_backward = Op("lstm_cell_backward(Tensor? grad_h, ..., bool[6] output_mask) -> (...)", ...)
-    lstm_cell_forward = Op("lstm_cell_forward(Tensor input, ...) -> (Tensor h, Tensor c, Tensor gates)",
+    lstm_cell_backward = Op(reference.lstm_cell_backward, ("grad_input", ...), ...)
+    lstm_cell_forward = Op(reference.lstm_cell_forward, ("h", "c", "gates"),
                            gradients=Gradients(lstm_cell_backward), ...)
 
-``torch.ops.fusednn.<name>`` is defined from the schema, and so is the named tuple, the *call*, that fakes,
-predicates, plans and gradients read. docs/design/004-ops.md argues it.
+The reference's signature is the op's: its name, its arguments and their types make the schema of
+``torch.ops.fusednn.<name>``, and the named tuple, the *call*, that fakes, predicates, plans and gradients
+read. docs/design/004-ops.md argues it.
 """
 
 from __future__ import annotations
 
 import collections
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,27 @@ OPS: dict[str, Op] = {}
 _library = torch.library.Library("fusednn", "FRAGMENT")
 
 
+# Types as the schema writes them. An int may be a symbol, where torch traces with dynamic shapes.
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "Sequence[int]": "int[]",
+    "Sequence[bool]": "bool[]",
+    "int": "SymInt",
+    "float": "float",
+    "bool": "bool",
+    "str": "str",
+}
+
+
+def schema_of(reference: Callable[..., Any], results: Sequence[str]) -> str:
+    """Return the schema of a function of annotated arguments; keyword-only ones are no part of it."""
+    parameters = inspect.signature(reference).parameters.values()
+    arguments = [f"{_TYPES[p.annotation]} {p.name}" for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    returned = ", ".join(f"Tensor {name}" for name in results)
+    return f"{reference.__name__}({', '.join(arguments)}) -> ({returned})"
+
+
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     made: Any = collections.namedtuple(name, fields)  # type: ignore[misc]
     return made
@@ -38,9 +61,8 @@ class Op:
     """An op of ``torch.ops.fusednn``, and its table of backends.
 
     Args:
-        schema: as torch writes it, with names for the results.
-        family: the folder with its kernels in ``fusednn.triton_kernels``.
-        reference: plain PyTorch, called with the schema's arguments.
+        reference: plain PyTorch; its module is in the folder of the family.
+        results: their names.
         fake: makes tensors like the results, from a call.
         backends: in the order in which ``auto`` tries them; the reference comes last by itself.
         like: the argument that decides on device and dtype; the first tensor that must be there by default.
@@ -50,26 +72,25 @@ class Op:
 
     def __init__(
         self,
-        schema: str,
-        *,
-        family: str,
         reference: Callable[..., Any],
+        results: Sequence[str],
+        *,
         fake: Callable[[Any], Any],
         backends: Sequence[Backend] = (),
         like: str | None = None,
         gradients: Gradients | None = None,
         flops: Callable[[Any], int] | None = None,
     ) -> None:
+        self.name, self.reference, self.results = reference.__name__, reference, tuple(results)
+        self.family = reference.__module__.split(".")[-2]
+        schema = schema_of(reference, results)
         parsed = torch._C.parse_schema(f"fusednn::{schema}")
-        self.name = parsed.name.removeprefix("fusednn::")
-        self.family, self.reference = family, reference
-        self.arguments = tuple(a.name for a in parsed.arguments)
-        self.results = tuple(r.name for r in parsed.returns)
-        self.Call = _named_tuple(self.name, self.arguments)
         kinds = {a.name: str(a.type) for a in parsed.arguments}
+        self.arguments = tuple(kinds)
+        self.Call = _named_tuple(self.name, self.arguments)
         self.tensors = tuple(a for a, kind in kinds.items() if kind in ("Tensor", "Optional[Tensor]"))
         self.like = like or next(a for a, kind in kinds.items() if kind == "Tensor")
-        rows = [implementation(backend, self.name, family, self.like) for backend in backends]
+        rows = [implementation(backend, self.name, self.family, self.like) for backend in backends]
         last = Implementation("reference", lambda call: self.reference(*call))
         self.table = Operation(self.name, (*rows, last))
         self._torchs = next((b for b in backends if b.name == "torch"), None)

@@ -19,10 +19,6 @@ from ..core.op import Op
 from ..core.tensors import HALVES, empty_gradients, where_needed
 from . import reference
 
-_LSTM = "Tensor input, Tensor hx, Tensor cx, Tensor weight_ih, Tensor weight_hh"
-_GRU = "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh"
-_BIASES = "Tensor? bias_ih, Tensor? bias_hh"
-
 
 def _against_states(call: Any) -> Reasons:
     states = (call.hx, getattr(call, "cx", call.hx))
@@ -125,19 +121,15 @@ def _fake_gru_backward(call: Any) -> tuple[Tensor, ...]:
 
 
 lstm_cell_backward = Op(
-    f"lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, {_LSTM}, Tensor c, Tensor gates, "
-    "bool[6] output_mask) -> (Tensor grad_input, Tensor grad_hx, Tensor grad_cx, Tensor grad_weight_ih, "
-    "Tensor grad_weight_hh, Tensor grad_bias)",
-    family="rnn",
-    reference=reference.lstm_cell_backward,
+    reference.lstm_cell_backward,
+    ("grad_input", "grad_hx", "grad_cx", "grad_weight_ih", "grad_weight_hh", "grad_bias"),
     fake=_fake_lstm_backward,
     backends=_backends("lstm_gates_backward", _lstm_backward),
     flops=_backward_flops,
 )
 lstm_cell_forward = Op(
-    f"lstm_cell_forward({_LSTM}, {_BIASES}, bool save_gates) -> (Tensor h, Tensor c, Tensor gates)",
-    family="rnn",
-    reference=reference.lstm_cell_forward,
+    reference.lstm_cell_forward,
+    ("h", "c", "gates"),
     fake=_fake_lstm_forward,
     backends=_backends("lstm_gates_forward", _lstm_forward),
     flops=_flops,
@@ -149,20 +141,16 @@ lstm_cell_forward = Op(
     ),
 )
 gru_cell_backward = Op(
-    f"gru_cell_backward(Tensor grad_h, {_GRU}, Tensor gates, bool[6] output_mask) "
-    "-> (Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
-    "Tensor grad_bias_ih, Tensor grad_bias_hh)",
-    family="rnn",
-    reference=reference.gru_cell_backward,
+    reference.gru_cell_backward,
+    ("grad_input", "grad_hx", "grad_weight_ih", "grad_weight_hh", "grad_bias_ih", "grad_bias_hh"),
     fake=_fake_gru_backward,
     backends=_backends("gru_gates_backward", _gru_backward),
     like="input",
     flops=_backward_flops,
 )
 gru_cell_forward = Op(
-    f"gru_cell_forward({_GRU}, {_BIASES}, bool save_gates) -> (Tensor h, Tensor gates)",
-    family="rnn",
-    reference=reference.gru_cell_forward,
+    reference.gru_cell_forward,
+    ("h", "gates"),
     fake=_fake_gru_forward,
     backends=_backends("gru_gates_forward", _gru_forward),
     flops=_flops,
