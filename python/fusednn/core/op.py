@@ -23,7 +23,7 @@ from . import native, settings
 from .backends import Backend, implementation
 from .dispatch import Implementation, Operation
 from .gradients import Autograd, Gradients
-from .transforms import needs_torchs_ops
+from .transforms import may_need_backward, needs_torchs_ops
 
 OPS: dict[str, Op] = {}
 """Every op by its name."""
@@ -106,21 +106,24 @@ class Op:
         `wanted` names the results that the caller uses; none: all of them.
         """
         call = self.Call(*args)
-        if needs_torchs_ops(*(getattr(call, name) for name in self.tensors)):
+        floating = getattr(call, self.like).dtype.is_floating_point
+        if not floating or needs_torchs_ops(*(getattr(call, name) for name in self.tensors)):
             return self.reference(*call)
         if self._torchs is not None and self._takes_torchs(self._torchs, call, wanted or self.results):
-            self.table.record(call)
-            return self.table.choose(call).run(call)
+            return self.table(call)
         return self.overload(*call)
 
     def _takes_torchs(self, torchs: Backend, call: Any, wanted: Sequence[str]) -> bool:
-        """Whether torch's op serves a call, outside of this one: then its gradients are torch's, too.
+        """Whether torch's op serves a call in place of this one: then its gradients are torch's, too.
 
-        Not in a traced graph, which does not see which backend will be asked for where it runs.
+        Not in a traced graph, which does not see which backend will be asked for where it runs. Where torch's
+        op gives all results, a recorded call stays with ours, whose backward has a table of its own.
         """
+        partial = bool(torchs.returns)
         return (
             set(wanted) <= set(torchs.returns or self.results)
             and not torch.compiler.is_compiling()
+            and (partial or not may_need_backward(*(getattr(call, name) for name in self.tensors)))
             and settings.backend() in ("auto", "torch")
             and self.table.choose(call).backend == "torch"
         )
