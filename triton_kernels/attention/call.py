@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..core.support import DTYPES
-from .tiles import Tile, capability_of
+from .tiles import Tile, capability
 
 INT32_MAX = 2**31 - 1
 MOST_LENGTH = 2**29  # of rows, keys, offsets and windows: positions are 32-bit numbers
@@ -139,7 +139,7 @@ class Call:
         """Blocks of `kernel`; of the shape of a sample alone, so that bits don't depend on B."""
         return Tile.of(
             kernel, self.query.shape[3], self.value.shape[3], self.query.element_size(),
-            self.max_rows, self.max_columns, capability_of(self.query.device),
+            self.max_rows, self.max_columns, capability(),
             masked=self.mask is not None, padded=self.key_mask is not None,
             dropout=self.dropout_seed is not None, capped=self.softcap > 0,
         )  # fmt: skip

@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..core.aot import AotCase
 from ..core.storage import load, store
 from .activations import activated, activation_gradient
 
@@ -204,84 +203,3 @@ def depthwise_add_splits_kernel(
         store(grad_weight, c * TAPS + tap, sum, tap < TAPS)
     if grad_bias is not None:
         store(grad_bias, c, sum, tap == TAPS)
-
-
-_SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "out_height", "out_width")}
-_STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
-_STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
-GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
-
-
-def ones_of(layout: str, stride: int) -> dict[str, int]:
-    """Run-time integers that a launch finds to be 1, which makes constants of them."""
-    ones = [f"{image}_{'c' if layout == 'last' else 'x'}" for image in ("in", "out")]
-    ones += ["dilation_h", "dilation_w"] + (["stride_h", "stride_w"] if stride == 1 else [])
-    return dict.fromkeys(ones, 1)
-
-
-def _tile(layout: str, size: int = 512) -> dict[str, int]:
-    return {"BLOCK_P": size // 64, "BLOCK_C": 64} if layout == "last" else {"BLOCK_P": size, "BLOCK_C": 1}
-
-
-def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
-    """Run-time integers, and those that are 1."""
-    ones = ones_of(layout, stride)
-    return {k: v for k, v in GEOMETRY.items() if k not in ones}, ones
-
-
-def _forward_case(
-    layout: str, k: int, stride: int, activation: str, dtype: str, grad: bool = False, flipped: bool = False
-) -> AotCase:
-    integers, ones = _geometry(layout, stride)
-    absent = () if grad else ("grad",)
-    pointers = tuple(p for p in ("input", "weight", "bias", "grad", "output") if p not in absent)
-    integers["KH"] = "i32"
-    constants = {"KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
-    tile = _tile(layout, tile_size(k, int(dtype[2:]) // 8))
-    constants |= {"MOST": MOST_UNROLLED, **tile, **ones, **dict.fromkeys(absent)}
-    name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''} {dtype}"
-    divisible = (*pointers, "channels", "in_n", "out_n") if layout == "last" else pointers
-    return AotCase(
-        name, depthwise_forward_kernel, pointers, integers, constants, OPTIONS, divisible, (dtype,)
-    )
-
-
-def _gather_case(layout: str) -> AotCase:
-    integers, ones = _geometry(layout, 2)
-    pointers = ("grad", "weight", "output")
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, **_tile(layout), **ones}
-    name, dtypes = f"depthwise_gather/{layout}", ("fp32", "fp64", "bf16")
-    return AotCase(name, depthwise_gather_kernel, pointers, integers, constants, OPTIONS, pointers, dtypes)
-
-
-def _grad_weight_case(layout: str, dtype: str) -> AotCase:
-    integers, ones = _geometry(layout, 1)
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    integers = {"partials": wide, **integers, "steps": "i32"}
-    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 64, "BLOCK_C": 4}
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "TAPS": 16, **tile, **ones}
-    pointers = ("grad", "input")
-    name, kernel = f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel
-    return AotCase(name, kernel, pointers, integers, constants, OPTIONS, pointers, (dtype,))
-
-
-def _add_splits_case(dtype: str) -> AotCase:
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    integers = {"partials": wide, "splits": "i32", "channels": "i32"}
-    constants = {"TAPS": 9, "BLOCK": 128}
-    return AotCase(f"depthwise_add_splits/{dtype}", depthwise_add_splits_kernel, ("grad_weight", "grad_bias"),
-                   integers, constants, OPTIONS, (), (dtype,))  # fmt: skip
-
-
-_LAYOUTS, _EVERY, _WIDE = ("last", "first"), ("fp32", "fp64", "fp16", "bf16"), ("fp32", "fp64")
-
-AOT_CASES = [
-    *(_forward_case(layout, 3, 1, "silu", dtype) for layout in _LAYOUTS for dtype in _EVERY),
-    *(_forward_case(layout, 3, 2, "relu6", dtype) for layout, dtype in (("last", "fp16"), ("first", "fp32"))),
-    *(_forward_case(layout, 7, 1, "none", dtype, flipped=True) for layout in _LAYOUTS for dtype in _WIDE),
-    *(_forward_case(layout, 5, 1, "gelu", dtype, grad=True) for layout in _LAYOUTS for dtype in _WIDE),
-    *(_forward_case(layout, 9, 1, "gelu_tanh", "fp64") for layout in _LAYOUTS),
-    *(_gather_case(layout) for layout in _LAYOUTS),
-    *(_grad_weight_case(layout, dtype) for layout in _LAYOUTS for dtype in ("fp32", "fp64", "fp16")),
-    *(_add_splits_case(dtype) for dtype in ("fp64", "fp16")),
-]

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.aot import AotCase
 from ..core.checks import device_guard
 from ..core.storage import INTERPRETING, load, rounded, store
 from .activations import activated
-from .depthwise import GEOMETRY, MOST_UNROLLED, convolved, ones_of, place
+from .depthwise import MOST_UNROLLED, convolved, place
 from .geometry import Convolution
 
 MOST_OUTPUTS = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
@@ -151,27 +150,3 @@ def separable_conv2d_forward(
             MOST=MOST_UNROLLED, **tile, **options,
         )  # fmt: skip
     return output
-
-
-def _case(layout: str, outputs: int, precision: str, dtype: str) -> AotCase:
-    ones = ones_of(layout, 1)
-    integers = {k: v for k, v in GEOMETRY.items() if k not in ones} | {"outputs": "i32", "KH": "i32"}
-    pointers = ("input", "weight1", "bias1", "weight2", "bias2", "residual", "output")
-    tile, options = _plan(outputs, torch.float32 if dtype == "fp32" else torch.float16)
-    constants = {"KW": 3, "MULTIPLIER": 1, "ACTIVATION1": "relu6", "ACTIVATION2": "none"}
-    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, **tile, **ones}
-    return AotCase(
-        f"separable_forward/{layout} {outputs} {precision} {dtype}", separable_forward_kernel, pointers,
-        integers, constants, options, (*pointers, "channels", "outputs"), (dtype,),
-    )  # fmt: skip
-
-
-_VARIANTS = (
-    (64, "ieee", "fp16"),
-    (256, "ieee", "bf16"),
-    (16, "ieee", "fp32"),
-    (128, "ieee", "fp32"),
-    (128, "tf32", "fp32"),
-)
-
-AOT_CASES = [_case(layout, *variant) for layout in ("last", "first") for variant in _VARIANTS]

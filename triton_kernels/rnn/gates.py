@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.activations import sigmoid, tanh
-from ..core.aot import AotCase
 from ..core.checks import Arguments, device_guard
 from ..core.storage import load, store
 
@@ -288,40 +287,3 @@ def gru_gates_backward(grad_h: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tenso
     grad_x, grad_recurrent, grad_hx = a.empty_rows(3), a.empty_rows(3), a.empty_rows(1)
     _launch(gru_backward_kernel, a, grad_h, gates, hx, grad_x, grad_recurrent, grad_hx)
     return grad_x, grad_recurrent, grad_hx
-
-
-_SIZES = {"batch": "i64", "hidden": "i32"}
-_WIDE = {"BLOCK_B": 2, "BLOCK_H": 256}
-_LSTM_FORWARD = ("gates", "bias_ih", "bias_hh", "cx", "h", "c")
-_LSTM_BACKWARD = ("grad_h", "grad_c", "gates", "cx", "c", "grad_gates", "grad_cx")
-_GRU_FORWARD = ("gates_x", "gates_h", "bias_ih", "bias_hh", "hx", "h", "gates")
-_GRU_BACKWARD = ("grad_h", "gates", "hx", "grad_gates_x", "grad_gates_h", "grad_hx")
-
-
-def _case(name, kernel, pointers, *, wide: bool, **constants) -> AotCase:
-    divisible = (*pointers, "hidden") if wide else pointers
-    return AotCase(
-        f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible
-    )
-
-
-AOT_CASES = [
-    case
-    for wide in (True, False)
-    for case in (
-        _case("lstm_forward", lstm_forward_kernel, _LSTM_FORWARD, wide=wide, SAVE_GATES=True),
-        _case("lstm_backward", lstm_backward_kernel, _LSTM_BACKWARD, wide=wide),
-        _case("gru_forward", gru_forward_kernel, _GRU_FORWARD, wide=wide),
-        _case("gru_backward", gru_backward_kernel, _GRU_BACKWARD, wide=wide),
-    )
-]
-AOT_CASES.append(
-    AotCase(
-        "lstm_forward/bare",
-        lstm_forward_kernel,
-        ("gates", "cx", "h", "c"),
-        _SIZES,
-        {"bias_ih": None, "bias_hh": None, "SAVE_GATES": False, **_WIDE},
-        OPTIONS,
-    )
-)
