@@ -42,7 +42,11 @@ def _call(
     )  # fmt: skip
     options = (_LENGTH, _LENGTH, 0.125, window_left, window_right, 0, softcap, dropout_p, weights)
     output, lse, found = attention_forward(*tensors, *options)
-    grads = (output, empty(*lse.shape, dtype=wide) if grad_lse else None, found if weights != "none" else None)
+    grads = (
+        output,
+        empty(*lse.shape, dtype=wide) if grad_lse else None,
+        found if weights != "none" else None,
+    )
     needed = (True, True, True, mask, False, extra, extra)
     attention_backward(*grads, *tensors, output, lse, *options, needed)
 

@@ -86,9 +86,6 @@ class Tile:
         return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, stages)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Of a launch; fused multiply-adds are named because their default differs between versions."""
-        return {
-            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.width, "BLOCK_V": self.value_width,
-            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
-        }  # fmt: skip
+    def options(self) -> dict[str, Any]:
+        """Triton's; fused multiply-adds are named because their default differs between versions."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}

@@ -32,7 +32,9 @@ def _depthwise(
     return AotCase(f"depthwise/{str(format)[6:]} k{size} s{stride} {activation}", call, dtypes)
 
 
-def _separable(format: torch.memory_format, outputs: int, *dtypes: torch.dtype, tf32: bool = False) -> AotCase:
+def _separable(
+    format: torch.memory_format, outputs: int, *dtypes: torch.dtype, tf32: bool = False
+) -> AotCase:
     """Inference of the block with everything that it can have."""
 
     def call(dtype: torch.dtype) -> None:
