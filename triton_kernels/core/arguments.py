@@ -15,15 +15,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from .support import interpreting
+
 INT32_MAX = 2**31 - 1
 Constants = TypeVar("Constants", bound=tuple)
 
 
 @lru_cache(typed=True)
 def constants(values: Constants) -> Constants:
-    """A named tuple in the form that kernels take as constants: Triton 3.6 needs each wrapped."""
+    """A named tuple in the form that kernels take as constants: Triton 3.6 compiles wrapped ones alone."""
     wrapped: Any = type(values)
-    return wrapped(*map(tl.constexpr, values))
+    return values if interpreting() else wrapped(*map(tl.constexpr, values))
 
 
 def bits_of(number: float) -> int:
