@@ -105,10 +105,12 @@ class Constants(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a program works: made in the kernel."""
+    """A head of a sample, or of a packed sequence: made in the kernel."""
 
-    sequence: Any  # a sample, or a packed sequence
-    batch: Any  # in memory
+    sequence: Any
+    batch: Any  # in memory, 64 bits
+    head: Any
+    key_head: Any
     first_row: Any
     first_key: Any
     rows: Any

@@ -31,16 +31,18 @@ from .math import (
     kept_keys,
     key_tiles,
     load_extra,
-    load_tile,
+    load_keys,
+    load_queries,
     logarithm,
     multiplied,
     multiplied_where_seen,
     number,
-    place_of,
-    rows_of,
+    place_of_rows,
+    query_rows,
     scores_of,
     store_part,
     store_tile,
+    sums_of_rows,
     weights_of,
     without_full,
 )
@@ -56,55 +58,51 @@ def _online(s, largest, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def _attend(state, q, i, n0, head, g, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
+def _attend(state, q, i, n0, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
     """Largest score, sum of weights and output with one more tile of keys, from n0."""
     largest, total, acc = state
     j = n0 + tl.arange(0, C.BLOCK_N)
     here = None
     if MASKED:
         here = kept_keys(j, place, inputs)
-    keys = rows_of(inputs.key, place, place.first_key, g)
-    k = load_tile(keys, j, inputs.key.row, here, C.D, C.BLOCK_D)
-    s, _kept, _t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, MASKED, C)
+    k = load_keys(inputs.key, place, j, here, C.D, C.BLOCK_D)
+    s, _kept, _t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, MASKED, C)
     p, largest, factor = _online(s, largest, C.NATURAL)
     total = total * factor + tl.sum(p, 1)
     acc = acc * factor[:, None]
     if inputs.seed is not None:
-        p = tl.where(drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N), p, 0.0)
-    values = rows_of(inputs.value, place, place.first_key, g)
-    v = load_tile(values, j, inputs.value.row, here, C.V, C.BLOCK_V)
+        p = tl.where(drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N), p, 0.0)
+    v = load_keys(inputs.value, place, j, here, C.V, C.BLOCK_V)
     return largest, total, multiplied(p, v, acc, C.PRECISION)
 
 
 @triton.jit
-def _attend_carefully(acc, part, q, i, n0, head, g, place, inputs, numbers, largest, C: tl.constexpr):
+def _attend_carefully(acc, part, q, i, n0, place, inputs, numbers, largest, C: tl.constexpr):
     """The output with one more tile of keys; rows, whose largest scores are known, see what they keep."""
     j = n0 + tl.arange(0, CAREFUL_BLOCK)
     here = kept_keys(j, place, inputs)
-    keys = rows_of(inputs.key, place, place.first_key, g)
-    k = load_tile(keys, j, inputs.key.row, here, C.D, C.BLOCK_D)
-    s, kept, _t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, True, C)
+    k = load_keys(inputs.key, place, j, here, C.D, C.BLOCK_D)
+    s, kept, _t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, True, C)
     p = weights_of(s, largest[:, None], None, C.NATURAL)
     seen = kept & (p != 0)
     if inputs.seed is not None:
-        p = tl.where(drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, CAREFUL_BLOCK), p, 0.0)
-    values = rows_of(inputs.value, place, place.first_key, g)
-    v = load_tile(values, j, inputs.value.row, here, C.V, C.BLOCK_V)
+        p = tl.where(drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, CAREFUL_BLOCK), p, 0.0)
+    v = load_keys(inputs.value, place, j, here, C.V, C.BLOCK_V)
     return multiplied_where_seen(p, seen, v, acc, part, C.PRECISION)
 
 
 @triton.jit
-def _attend_extra(state, q, i, head, g, place, inputs, numbers, C: tl.constexpr):
+def _attend_extra(state, q, i, place, inputs, numbers, C: tl.constexpr):
     """The same with the extra columns."""
     largest, total, acc = state
-    k = load_extra(inputs.extra_key, g, C.EXTRA, C.D, C.BLOCK_D)
+    k = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
     s, _kept, _t = extra_scores(q, k, numbers, C)
     p, largest, factor = _online(s, largest, C.NATURAL)
     total = total * factor + tl.sum(p, 1)
     acc = acc * factor[:, None]
     if inputs.seed is not None:
-        p = tl.where(drawn_extra(head, i, place, inputs, numbers, C.BLOCK_M), p, 0.0)
-    v = load_extra(inputs.extra_value, g, C.EXTRA, C.V, C.BLOCK_V)
+        p = tl.where(drawn_extra(i, place, inputs, numbers, C.BLOCK_M), p, 0.0)
+    v = load_extra(inputs.extra_value, place, C.EXTRA, C.V, C.BLOCK_V)
     return largest, total, multiplied(p, v, acc, C.PRECISION)
 
 
@@ -112,9 +110,8 @@ def _attend_extra(state, q, i, head, g, place, inputs, numbers, C: tl.constexpr)
 def attention_forward_kernel(inputs, out, lse, low, numbers, C: tl.constexpr):
     """Output and lse of a tile of rows; and in `low`, if given, what lse has lost, to base 2."""
     wide: tl.constexpr = lse.dtype.element_ty
-    tile, head = tl.program_id(0) % numbers.tiles, tl.program_id(0) // numbers.tiles % numbers.heads
-    g = head // numbers.group
-    place = place_of(tl.program_id(0) // numbers.tiles // numbers.heads, inputs, numbers)
+    tile = tl.program_id(0) % numbers.tiles
+    place = place_of_rows(inputs, numbers)
     if numbers.right is not None:
         tile = numbers.tiles - 1 - tile
     m0 = tile * C.BLOCK_M
@@ -122,18 +119,17 @@ def attention_forward_kernel(inputs, out, lse, low, numbers, C: tl.constexpr):
         return
     i = m0 + tl.arange(0, C.BLOCK_M)
     present = i < place.rows
-    queries = rows_of(inputs.query, place, place.first_row, head)
-    q = load_tile(queries, i, inputs.query.row, present, C.D, C.BLOCK_D)
+    q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
     acc = tl.zeros((C.BLOCK_M, C.BLOCK_V), wide)
     state = (tl.full((C.BLOCK_M,), float("-inf"), wide), tl.zeros((C.BLOCK_M,), wide), acc)
     if C.EXTRA > 0:
-        state = _attend_extra(state, q, i, head, g, place, inputs, numbers, C)
+        state = _attend_extra(state, q, i, place, inputs, numbers, C)
     begin, end, full_begin, full_end = key_tiles(m0, place, inputs, numbers, C)
     for n0 in range(full_begin, full_end, C.BLOCK_N):
-        state = _attend(state, q, i, n0, head, g, place, inputs, numbers, False, C)
+        state = _attend(state, q, i, n0, place, inputs, numbers, False, C)
     for n1 in range(begin, end - (full_end - full_begin), C.BLOCK_N):
         n0 = without_full(n1, full_begin, full_end)
-        state = _attend(state, q, i, n0, head, g, place, inputs, numbers, True, C)
+        state = _attend(state, q, i, n0, place, inputs, numbers, True, C)
 
     largest, total, acc = state
     nothing = total == 0
@@ -141,13 +137,13 @@ def attention_forward_kernel(inputs, out, lse, low, numbers, C: tl.constexpr):
     if inputs.seed is not None:
         scale_out *= number(numbers.keep_scale, wide)
     finite = all_finite(acc)
-    to = rows_of(out, place, place.first_row, head)
+    to = query_rows(out, place)
     acc = tl.where(nothing[:, None], 0.0, acc * scale_out[:, None])
     store_tile(to, i, out.row, acc, present, C.V, C.BLOCK_V)
     base = tl.where(nothing, 0.0, largest)
     if not C.NATURAL:
         base *= LN2
-    at = (place.batch * numbers.heads + head) * numbers.total_rows + place.first_row + i
+    at = sums_of_rows(i, place, numbers)
     more = logarithm(tl.where(nothing, 1.0, total))
     log = base + more
     tl.store(lse + at, tl.where(nothing, float("-inf"), log), mask=present)
@@ -160,8 +156,8 @@ def attention_forward_kernel(inputs, out, lse, low, numbers, C: tl.constexpr):
             if C.EXTRA > 0:  # noqa: SIM102  # known when compiled
                 if part == 0:
                     known = (largest, total, sum)
-                    _same, _total, sum = _attend_extra(known, q, i, head, g, place, inputs, numbers, C)
+                    _same, _total, sum = _attend_extra(known, q, i, place, inputs, numbers, C)
             for n0 in range(begin, end, CAREFUL_BLOCK):
-                sum = _attend_carefully(sum, part, q, i, n0, head, g, place, inputs, numbers, base, C)
+                sum = _attend_carefully(sum, part, q, i, n0, place, inputs, numbers, base, C)
             sum = tl.where(nothing[:, None], 0.0, sum * tl.where(part == 0, scale_out, 1.0)[:, None])
             store_part(to, i, out.row, sum, part, present, C.V, C.BLOCK_V)

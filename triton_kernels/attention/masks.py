@@ -1,6 +1,6 @@
 """Gradient of a mask that is added to the scores: theirs, summed over what the mask is broadcast over.
 
-    d mask = sum ds,  ds = p (dp - delta) as in `attention_rows`
+    d mask = sum ds,  ds = p (dp - delta) as in `rows`
 
 Tiling: a program has one tile of the mask, whose sums stay in registers, and goes through `steps` of the
 tiles of scores to which it is added: those of the samples, heads, tiles of rows and of keys in which the mask
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import store
-from .math import drawn_weights, key_tiles, load_tile, place_of, products, rows_of, scores_of
+from .math import drawn_weights, key_tiles, load_keys, load_queries, place_of, products, scores_of
 from .rows import load_sums, score_gradient, weight_gradient
 
 
@@ -53,31 +53,24 @@ def attention_mask_gradient_kernel(
         head, sequence = _divided(rest, heads if ONE_H else 1)
         head, sequence = own_h + head, own_b + sequence
         m0, n0 = (own_m + m_tile) * C.BLOCK_M, (own_n + n_tile) * C.BLOCK_N
-        place = place_of(sequence, inputs, numbers)
+        place = place_of(sequence, head, inputs, numbers)
         begin, end, _full_begin, _full_end = key_tiles(m0, place, inputs, numbers, C)
         if (n0 >= begin) & (n0 < end):
-            g = head // numbers.group
             i, j = m0 + tl.arange(0, C.BLOCK_M), n0 + tl.arange(0, C.BLOCK_N)
-            queries = rows_of(inputs.query, place, place.first_row, head)
-            q = load_tile(queries, i, inputs.query.row, i < rows, C.D, C.BLOCK_D)
-            keys = rows_of(inputs.key, place, place.first_key, g)
-            k = load_tile(keys, j, inputs.key.row, j < columns, C.D, C.BLOCK_D)
-            s, kept, t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, True, C)
+            q = load_queries(inputs.query, place, i, i < rows, C.D, C.BLOCK_D)
+            k = load_keys(inputs.key, place, j, j < columns, C.D, C.BLOCK_D)
+            s, kept, t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, True, C)
             dp = tl.zeros((C.BLOCK_M, C.BLOCK_N), wide)
             if incoming.output is not None:
-                outputs = rows_of(incoming.output, place, place.first_row, head)
-                g_tile = load_tile(outputs, i, incoming.output.row, i < rows, C.V, C.BLOCK_V)
-                values = rows_of(inputs.value, place, place.first_key, g)
-                v = load_tile(values, j, inputs.value.row, j < columns, C.V, C.BLOCK_V)
+                g_tile = load_queries(incoming.output, place, i, i < rows, C.V, C.BLOCK_V)
+                v = load_keys(inputs.value, place, j, j < columns, C.V, C.BLOCK_V)
                 dp = products(g_tile, v, C.PRECISION)
             if incoming.weights is not None:
-                dp += weight_gradient(incoming, i[:, None], j[None, :], kept, head, place, numbers, wide)
+                dp += weight_gradient(incoming, i[:, None], j[None, :], kept, place, numbers, wide)
             drawn = None
             if inputs.seed is not None:
-                drawn = drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
-            lse, low, delta = load_sums(
-                incoming, (place.batch * heads + head) * rows + i, i < rows, C.NATURAL
-            )
+                drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
+            lse, low, delta = load_sums(incoming, i, i < rows, place, numbers, C.NATURAL)
             _pz, ds, _dr = score_gradient(
                 s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, True, C.NATURAL
             )

@@ -27,8 +27,8 @@ def number(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def place_of(sequence, inputs, numbers):
-    """Where sample or packed sequence `sequence` is; offsets have 64 bits."""
+def place_of(sequence, head, inputs, numbers):
+    """Where a head of sample or packed sequence `sequence` is."""
     batch = sequence.to(tl.int64)
     first_row = batch * 0
     first_key = batch * 0
@@ -39,13 +39,41 @@ def place_of(sequence, inputs, numbers):
         rows = (tl.load(inputs.cu_seqlens_q + batch + 1) - first_row).to(tl.int32)
         columns = (tl.load(inputs.cu_seqlens_k + batch + 1) - first_key).to(tl.int32)
         batch = batch * 0
-    return Place(sequence, batch, first_row, first_key, rows, columns)
+    return Place(sequence, batch, head, head // numbers.group, first_row, first_key, rows, columns)
 
 
 @triton.jit
-def rows_of(x, place, first, head):
-    """Address of row `first` of a head of this place."""
-    return x.data + place.batch * x.batch + head.to(tl.int64) * x.head + first * x.row
+def in_head(place, head, key_head):
+    """The same place in another head."""
+    return Place(
+        place.sequence, place.batch, head, key_head, place.first_row, place.first_key, place.rows,
+        place.columns,
+    )  # fmt: skip
+
+
+@triton.jit
+def place_of_rows(inputs, numbers):
+    """That of a program with a tile of rows, which are the fastest axis of the grid."""
+    outer = tl.program_id(0) // numbers.tiles
+    return place_of(outer // numbers.heads, outer % numbers.heads, inputs, numbers)
+
+
+@triton.jit
+def query_rows(x, place):
+    """Address of the head's rows of queries, or of what is laid out like them."""
+    return x.data + place.batch * x.batch + place.head.to(tl.int64) * x.head + place.first_row * x.row
+
+
+@triton.jit
+def key_rows(x, place):
+    """Address of the head's rows of keys, or of what is laid out like them."""
+    return x.data + place.batch * x.batch + place.key_head.to(tl.int64) * x.head + place.first_key * x.row
+
+
+@triton.jit
+def sums_of_rows(index, place, numbers):
+    """Where lse and the like [B, H, L] have rows `index`."""
+    return (place.batch * numbers.heads + place.head) * numbers.total_rows + place.first_row + index
 
 
 @triton.jit
@@ -63,10 +91,22 @@ def load_tile(base, index, stride, present, SIZE: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def load_extra(base, head, EXTRA: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The extra columns [EXTRA_BLOCK, BLOCK] of a key head."""
+def load_queries(x, place, index, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's queries `index`."""
+    return load_tile(query_rows(x, place), index, x.row, present, SIZE, BLOCK)
+
+
+@triton.jit
+def load_keys(x, place, index, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's keys `index`."""
+    return load_tile(key_rows(x, place), index, x.row, present, SIZE, BLOCK)
+
+
+@triton.jit
+def load_extra(base, place, EXTRA: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's extra columns [EXTRA_BLOCK, BLOCK]."""
     x = tl.arange(0, EXTRA_BLOCK)
-    return load_tile(base + head.to(tl.int64) * EXTRA * SIZE, x, SIZE, x < EXTRA, SIZE, BLOCK)
+    return load_tile(base + place.key_head.to(tl.int64) * EXTRA * SIZE, x, SIZE, x < EXTRA, SIZE, BLOCK)
 
 
 @triton.jit
@@ -158,11 +198,11 @@ def _added(s, kept, mask, at, here):
 
 
 @triton.jit
-def visible_scores(s, rows, cols, head, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
+def visible_scores(s, rows, cols, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
     """Scores with all that is added, -inf where not kept; and what is kept, which only MASKED finds out."""
     ahead = cols - rows - numbers.offset
     if inputs.slopes is not None:
-        slope = tl.load(inputs.slopes + head).to(s.dtype)
+        slope = tl.load(inputs.slopes + place.head).to(s.dtype)
         if not C.NATURAL:
             slope *= LOG2E
         s -= slope * tl.abs(ahead).to(s.dtype)
@@ -174,7 +214,7 @@ def visible_scores(s, rows, cols, head, place, inputs, numbers, MASKED: tl.const
         if numbers.right is not None:
             kept = kept & (ahead <= numbers.right)
         if inputs.mask is not None:
-            at = place.batch * inputs.mask.batch + head.to(tl.int64) * inputs.mask.head
+            at = place.batch * inputs.mask.batch + place.head.to(tl.int64) * inputs.mask.head
             at = at + rows.to(tl.int64) * inputs.mask.row + cols.to(tl.int64) * inputs.mask.column
             s, kept = _added(s, kept, inputs.mask.data, at, kept)
         if inputs.key_mask is not None:
@@ -185,10 +225,10 @@ def visible_scores(s, rows, cols, head, place, inputs, numbers, MASKED: tl.const
 
 
 @triton.jit
-def scores_of(x, y, rows, cols, head, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
+def scores_of(x, y, rows, cols, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
     """Visible scores of x y^T, queries and keys or the reverse; what is kept; tanh of the softcap."""
     s, t = raw_scores(products(x, y, C.PRECISION), numbers)
-    s, kept = visible_scores(s, rows, cols, head, place, inputs, numbers, MASKED, C)
+    s, kept = visible_scores(s, rows, cols, place, inputs, numbers, MASKED, C)
     return s, kept, t
 
 
@@ -242,7 +282,7 @@ def logarithm(x):
 
 
 @triton.jit
-def drawn_weights(head, rows, n0, place, inputs, numbers, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def drawn_weights(rows, n0, place, inputs, numbers, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights [BLOCK_M, BLOCK_N] of rows [BLOCK_M] and columns from n0, a multiple of 4, dropout keeps.
 
     Philox4x32-10; the four words of a call serve neighbouring columns.
@@ -250,7 +290,7 @@ def drawn_weights(head, rows, n0, place, inputs, numbers, BLOCK_M: tl.constexpr,
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     fours = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zero
     batch, seed = place.sequence + zero, tl.load(inputs.seed)
-    w0, w1, w2, w3 = tl.philox(seed, fours, rows[:, None] + zero, head + zero, batch)
+    w0, w1, w2, w3 = tl.philox(seed, fours, rows[:, None] + zero, place.head + zero, batch)
     least = numbers.threshold.to(tl.uint32)
     k0, k1, k2, k3 = (w0 >= least), (w1 >= least), (w2 >= least), (w3 >= least)
     even = tl.join(k0.to(tl.int8), k2.to(tl.int8))
@@ -259,12 +299,12 @@ def drawn_weights(head, rows, n0, place, inputs, numbers, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def drawn_extra(head, rows, place, inputs, numbers, BLOCK_M: tl.constexpr):
+def drawn_extra(rows, place, inputs, numbers, BLOCK_M: tl.constexpr):
     """Which weights [BLOCK_M, EXTRA_BLOCK] of the extra columns dropout keeps."""
     zero = tl.zeros((BLOCK_M, EXTRA_BLOCK), tl.int32)
     cols = (place.columns + tl.arange(0, EXTRA_BLOCK))[None, :] + zero
     batch, seed = place.sequence + zero, tl.load(inputs.seed)
-    w0, w1, w2, w3 = tl.philox(seed, cols // 4, rows[:, None] + zero, head + zero, batch)
+    w0, w1, w2, w3 = tl.philox(seed, cols // 4, rows[:, None] + zero, place.head + zero, batch)
     word = cols % 4
     drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
     return drawn >= numbers.threshold.to(tl.uint32)

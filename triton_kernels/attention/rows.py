@@ -27,15 +27,17 @@ from .math import (
     kept_keys,
     key_tiles,
     load_extra,
-    load_tile,
+    load_keys,
+    load_queries,
     logarithm,
     multiplied,
     number,
-    place_of,
+    place_of_rows,
     products,
-    rows_of,
+    query_rows,
     scores_of,
     store_tile,
+    sums_of_rows,
     weights_of,
     without_full,
 )
@@ -61,10 +63,10 @@ def load_lse(lse, low, at, here, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def weight_gradient(incoming, rows, cols, here, head, place, numbers, wide: tl.constexpr):
+def weight_gradient(incoming, rows, cols, here, place, numbers, wide: tl.constexpr):
     """Gradient of a tile's weights."""
     w = incoming.weights
-    at = head.to(tl.int64) * w.head + rows.to(tl.int64) * w.row + cols.to(tl.int64) * w.column
+    at = place.head.to(tl.int64) * w.head + rows.to(tl.int64) * w.row + cols.to(tl.int64) * w.column
     x = tl.load(w.data + place.batch * w.batch + at, mask=here, other=0.0)
     return x.to(wide) * number(numbers.weight_scale, wide)
 
@@ -92,7 +94,7 @@ def score_gradient(
 
 
 @triton.jit
-def _sums(p, drawn, keep, rows, cols, here, head, place, incoming, numbers, state):
+def _sums(p, drawn, keep, rows, cols, here, place, incoming, numbers, state):
     """Sums of the weights, and of weights times their gradient."""
     total, dot = state
     total += tl.sum(p, 1)
@@ -100,40 +102,37 @@ def _sums(p, drawn, keep, rows, cols, here, head, place, incoming, numbers, stat
         pz = p
         if drawn is not None:
             pz = tl.where(drawn, p * keep, 0.0)
-        dot += tl.sum(pz * weight_gradient(incoming, rows, cols, here, head, place, numbers, p.dtype), 1)
+        dot += tl.sum(pz * weight_gradient(incoming, rows, cols, here, place, numbers, p.dtype), 1)
     return total, dot
 
 
 @triton.jit
-def _sums_again(base, i, m0, head, place, inputs, incoming, numbers, wide: tl.constexpr, C: tl.constexpr):
+def _sums_again(base, i, m0, place, inputs, incoming, numbers, wide: tl.constexpr, C: tl.constexpr):
     """The same over all columns, from weights exp(s - base)."""
     state = (tl.zeros((C.BLOCK_M,), wide), tl.zeros((C.BLOCK_M,), wide))
-    keep, g = number(numbers.keep_scale, wide), head // numbers.group
+    keep = number(numbers.keep_scale, wide)
     present = i < place.rows
-    queries = rows_of(inputs.query, place, place.first_row, head)
-    q = load_tile(queries, i, inputs.query.row, present, C.D, C.BLOCK_D)
+    q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
     if C.EXTRA > 0:
-        s_extra, exists, _ = extra_scores(
-            q, load_extra(inputs.extra_key, g, C.EXTRA, C.D, C.BLOCK_D), numbers, C
-        )
+        k_extra = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
+        s_extra, exists, _ = extra_scores(q, k_extra, numbers, C)
         drawn_there = None
         if inputs.seed is not None:
-            drawn_there = drawn_extra(head, i, place, inputs, numbers, C.BLOCK_M)
+            drawn_there = drawn_extra(i, place, inputs, numbers, C.BLOCK_M)
         cols = (place.columns + tl.arange(0, EXTRA_BLOCK))[None, :]
         p_extra = weights_of(s_extra, base[:, None], None, C.NATURAL)
-        state = _sums(p_extra, drawn_there, keep, i[:, None], cols, exists & present[:, None], head, place,
+        state = _sums(p_extra, drawn_there, keep, i[:, None], cols, exists & present[:, None], place,
                       incoming, numbers, state)  # fmt: skip
     begin, end, _, _ = key_tiles(m0, place, inputs, numbers, C)
-    keys = rows_of(inputs.key, place, place.first_key, g)
     for n0 in range(begin, end, C.BLOCK_N):
         j = n0 + tl.arange(0, C.BLOCK_N)
-        k = load_tile(keys, j, inputs.key.row, j < place.columns, C.D, C.BLOCK_D)
-        s, seen, _t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, True, C)
+        k = load_keys(inputs.key, place, j, j < place.columns, C.D, C.BLOCK_D)
+        s, seen, _t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, True, C)
         drawn = None
         if inputs.seed is not None:
-            drawn = drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
+            drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
         p = tl.where(seen, weights_of(s, base[:, None], None, C.NATURAL), 0.0)
-        state = _sums(p, drawn, keep, i[:, None], j[None, :], seen, head, place, incoming, numbers, state)
+        state = _sums(p, drawn, keep, i[:, None], j[None, :], seen, place, incoming, numbers, state)
     return state
 
 
@@ -142,18 +141,17 @@ def attention_delta_kernel(inputs, out, grad_lse, incoming, numbers, C: tl.const
     """Delta [B, H, L], and `low` if scores are natural; visits keys for weights' gradient or a large lse."""
     lse, g = incoming.lse, incoming.output
     wide: tl.constexpr = lse.dtype.element_ty
-    tile, head = tl.program_id(0) % numbers.tiles, tl.program_id(0) // numbers.tiles % numbers.heads
-    place = place_of(tl.program_id(0) // numbers.tiles // numbers.heads, inputs, numbers)
-    m0 = tile * C.BLOCK_M
+    place = place_of_rows(inputs, numbers)
+    m0 = tl.program_id(0) % numbers.tiles * C.BLOCK_M
     if m0 >= place.rows:  # of a packed sequence
         return
     i = m0 + tl.arange(0, C.BLOCK_M)
     present = i < place.rows
-    at = (place.batch * numbers.heads + head) * numbers.total_rows + place.first_row + i
+    at = sums_of_rows(i, place, numbers)
     sum = tl.zeros((C.BLOCK_M,), wide)
     if g is not None:
-        g_tile = load_tile(rows_of(g, place, place.first_row, head), i, g.row, present, C.V, C.BLOCK_V)
-        o_tile = load_tile(rows_of(out, place, place.first_row, head), i, out.row, present, C.V, C.BLOCK_V)
+        g_tile = load_queries(g, place, i, present, C.V, C.BLOCK_V)
+        o_tile = load_queries(out, place, i, present, C.V, C.BLOCK_V)
         sum += tl.sum(g_tile.to(wide) * o_tile.to(wide), 1)
     if grad_lse is not None:
         sum -= tl.load(grad_lse + at, mask=present, other=0.0)
@@ -169,7 +167,7 @@ def attention_delta_kernel(inputs, out, grad_lse, incoming, numbers, C: tl.const
             base = tl.where(nothing, float("inf"), own)
             if not C.NATURAL:
                 base *= LOG2E
-            total, dot = _sums_again(base, i, m0, head, place, inputs, incoming, numbers, wide, C)
+            total, dot = _sums_again(base, i, m0, place, inputs, incoming, numbers, wide, C)
             total = tl.where(total > 0, total, 1.0)
             if C.NATURAL:
                 dot /= total
@@ -180,15 +178,16 @@ def attention_delta_kernel(inputs, out, grad_lse, incoming, numbers, C: tl.const
 
 
 @triton.jit
-def load_sums(incoming, at, here, NATURAL: tl.constexpr):
-    """Of rows: lse in the units of the scores, what it has lost, and delta; weights of absent rows are 0."""
+def load_sums(incoming, index, here, place, numbers, NATURAL: tl.constexpr):
+    """Of rows `index`: lse in the units of the scores, what it has lost, and delta."""
+    at = sums_of_rows(index, place, numbers)
     lse, low = load_lse(incoming.lse, incoming.low, at, here, NATURAL)
     return lse, low, tl.load(incoming.delta + at, mask=here, other=0.0)
 
 
 @triton.jit
 def _row_step(
-    acc, q, g_tile, sums, i, n0, head, g, place, inputs, incoming, numbers,
+    acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The d q, still to be scaled, with one more tile of keys; CAREFUL: rows see what they keep."""
@@ -198,20 +197,18 @@ def _row_step(
     here = None
     if MASKED:
         here = kept_keys(j, place, inputs)
-    keys = rows_of(inputs.key, place, place.first_key, g)
-    k = load_tile(keys, j, inputs.key.row, here, C.D, C.BLOCK_D)
-    s, kept, t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, MASKED, C)
+    k = load_keys(inputs.key, place, j, here, C.D, C.BLOCK_D)
+    s, kept, t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, MASKED, C)
     if incoming.output is not None:
-        values = rows_of(inputs.value, place, place.first_key, g)
-        dp = products(g_tile, load_tile(values, j, inputs.value.row, here, C.V, C.BLOCK_V), C.PRECISION)
+        dp = products(g_tile, load_keys(inputs.value, place, j, here, C.V, C.BLOCK_V), C.PRECISION)
     else:
         dp = tl.zeros((C.BLOCK_M, BLOCK_N), acc.dtype)
     if incoming.weights is not None:
         exists = (i < place.rows)[:, None] & (j < place.columns)[None, :]
-        dp += weight_gradient(incoming, i[:, None], j[None, :], exists, head, place, numbers, acc.dtype)
+        dp += weight_gradient(incoming, i[:, None], j[None, :], exists, place, numbers, acc.dtype)
     drawn = None
     if inputs.seed is not None:
-        drawn = drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, BLOCK_N)
+        drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, BLOCK_N)
     _p, _, dr = score_gradient(
         s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, MASKED, C.NATURAL
     )
@@ -224,25 +221,23 @@ def _row_step(
 
 
 @triton.jit
-def _extra_step(
-    acc, q, g_tile, sums, i, head, g, place, inputs, incoming, numbers, d_key, d_value, C: tl.constexpr
-):  # fmt: skip
+def _extra_step(acc, q, g_tile, sums, i, place, inputs, incoming, numbers, d_key, d_value, C: tl.constexpr):
     """The same with the extra columns; their gradients from these rows are written, unless None."""
     lse, low, delta = sums
     x = tl.arange(0, EXTRA_BLOCK)
-    k = load_extra(inputs.extra_key, g, C.EXTRA, C.D, C.BLOCK_D)
+    k = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
     s, kept, t = extra_scores(q, k, numbers, C)
     if incoming.output is not None:
-        dp = products(g_tile, load_extra(inputs.extra_value, g, C.EXTRA, C.V, C.BLOCK_V), C.PRECISION)
+        dp = products(g_tile, load_extra(inputs.extra_value, place, C.EXTRA, C.V, C.BLOCK_V), C.PRECISION)
     else:
         dp = tl.zeros((C.BLOCK_M, EXTRA_BLOCK), acc.dtype)
     if incoming.weights is not None:
         exists = kept & (i < place.rows)[:, None]
         cols = (place.columns + x)[None, :]
-        dp += weight_gradient(incoming, i[:, None], cols, exists, head, place, numbers, acc.dtype)
+        dp += weight_gradient(incoming, i[:, None], cols, exists, place, numbers, acc.dtype)
     drawn = None
     if inputs.seed is not None:
-        drawn = drawn_extra(head, i, place, inputs, numbers, C.BLOCK_M)
+        drawn = drawn_extra(i, place, inputs, numbers, C.BLOCK_M)
     pz, _, dr = score_gradient(
         s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, True, C.NATURAL
     )
@@ -263,47 +258,42 @@ def attention_rows_kernel(inputs, incoming, d_q, d_extra_key, d_extra_value, num
     """The d q of a tile of rows, and its parts of the extra columns' gradients; any of them may be None."""
     wide: tl.constexpr = incoming.lse.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
-    tile, head = tl.program_id(0) % numbers.tiles, tl.program_id(0) // numbers.tiles % numbers.heads
-    place = place_of(tl.program_id(0) // numbers.tiles // numbers.heads, inputs, numbers)
-    m0 = tile * C.BLOCK_M
+    place = place_of_rows(inputs, numbers)
+    m0 = tl.program_id(0) % numbers.tiles * C.BLOCK_M
     if m0 >= place.rows:  # of a packed sequence
         return
-    i, g = m0 + tl.arange(0, C.BLOCK_M), head // numbers.group
+    i = m0 + tl.arange(0, C.BLOCK_M)
     present = i < place.rows
-    queries = rows_of(inputs.query, place, place.first_row, head)
-    q = load_tile(queries, i, inputs.query.row, present, C.D, C.BLOCK_D)
+    q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
     g_tile = None
     if incoming.output is not None:
-        outputs = rows_of(incoming.output, place, place.first_row, head)
-        g_tile = load_tile(outputs, i, incoming.output.row, present, C.V, C.BLOCK_V)
-    at = (place.batch * numbers.heads + head) * numbers.total_rows + place.first_row + i
-    sums = load_sums(incoming, at, present, C.NATURAL)
+        g_tile = load_queries(incoming.output, place, i, present, C.V, C.BLOCK_V)
+    sums = load_sums(incoming, i, present, place, numbers, C.NATURAL)
     acc = tl.zeros((C.BLOCK_M, C.BLOCK_D), wide)
     if C.EXTRA > 0:
         if d_extra_key is not None:
             d_extra_key += program * C.EXTRA * C.D
         if d_extra_value is not None:
             d_extra_value += program * C.EXTRA * C.V
-        acc = _extra_step(acc, q, g_tile, sums, i, head, g, place, inputs, incoming, numbers, d_extra_key,
-                          d_extra_value, C)  # fmt: skip
+        acc = _extra_step(
+            acc, q, g_tile, sums, i, place, inputs, incoming, numbers, d_extra_key, d_extra_value, C
+        )
     if d_q is not None:
         begin, end, full_begin, full_end = key_tiles(m0, place, inputs, numbers, C)
         for n0 in range(full_begin, full_end, C.BLOCK_N):
-            acc = _row_step(acc, q, g_tile, sums, i, n0, head, g, place, inputs, incoming, numbers, False,
-                            False, C)  # fmt: skip
+            acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, False, False, C)
         for n1 in range(begin, end - (full_end - full_begin), C.BLOCK_N):
             n0 = without_full(n1, full_begin, full_end)
-            acc = _row_step(acc, q, g_tile, sums, i, n0, head, g, place, inputs, incoming, numbers, True,
-                            False, C)  # fmt: skip
+            acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, True, False, C)
         if inputs.mask is not None or numbers.left is not None or numbers.right is not None:
             again = not all_finite(acc)
             acc = tl.where(again, 0.0, acc)
             if C.EXTRA > 0:  # noqa: SIM102  # known when compiled
                 if again:
-                    acc = _extra_step(acc, q, g_tile, sums, i, head, g, place, inputs, incoming, numbers,
-                                      None, None, C)  # fmt: skip
+                    acc = _extra_step(
+                        acc, q, g_tile, sums, i, place, inputs, incoming, numbers, None, None, C
+                    )
             for n0 in range(begin, tl.where(again, end, begin), CAREFUL_BLOCK):
-                acc = _row_step(acc, q, g_tile, sums, i, n0, head, g, place, inputs, incoming, numbers, True,
-                                True, C)  # fmt: skip
+                acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, True, True, C)
         acc *= number(numbers.unscaled, wide)
-        store_tile(rows_of(d_q, place, place.first_row, head), i, d_q.row, acc, present, C.D, C.BLOCK_D)
+        store_tile(query_rows(d_q, place), i, d_q.row, acc, present, C.D, C.BLOCK_D)

@@ -19,13 +19,15 @@ from .math import (
     drawn_extra,
     drawn_weights,
     extra_scores,
+    in_head,
     key_tiles,
     load_extra,
-    load_tile,
+    load_keys,
+    load_queries,
     number,
     place_of,
-    rows_of,
     scores_of,
+    sums_of_rows,
     weights_of,
 )
 from .rows import load_lse
@@ -39,43 +41,41 @@ def attention_weights_kernel(inputs, lse, low, weights, numbers, column_tiles, e
     m0, outer = (outer % numbers.tiles) * C.BLOCK_M, outer // numbers.tiles
     means = numbers.heads // each
     first_head = outer % means * each
-    place = place_of(outer // means, inputs, numbers)
+    of_first = place_of(outer // means, first_head, inputs, numbers)
     i, n0 = m0 + tl.arange(0, C.BLOCK_M), column * C.BLOCK_N
-    present, extra = i < place.rows, n0 >= place.columns
+    present, extra = i < of_first.rows, n0 >= of_first.columns
     keep = number(numbers.keep_scale, wide) / each.to(wide)
     sum, sum_extra = tl.zeros((C.BLOCK_M, C.BLOCK_N), wide), tl.zeros((C.BLOCK_M, EXTRA_BLOCK), wide)
     for member in range(each):
         head = first_head + member
-        g = head // numbers.group
-        queries = rows_of(inputs.query, place, place.first_row, head)
-        q = load_tile(queries, i, inputs.query.row, present, C.D, C.BLOCK_D)
-        at = (place.batch * numbers.heads + head) * numbers.total_rows + i
+        place = in_head(of_first, head, head // numbers.group)
+        q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
+        at = sums_of_rows(i, place, numbers)
         own, lost = load_lse(lse, low, at, present, C.NATURAL)
         if C.EXTRA > 0:  # noqa: SIM102  # known when compiled
             if extra:
-                k_extra = load_extra(inputs.extra_key, g, C.EXTRA, C.D, C.BLOCK_D)
+                k_extra = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
                 s_extra, _exists, _t_extra = extra_scores(q, k_extra, numbers, C)
                 p_extra = weights_of(s_extra, own[:, None], lost[:, None], C.NATURAL)
                 if inputs.seed is not None:
-                    drawn = drawn_extra(head, i, place, inputs, numbers, C.BLOCK_M)
+                    drawn = drawn_extra(i, place, inputs, numbers, C.BLOCK_M)
                     p_extra = tl.where(drawn, p_extra, 0.0)
                 sum_extra += p_extra
         begin, end, _full_begin, _full_end = key_tiles(m0, place, inputs, numbers, C)
         if (n0 >= begin) & (n0 < end):
             j = n0 + tl.arange(0, C.BLOCK_N)
-            keys = rows_of(inputs.key, place, place.first_key, g)
-            k = load_tile(keys, j, inputs.key.row, j < place.columns, C.D, C.BLOCK_D)
-            s, kept, _t = scores_of(q, k, i[:, None], j[None, :], head, place, inputs, numbers, True, C)
+            k = load_keys(inputs.key, place, j, j < place.columns, C.D, C.BLOCK_D)
+            s, kept, _t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, True, C)
             p = tl.where(kept, weights_of(s, own[:, None], lost[:, None], C.NATURAL), 0.0)
             if inputs.seed is not None:
-                kept_tile = drawn_weights(head, i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
+                kept_tile = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
                 p = tl.where(kept_tile, p, 0.0)
             sum += p
-    row = (place.batch * means + first_head // each) * place.rows + i
-    to = weights + row.to(tl.int64)[:, None] * (place.columns + C.EXTRA)
+    row = (of_first.batch * means + first_head // each) * of_first.rows + i
+    to = weights + row.to(tl.int64)[:, None] * (of_first.columns + C.EXTRA)
     j = (n0 + tl.arange(0, C.BLOCK_N))[None, :]
-    store(to, j, sum * keep, present[:, None] & (j < place.columns))
+    store(to, j, sum * keep, present[:, None] & (j < of_first.columns))
     if C.EXTRA > 0:  # noqa: SIM102  # known when compiled
         if extra:
             at_extra = tl.arange(0, EXTRA_BLOCK)[None, :]
-            store(to, place.columns + at_extra, sum_extra * keep, present[:, None] & (at_extra < C.EXTRA))
+            store(to, of_first.columns + at_extra, sum_extra * keep, present[:, None] & (at_extra < C.EXTRA))
