@@ -2,8 +2,10 @@
 
     python tools/triton_aot.py [--json FILE] [--arch 80 90] [--dtype fp32] [--jobs 2] [case ...]
 
-The modules of fusednn.triton_kernels name what to compile in their AOT_CASES. Exits with 1 if a kernel fails
-to compile or uses local memory, which these kernels only do by spilling.
+The families of fusednn.triton_kernels list calls in their AOT_CASES. Each call is made on tensors without
+memory, with a driver that names the architecture and launches nothing, so that a kernel is compiled for just
+what its launcher passes. Exits with 1 if a kernel fails to compile or uses local memory, which these kernels
+only do by spilling.
 """
 
 from __future__ import annotations
@@ -17,14 +19,23 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 WARP_SIZE = 32
 
 
@@ -41,9 +52,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a job; `error` is empty if it compiled."""
+    """What came out of one kernel of a job; `error` is empty if all compiled."""
 
-    module: str
+    kernel: str
     case: str
     dtype: str
     arch: int
@@ -90,79 +101,100 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return usage
 
 
-def _source(case, dtype: str):
-    from triton.compiler import ASTSource
+class _NoDevice:
+    """What Triton asks of a driver before it launches; the device's number is the architecture."""
 
-    types = {name: f"*{dtype}" for name in case.pointers} | dict(case.integers)
-    names = case.kernel.arg_names
-    unknown = (types.keys() | case.constants.keys()) ^ set(names)
-    if unknown:
-        raise ValueError(f"{case.name}: arguments {sorted(unknown)} are not named on both sides")
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16}
-    return ASTSource(
-        fn=case.kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=dict(case.constants),
-        attrs=attributes,
-    )
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
 
+    def get_current_device(self) -> int:
+        return self.arch
 
-def compile_case(job: Job) -> Result:
-    """Compiles one job in this process; failures are in the result."""
-    os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
-    where = (job.module, job.case, job.dtype, job.arch)
-    try:
-        import triton
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
+        return GPUTarget("cuda", self.arch, WARP_SIZE)
+
+
+def _compiled(call: Callable[[], object], arch: int, options: dict[str, int]) -> dict[str, bytes]:
+    """The kernels that a call launches, by name; a second variant of a kernel has a number."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    found: dict[str, bytes] = {}
+    compile_for = JITFunction.run
+
+    def run(kernel, *args, grid, warmup, **given):
+        cubin = compile_for(kernel, *args, grid=grid, warmup=True, **given, **options).asm["cubin"]
+        if cubin not in found.values():
+            name = kernel.fn.__name__.removesuffix("_kernel")
+            found[name if name not in found else f"{name} {len(found)}"] = cubin
+
+    driver.set_active(_NoDevice(arch))
+    with mock.patch.object(JITFunction, "run", run):
+        call()
+    return found
+
+
+def compile_case(job: Job) -> list[Result]:
+    """Compiles one job's kernels in this process; failures are in the results."""
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
+    where = (job.case, job.dtype, job.arch)
+    try:
         module = importlib.import_module(job.module)
         case = next(case for case in module.AOT_CASES if case.name == job.case)
-        options = dict(case.options) | dict(job.options)
-        target = GPUTarget("cuda", job.arch, WARP_SIZE)
-        compiled = triton.compile(_source(case, job.dtype), target=target, options=options)
-        usage = _resource_usage(compiled.asm["cubin"])
+        kernels = _compiled(lambda: case.call(DTYPES[job.dtype]), job.arch, dict(job.options))
+        if not kernels:
+            raise ValueError(f"{job.case}: got a call that launches nothing, expected a kernel")
+        usages = {name: _resource_usage(cubin) for name, cubin in kernels.items()}
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer ones repeat the kernel's source
             cause = cause.__cause__
-        return Result(*where, error=f"{type(cause).__name__}: {cause}")
-    return Result(*where, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
+        return [Result("", *where, error=f"{type(cause).__name__}: {cause}")]
+    return [
+        Result(name, *where, usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"])
+        for name, usage in usages.items()
+    ]
 
 
 def jobs_of(
     package: str, architectures: Iterable[int], dtypes: Iterable[str], cases: Iterable[str]
 ) -> list[Job]:
     """Every registered combination; `dtypes` and `cases` narrow it down unless empty."""
-    dtypes, cases = set(dtypes), set(cases)
-    jobs = []
+    dtypes, cases = set(dtypes) or set(DTYPES), set(cases)
+    found = []
     for info in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         for case in getattr(importlib.import_module(info.name), "AOT_CASES", ()):
             if cases and case.name not in cases:
                 continue
-            chosen = [dtype for dtype in case.dtypes if not dtypes or dtype in dtypes]
-            archs = [arch for arch in architectures if not case.architectures or arch in case.architectures]
-            jobs += [Job(info.name, case.name, dtype, arch) for dtype in chosen for arch in archs]
-    return jobs
+            names = [name for name, dtype in DTYPES.items() if name in dtypes and dtype in case.dtypes]
+            found += [Job(info.name, case.name, name, arch) for name in names for arch in architectures]
+    return found
 
 
 def run(jobs: list[Job], workers: int) -> list[Result]:
     """Compiles the jobs in `workers` processes."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compile_case, jobs, chunksize=4))
+        return [result for found in pool.map(compile_case, jobs) for result in found]
 
 
 def table(results: list[Result]) -> str:
-    """One line for each case and dtype; a cell is registers, marked if local memory is used or it failed."""
+    """One line for each kernel, case and dtype: registers, marked if local memory is used or it failed."""
     architectures = sorted({r.arch for r in results})
-    rows: dict[tuple[str, str], dict[int, str]] = {}
+    rows: dict[str, dict[int, str]] = {}
     for r in results:
         spilled = "" if r.ok else f" +{r.stack_bytes + r.local_bytes} B local"
-        rows.setdefault((r.case, r.dtype), {})[r.arch] = "FAILED" if r.error else f"{r.registers}{spilled}"
-    lines = [f"{'registers':<28}" + "".join(f"{f'sm_{arch}':>16}" for arch in architectures)]
-    for (case, dtype), cells in rows.items():
-        lines.append(
-            f"{f'{case} {dtype}':<28}" + "".join(f"{cells.get(arch, ''):>16}" for arch in architectures)
-        )
+        cells = rows.setdefault(f"{r.case} {r.dtype} {r.kernel}", {})
+        cells[r.arch] = "FAILED" if r.error else f"{r.registers}{spilled}"
+    lines = [f"{'registers':<64}" + "".join(f"{f'sm_{arch}':>16}" for arch in architectures)]
+    lines += [
+        f"{name:<64}" + "".join(f"{cells.get(arch, ''):>16}" for arch in architectures)
+        for name, cells in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -190,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = [r for r in results if not r.ok]
     for r in bad:
         reason = r.error or f"{r.stack_bytes + r.local_bytes} bytes of local memory"
-        print(f"{r.case} {r.dtype} sm_{r.arch}: {reason}", file=sys.stderr)
+        print(f"{r.case} {r.dtype} {r.kernel} sm_{r.arch}: {reason}", file=sys.stderr)
     print(f"{len(results) - len(bad)} of {len(results)} compiled without local memory")
     return 1 if bad else 0
 

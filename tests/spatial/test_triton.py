@@ -92,6 +92,7 @@ def test_results_do_not_depend_on_the_batch(kernels):
 
 def test_offsets_beyond_2_31(kernels, tmp_path):
     """Strides of a sparse file, whose pages exist where they were written."""
+    from fusednn.triton_kernels.spatial.arguments import Attended, Features
     from fusednn.triton_kernels.spatial.forward import attention_forward_kernel
 
     n, c, p = 2, 3, 4
@@ -104,11 +105,11 @@ def test_offsets_beyond_2_31(kernels, tmp_path):
     call = kernels.Attention.of(
         "test", torch.zeros(n, c, 2, 2).half(), weight, None, None, None, None, 1.0, "scale"
     )
+    inputs = call.inputs()._replace(features=Features(f, *strides))
+    attended = Attended(out, strides[0], 0, *strides[1:])
     attention_forward_kernel[(n,)](
-        f, weight, None, None, None, out, map, None, None, None, call.bits, c, p, 2, 2, 1, *strides,
-        strides[0], 0, *strides[1:], 0, 0,
-        OUTPUT="scale", MAPS=1, BLOCK_G=1, BLOCK_C=2, BLOCK_P=16, **call.tile.options,
-    )  # fmt: skip
+        inputs, attended, map, None, call.numbers(1), **call.compiled_for(call.tile)
+    )
     a = (weight.double() @ f.double()).softmax(-1)
     torch.testing.assert_close(map.double(), a, rtol=0, atol=1e-3)
     torch.testing.assert_close(out.double(), f.double() * a, rtol=0, atol=5e-3)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..core.arguments import dense_rows
 from ..core.checks import device_guard
-from .call import Call, bits_of, dense_rows, strides_of
+from .arguments import Incoming, Numbers, Rows, Scores
+from .call import Call
 from .columns import attention_columns_kernel
 from .masks import attention_mask_gradient_kernel
 from .rows import attention_delta_kernel, attention_rows_kernel
@@ -30,13 +31,21 @@ class Gradients:
     ) -> None:
         """From the call and what its forward gave; `grads` are those of output, lse and weights."""
         self.call, self.needed = call, needed
-        g, self.grad_lse, self.w = grads
-        self.g = None if g is None else dense_rows(g)
-        self.output, self.lse = dense_rows(output), lse.contiguous()
+        grad_output, self.grad_lse, w = grads
+        self.output = dense_rows(output)
         if self.grad_lse is not None:
             self.grad_lse = self.grad_lse.to(call.wide).contiguous()
-        self.delta = call.empty_rows()
-        self.low = call.empty_rows() if call.natural else None
+        self.weight_scale = 1.0
+        if w is not None and w.dim() == 3:  # of the mean of all heads
+            w = w[:, None].expand(-1, call.heads, -1, -1)
+            self.weight_scale = 1 / max(call.heads, 1)
+        self.incoming = Incoming(
+            lse=lse.contiguous(),
+            low=call.empty_rows() if call.natural else None,
+            delta=call.empty_rows(),
+            output=Rows.of(None if grad_output is None else dense_rows(grad_output)),
+            weights=Scores.of(w),
+        )
 
     def run(self, shapes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of the tensors `shapes`, the op's own, that are needed."""
@@ -62,29 +71,17 @@ class Gradients:
         """Memory of a gradient; packed sequences need not cover all of it."""
         return torch.empty_like(t) if self.call.cu_seqlens_q is None else torch.zeros_like(t)
 
-    def _given(self) -> dict[str, Any]:
-        """What all kernels take of the gradients that came in."""
-        per_head = self.w is not None and self.w.dim() == 4
-        w = self.w if self.w is None or per_head else self.w[:, None].expand(-1, self.call.heads, -1, -1)
-        return {
-            "lse": self.lse, "g": self.g, "w": w, "delta": self.delta, "low": self.low,
-            "w_factor": bits_of(1.0 if per_head else 1 / max(self.call.heads, 1)),
-            **strides_of(self.g, ("g_b", "g_h", "g_l")), **strides_of(w, ("w_b", "w_h", "w_l", "w_s")),
-        }  # fmt: skip
+    def _numbers(self, tiles: int) -> Numbers:
+        return self.call.numbers(tiles, self.weight_scale)
 
     def _launch_delta(self) -> None:
         call, tiles = self.call, self.call.row_tiles(ROWS)
-        given = call.arguments(ROWS, tiles) | call.extras() | self._given()
-        for name in ("v", "extra_value", "v_b", "v_g", "v_s"):
-            del given[name]
         programs = call.batch * call.heads * tiles
         if programs:
             attention_delta_kernel[call.grid(programs)](
-                out=self.output,
-                grad_lse=self.grad_lse,
-                **strides_of(self.output, ("o_b", "o_h", "o_l")),
-                **given,
-            )
+                call.inputs(), Rows.of(self.output), self.grad_lse, self.incoming, self._numbers(tiles),
+                **call.compiled_for(ROWS),
+            )  # fmt: skip
 
     def _rows(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradient of the query, and of the extra columns."""
@@ -97,9 +94,8 @@ class Gradients:
         }
         if batch * heads * tiles:
             attention_rows_kernel[call.grid(batch * heads * tiles)](
-                d_q=d_q, d_extra_key=parts.get("extra_key"), d_extra_value=parts.get("extra_value"),
-                unscaled=bits_of(call.scale), **strides_of(d_q, ("dq_b", "dq_h", "dq_l")),
-                **call.arguments(ROWS, tiles), **call.extras(), **self._given(),
+                call.inputs(), self.incoming, Rows.of(d_q), parts.get("extra_key"), parts.get("extra_value"),
+                self._numbers(tiles), **call.compiled_for(ROWS),
             )  # fmt: skip
         found = {} if d_q is None else {"query": d_q}
         groups = call.key_heads
@@ -116,9 +112,8 @@ class Gradients:
         programs = call.batch * call.key_heads * tiles
         if programs:
             attention_columns_kernel[call.grid(programs)](
-                d_k=d_k, d_v=d_v, unscaled=bits_of(call.scale), **strides_of(d_k, ("dk_b", "dk_g", "dk_s")),
-                **strides_of(d_v, ("dv_b", "dv_g", "dv_s")), **call.arguments(COLUMNS, tiles),
-                **self._given(),
+                call.inputs(), self.incoming, Rows.of(d_k), Rows.of(d_v), self._numbers(tiles),
+                **call.compiled_for(COLUMNS),
             )  # fmt: skip
         return {name: t for name, t in (("key", d_k), ("value", d_v)) if t is not None}
 
@@ -137,8 +132,8 @@ class Gradients:
         splits = triton.cdiv(each, steps)
         partials = call.query.new_empty(splits, *size, dtype=call.query.dtype if splits == 1 else call.wide)
         attention_mask_gradient_kernel[call.grid(own * splits)](
-            partials=partials, batch_size=call.batch, column_tiles=columns, steps=steps, splits=splits,
+            call.inputs(), self.incoming, partials, self._numbers(tiles), call.batch, columns, steps, splits,
             **{f"ONE_{name}": one for name, one in zip("BHLS", ones, strict=True)},
-            **call.arguments(SCORES, tiles), **self._given(),
+            **call.compiled_for(SCORES),
         )  # fmt: skip
         return partials[0] if splits == 1 else partials.sum(0).to(call.query.dtype)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.checks import device_guard
-from .call import Call, strides_of
+from ..core.checks import device_guard, gradients_in_order
+from .arguments import Rows
+from .call import Call
 from .forward import attention_forward_kernel
 from .gradients import NAMES, Gradients
 from .tiles import FORWARD, SCORES
@@ -29,9 +30,8 @@ def _output_and_lse(call: Call, low: Tensor | None) -> tuple[Tensor, Tensor]:
     programs = call.batch * heads * tiles
     if programs:
         attention_forward_kernel[call.grid(programs)](
-            out=output, lse=lse, low=low, **strides_of(output, ("o_b", "o_h", "o_l")),
-            **call.arguments(FORWARD, tiles), **call.extras(),
-        )  # fmt: skip
+            call.inputs(), Rows.of(output), lse, low, call.numbers(tiles), **call.compiled_for(FORWARD)
+        )
     return output, lse
 
 
@@ -44,13 +44,10 @@ def _weights(call: Call, lse: Tensor, low: Tensor | None) -> Tensor:
         return weights
     if heads == 0:
         return weights.fill_(torch.nan)  # as torch's mean of nothing
-    given = call.arguments(SCORES, tiles) | call.extras()
-    for name in ("v", "extra_value", "v_b", "v_g", "v_s"):
-        del given[name]
+    each = heads if call.weights == "mean" else 1
     attention_weights_kernel[call.grid(weights.shape[:-2].numel() * tiles * columns)](
-        lse=lse, low=low, weights=weights, column_tiles=columns,
-        each=heads if call.weights == "mean" else 1, **given,
-    )  # fmt: skip
+        call.inputs(), lse, low, weights, call.numbers(tiles), columns, each, **call.compiled_for(SCORES)
+    )
     return weights
 
 
@@ -82,8 +79,7 @@ def attention_forward(
         query: [B, H, L, D]; packed sequences: [1, H, T, D].
         key: [B, G, S, D], G divides H.
         value: [B, G, S, V].
-        mask: bool (True takes part) or of the query's dtype (added), each size that of [B, H, L,
-                                                                                         S] or 1; or None.
+        mask: bool (True takes part) or of the query's dtype (added); each size that of [B, H, L, S], or 1.
         key_mask: [B, S], likewise.
         extra_key: [G, X, D], columns after the S, which nothing hides; or None.
         extra_value: [G, X, V].
@@ -102,8 +98,8 @@ def attention_forward(
         weights: none, mean or heads.
 
     Returns:
-        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0], [B, L, S + X] or [B, H, L,
-                                                                                                  S + X].
+        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0] if none are asked for, their
+        mean [B, L, S + X], or those of all heads [B, H, L, S + X].
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
@@ -201,10 +197,11 @@ def attention_backward(
     tensors = {name: t for name, t in given.items() if t is not None}
     grads = (grad_output, grad_lse, None if weights == "none" else grad_weights)
     found = Gradients(call, grads, output, lse, needed).run(tensors) if needed else {}
-    return tuple(_laid_out(found[n], given[n]) if n in found else query.new_empty(0) for n in NAMES)
+    found = {name: _laid_out(grad, tensors[name]) for name, grad in found.items()}
+    return gradients_in_order(found, NAMES, query)
 
 
-def _laid_out(grad: Tensor, tensor: Tensor | None) -> Tensor:
+def _laid_out(grad: Tensor, tensor: Tensor) -> Tensor:
     """The gradient in the memory layout that torch gives to what is like its tensor."""
-    like = torch.empty_like(tensor) if tensor is not None else grad
+    like = torch.empty_like(tensor)
     return grad if grad.stride() == like.stride() else like.copy_(grad)

@@ -1,13 +1,8 @@
 """What the kernels of attention share: places of a tile, products, scores, dropout.
 
 A program has one tile of query rows or of keys of one head. Rows and columns are given as blocks [m, 1] and
-[1, n], or [1, m] and [n, 1] where a tile is transposed. What is None costs nothing; a tuple of Triton 3.6 can
-hold None only as the kernel's own argument, and no function can return it. Tuples of all kernels:
-
-    scoring   scale in the units of the scores, or the softcap; None or scale / softcap; as bits of doubles
-    position  offset, left, right (None: no limit), slopes of ALiBi
-    masks     mask, the sample's offset, strides of head, row and column; key_mask, offset, stride
-    dropout   seed, threshold, batch
+[1, n], or [1, m] and [n, 1] where a tile is transposed. What is None costs nothing. In Triton 3.6 a tuple can
+hold None only if it came with the kernel's arguments, and no function can return it.
 """
 
 from __future__ import annotations
@@ -17,6 +12,7 @@ import triton.language as tl
 
 from ..core.activations import tanh
 from ..core.storage import INTERPRETING, rounded
+from .arguments import Place
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -31,18 +27,53 @@ def number(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def sequence_of(batch, cu_seqlens_q, cu_seqlens_k, rows, columns):
-    """Batch in memory, first row, first key (64 bits), rows and keys of sample or packed sequence `batch`."""
-    at = batch.to(tl.int64)
-    first_row = at * 0
-    first_key = at * 0
-    if cu_seqlens_q is not None:
-        first_row = tl.load(cu_seqlens_q + at).to(tl.int64)
-        first_key = tl.load(cu_seqlens_k + at).to(tl.int64)
-        rows = (tl.load(cu_seqlens_q + at + 1) - first_row).to(tl.int32)
-        columns = (tl.load(cu_seqlens_k + at + 1) - first_key).to(tl.int32)
-        at = at * 0
-    return at, first_row, first_key, rows, columns
+def place_of(sequence, head, inputs, numbers):
+    """Where a head of sample or packed sequence `sequence` is."""
+    batch = sequence.to(tl.int64)
+    first_row = batch * 0
+    first_key = batch * 0
+    rows, columns = numbers.rows, numbers.columns
+    if inputs.cu_seqlens_q is not None:
+        first_row = tl.load(inputs.cu_seqlens_q + batch).to(tl.int64)
+        first_key = tl.load(inputs.cu_seqlens_k + batch).to(tl.int64)
+        rows = (tl.load(inputs.cu_seqlens_q + batch + 1) - first_row).to(tl.int32)
+        columns = (tl.load(inputs.cu_seqlens_k + batch + 1) - first_key).to(tl.int32)
+        batch = batch * 0
+    return Place(sequence, batch, head, head // numbers.group, first_row, first_key, rows, columns)
+
+
+@triton.jit
+def in_head(place, head, key_head):
+    """The same place in another head."""
+    return Place(
+        place.sequence, place.batch, head, key_head, place.first_row, place.first_key, place.rows,
+        place.columns,
+    )  # fmt: skip
+
+
+@triton.jit
+def place_of_rows(inputs, numbers):
+    """That of a program with a tile of rows, which are the fastest axis of the grid."""
+    outer = tl.program_id(0) // numbers.tiles
+    return place_of(outer // numbers.heads, outer % numbers.heads, inputs, numbers)
+
+
+@triton.jit
+def query_rows(x, place):
+    """Address of the head's rows of queries, or of what is laid out like them."""
+    return x.data + place.batch * x.batch + place.head.to(tl.int64) * x.head + place.first_row * x.row
+
+
+@triton.jit
+def key_rows(x, place):
+    """Address of the head's rows of keys, or of what is laid out like them."""
+    return x.data + place.batch * x.batch + place.key_head.to(tl.int64) * x.head + place.first_key * x.row
+
+
+@triton.jit
+def sums_of_rows(index, place, numbers):
+    """Where lse and the like [B, H, L] have rows `index`."""
+    return (place.batch * numbers.heads + place.head) * numbers.total_rows + place.first_row + index
 
 
 @triton.jit
@@ -57,6 +88,25 @@ def load_tile(base, index, stride, present, SIZE: tl.constexpr, BLOCK: tl.conste
     else:
         x = tl.load(at, mask=present[:, None] & (d < SIZE), other=0.0)
     return x
+
+
+@triton.jit
+def load_queries(x, place, index, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's queries `index`."""
+    return load_tile(query_rows(x, place), index, x.row, present, SIZE, BLOCK)
+
+
+@triton.jit
+def load_keys(x, place, index, present, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's keys `index`."""
+    return load_tile(key_rows(x, place), index, x.row, present, SIZE, BLOCK)
+
+
+@triton.jit
+def load_extra(base, place, EXTRA: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """The head's extra columns [EXTRA_BLOCK, BLOCK]."""
+    x = tl.arange(0, EXTRA_BLOCK)
+    return load_tile(base + place.key_head.to(tl.int64) * EXTRA * SIZE, x, SIZE, x < EXTRA, SIZE, BLOCK)
 
 
 @triton.jit
@@ -126,13 +176,12 @@ def store_part(base, index, stride, x, part, present, SIZE: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def raw_scores(products, scoring):
+def raw_scores(products, numbers):
     """Scores before anything is added, and tanh of the softcap's argument where there is one."""
-    scale, cap = scoring
     t = products
-    if cap is not None:
-        t = tanh(products * number(cap, products.dtype))
-    return t * number(scale, products.dtype), t
+    if numbers.cap is not None:
+        t = tanh(products * number(numbers.cap, products.dtype))
+    return t * number(numbers.scale, products.dtype), t
 
 
 @triton.jit
@@ -149,49 +198,58 @@ def _added(s, kept, mask, at, here):
 
 
 @triton.jit
-def visible_scores(
-    s, rows, cols, row_count, column_count, head, position, masks, MASKED: tl.constexpr, NATURAL: tl.constexpr
-):  # fmt: skip
-    """Scores with all that is added, -inf where not kept; and what is kept, which is only told if MASKED."""
-    offset, left, right, slopes = position
-    mask, m_at, m_h, m_l, m_s, key_mask, km_at, km_s = masks
-    ahead = cols - rows - offset
-    if slopes is not None:
-        slope = tl.load(slopes + head).to(s.dtype)
-        if not NATURAL:
+def visible_scores(s, rows, cols, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
+    """Scores with all that is added, -inf where not kept; and what is kept, which only MASKED finds out."""
+    ahead = cols - rows - numbers.offset
+    if inputs.slopes is not None:
+        slope = tl.load(inputs.slopes + place.head).to(s.dtype)
+        if not C.NATURAL:
             slope *= LOG2E
         s -= slope * tl.abs(ahead).to(s.dtype)
     kept = tl.full((1, 1), 1, tl.int1)
     if MASKED:
-        kept = (cols < column_count) & (rows < row_count)
-        if left is not None:
-            kept = kept & (ahead >= -left)
-        if right is not None:
-            kept = kept & (ahead <= right)
-        if mask is not None:
-            at = m_at + head.to(tl.int64) * m_h + rows.to(tl.int64) * m_l + cols.to(tl.int64) * m_s
-            s, kept = _added(s, kept, mask, at, kept)
-        if key_mask is not None:
-            s, kept = _added(s, kept, key_mask, km_at + cols.to(tl.int64) * km_s, cols < column_count)
+        kept = (cols < place.columns) & (rows < place.rows)
+        if numbers.left is not None:
+            kept = kept & (ahead >= -numbers.left)
+        if numbers.right is not None:
+            kept = kept & (ahead <= numbers.right)
+        if inputs.mask is not None:
+            at = place.batch * inputs.mask.batch + place.head.to(tl.int64) * inputs.mask.head
+            at = at + rows.to(tl.int64) * inputs.mask.row + cols.to(tl.int64) * inputs.mask.column
+            s, kept = _added(s, kept, inputs.mask.data, at, kept)
+        if inputs.key_mask is not None:
+            at_key = place.batch * inputs.key_mask.batch + cols.to(tl.int64) * inputs.key_mask.column
+            s, kept = _added(s, kept, inputs.key_mask.data, at_key, cols < place.columns)
         s = tl.where(kept, s, float("-inf"))
     return s, kept
 
 
 @triton.jit
-def extra_scores(q, k, scoring, EXTRA: tl.constexpr, PRECISION: tl.constexpr):
+def scores_of(x, y, rows, cols, place, inputs, numbers, MASKED: tl.constexpr, C: tl.constexpr):
+    """Visible scores of x y^T, queries and keys or the reverse; what is kept; tanh of the softcap."""
+    s, t = raw_scores(products(x, y, C.PRECISION), numbers)
+    s, kept = visible_scores(s, rows, cols, place, inputs, numbers, MASKED, C)
+    return s, kept, t
+
+
+@triton.jit
+def extra_scores(q, k, numbers, C: tl.constexpr):
     """Scores of the extra columns [m, EXTRA_BLOCK], which of them exist, tanh as `raw_scores` gives it."""
-    s, t = raw_scores(products(q, k, PRECISION), scoring)
-    kept = (tl.arange(0, EXTRA_BLOCK) < EXTRA)[None, :] & (tl.zeros((q.shape[0], EXTRA_BLOCK), tl.int32) == 0)
+    s, t = raw_scores(products(q, k, C.PRECISION), numbers)
+    exists = (tl.arange(0, EXTRA_BLOCK) < C.EXTRA)[None, :]
+    kept = exists & (tl.zeros((q.shape[0], EXTRA_BLOCK), tl.int32) == 0)
     return tl.where(kept, s, float("-inf")), kept, t
 
 
 @triton.jit
-def kept_keys(index, count, key_mask, km_at, km_s):
+def kept_keys(index, place, inputs):
     """Which of the keys `index` [n] exist and are kept by their mask."""
-    here = index < count
-    if key_mask is not None:
-        x = tl.load(key_mask + km_at + index.to(tl.int64) * km_s, mask=here, other=0)
-        here = here & (x != 0) if key_mask.dtype.element_ty == tl.uint8 else here & (x != float("-inf"))
+    here = index < place.columns
+    if inputs.key_mask is not None:
+        mask = inputs.key_mask
+        at = place.batch * mask.batch + index.to(tl.int64) * mask.column
+        x = tl.load(mask.data + at, mask=here, other=0)
+        here = here & (x != 0) if mask.data.dtype.element_ty == tl.uint8 else here & (x != float("-inf"))
     return here
 
 
@@ -224,16 +282,16 @@ def logarithm(x):
 
 
 @triton.jit
-def drawn_weights(dropout, head, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def drawn_weights(rows, n0, place, inputs, numbers, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which weights [BLOCK_M, BLOCK_N] of rows [BLOCK_M] and columns from n0, a multiple of 4, dropout keeps.
 
     Philox4x32-10; the four words of a call serve neighbouring columns.
     """
-    seed, threshold, batch = dropout
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), tl.int32)
     fours = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :] + zero
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), fours, rows[:, None] + zero, head + zero, batch + zero)
-    least = threshold.to(tl.uint32)
+    batch, seed = place.sequence + zero, tl.load(inputs.seed)
+    w0, w1, w2, w3 = tl.philox(seed, fours, rows[:, None] + zero, place.head + zero, batch)
+    least = numbers.threshold.to(tl.uint32)
     k0, k1, k2, k3 = (w0 >= least), (w1 >= least), (w2 >= least), (w3 >= least)
     even = tl.join(k0.to(tl.int8), k2.to(tl.int8))
     odd = tl.join(k1.to(tl.int8), k3.to(tl.int8))
@@ -241,15 +299,15 @@ def drawn_weights(dropout, head, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def drawn_extra(dropout, head, rows, columns, BLOCK_M: tl.constexpr):
-    """Which weights [BLOCK_M, EXTRA_BLOCK] of the columns from `columns` on dropout keeps."""
-    seed, threshold, batch = dropout
+def drawn_extra(rows, place, inputs, numbers, BLOCK_M: tl.constexpr):
+    """Which weights [BLOCK_M, EXTRA_BLOCK] of the extra columns dropout keeps."""
     zero = tl.zeros((BLOCK_M, EXTRA_BLOCK), tl.int32)
-    cols = (columns + tl.arange(0, EXTRA_BLOCK))[None, :] + zero
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), cols // 4, rows[:, None] + zero, head + zero, batch + zero)
-    place = cols % 4
-    word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
-    return word >= threshold.to(tl.uint32)
+    cols = (place.columns + tl.arange(0, EXTRA_BLOCK))[None, :] + zero
+    batch, seed = place.sequence + zero, tl.load(inputs.seed)
+    w0, w1, w2, w3 = tl.philox(seed, cols // 4, rows[:, None] + zero, place.head + zero, batch)
+    word = cols % 4
+    drawn = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    return drawn >= numbers.threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -263,30 +321,43 @@ def tiles_between(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_tiles(m0, rows, columns, position, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The key tiles of the query rows from m0, as `tiles_between` gives them."""
-    offset, left, right, _ = position
-    first, last = m0 + offset, tl.minimum(m0 + BLOCK_M, rows) - 1 + offset
-    begin, end, full_begin, full_end = m0 * 0, columns, m0 * 0, columns
-    if right is not None:
-        end = tl.minimum(columns, last + right + 1)
-        full_end = tl.minimum(columns, first + right + 1)
-    if left is not None:
-        begin = first - left
-        full_begin = last - left
-    return tiles_between(begin, end, full_begin, full_end, BLOCK_N)
+def key_tiles(m0, place, inputs, numbers, C: tl.constexpr):
+    """The key tiles of the query rows from m0, as `tiles_between` gives them; a mask leaves none full."""
+    first = m0 + numbers.offset
+    last = tl.minimum(m0 + C.BLOCK_M, place.rows) - 1 + numbers.offset
+    begin, end, full_begin, full_end = m0 * 0, place.columns, m0 * 0, place.columns
+    if numbers.right is not None:
+        end = tl.minimum(place.columns, last + numbers.right + 1)
+        full_end = tl.minimum(place.columns, first + numbers.right + 1)
+    if numbers.left is not None:
+        begin = first - numbers.left
+        full_begin = last - numbers.left
+    begin, end, full_begin, full_end = tiles_between(begin, end, full_begin, full_end, C.BLOCK_N)
+    if inputs.mask is not None or inputs.key_mask is not None:
+        full_end = full_begin
+    return begin, end, full_begin, full_end
 
 
 @triton.jit
-def row_tiles(n0, rows, columns, position, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def row_tiles(n0, place, inputs, numbers, C: tl.constexpr):
     """The row tiles of the keys from n0; rows that don't exist have weight 0 without a mask."""
-    offset, left, right, _ = position
-    first, last = n0 - offset, tl.minimum(n0 + BLOCK_N, columns) - 1 - offset
-    begin, end, full_begin, full_end = n0 * 0, rows, n0 * 0, tl.cdiv(rows, BLOCK_M) * BLOCK_M
-    if right is not None:
-        begin = first - right
-        full_begin = last - right
-    if left is not None:
-        end = tl.minimum(rows, last + left + 1)
-        full_end = tl.minimum(full_end, first + left + 1)
-    return tiles_between(begin, end, full_begin, full_end, BLOCK_M)
+    first = n0 - numbers.offset
+    last = tl.minimum(n0 + C.BLOCK_N, place.columns) - 1 - numbers.offset
+    begin, end, full_begin = n0 * 0, place.rows, n0 * 0
+    full_end = tl.cdiv(place.rows, C.BLOCK_M) * C.BLOCK_M
+    if numbers.right is not None:
+        begin = first - numbers.right
+        full_begin = last - numbers.right
+    if numbers.left is not None:
+        end = tl.minimum(place.rows, last + numbers.left + 1)
+        full_end = tl.minimum(full_end, first + numbers.left + 1)
+    begin, end, full_begin, full_end = tiles_between(begin, end, full_begin, full_end, C.BLOCK_M)
+    if inputs.mask is not None or inputs.key_mask is not None:
+        full_end = full_begin
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
+def without_full(n, full_begin, full_end):
+    """Multiple `n` of those that are not in full tiles, counted from the first."""
+    return tl.where(n < full_begin, n, n + (full_end - full_begin))

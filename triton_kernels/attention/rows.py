@@ -16,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import SIZES
 from .math import (
     CAREFUL_BLOCK,
     EXTRA_BLOCK,
@@ -27,16 +26,20 @@ from .math import (
     extra_scores,
     kept_keys,
     key_tiles,
-    load_tile,
+    load_extra,
+    load_keys,
+    load_queries,
     logarithm,
     multiplied,
     number,
+    place_of_rows,
     products,
-    raw_scores,
-    sequence_of,
+    query_rows,
+    scores_of,
     store_tile,
-    visible_scores,
+    sums_of_rows,
     weights_of,
+    without_full,
 )
 
 
@@ -60,283 +63,237 @@ def load_lse(lse, low, at, here, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def weight_gradient(weights, rows, cols, here, head, wide: tl.constexpr):
-    """Gradient of a tile's weights: (the sample's or None; strides of head, row, column; factor as bits)."""
-    pointer, w_h, w_l, w_s, factor = weights
-    at = head.to(tl.int64) * w_h + rows.to(tl.int64) * w_l + cols.to(tl.int64) * w_s
-    return tl.load(pointer + at, mask=here, other=0.0).to(wide) * number(factor, wide)
+def weight_gradient(incoming, rows, cols, here, place, numbers, wide: tl.constexpr):
+    """Gradient of a tile's weights."""
+    w = incoming.weights
+    at = place.head.to(tl.int64) * w.head + rows.to(tl.int64) * w.row + cols.to(tl.int64) * w.column
+    x = tl.load(w.data + place.batch * w.batch + at, mask=here, other=0.0)
+    return x.to(wide) * number(numbers.weight_scale, wide)
 
 
 @triton.jit
 def score_gradient(
-    s, kept, t, dp, drawn, keep_scale, lse, low, delta, cap, MASKED: tl.constexpr, NATURAL: tl.constexpr
+    s, kept, t, dp, drawn, lse, low, delta, numbers, MASKED: tl.constexpr, NATURAL: tl.constexpr
 ):
-    """Weights before and after dropout, the gradient of the scores, and that before the softcap."""
+    """Weights after dropout, the gradient of the scores, and that before the softcap."""
     p = weights_of(s, lse, low, NATURAL)
     if MASKED:
         p = tl.where(kept, p, 0.0)
     pz = p
     if drawn is not None:
-        pz = tl.where(drawn, p * keep_scale, 0.0)
-        dp = tl.where(drawn, dp * keep_scale, 0.0)
+        keep = number(numbers.keep_scale, s.dtype)
+        pz = tl.where(drawn, p * keep, 0.0)
+        dp = tl.where(drawn, dp * keep, 0.0)
     ds = p * (dp - delta)
     if MASKED:
         ds = tl.where(kept, ds, 0.0)
     dr = ds
-    if cap is not None:
+    if numbers.cap is not None:
         dr = ds * (1.0 - t * t)
-    return p, pz, ds, dr
+    return pz, ds, dr
 
 
 @triton.jit
-def _sums(p, drawn, keep_scale, weights, rows, cols, here, head, state):
+def _sums(p, drawn, keep, rows, cols, here, place, incoming, numbers, state):
     """Sums of the weights, and of weights times their gradient."""
     total, dot = state
     total += tl.sum(p, 1)
-    if weights[0] is not None:
+    if incoming.weights is not None:
         pz = p
         if drawn is not None:
-            pz = tl.where(drawn, p * keep_scale, 0.0)
-        dot += tl.sum(pz * weight_gradient(weights, rows, cols, here, head, p.dtype), 1)
+            pz = tl.where(drawn, p * keep, 0.0)
+        dot += tl.sum(pz * weight_gradient(incoming, rows, cols, here, place, numbers, p.dtype), 1)
     return total, dot
 
 
-@triton.jit(do_not_specialize=SIZES)
-def attention_delta_kernel(
-    q, k, mask, key_mask, extra_key, slopes, cu_seqlens_q, cu_seqlens_k, seed, out, lse, g, grad_lse, w,
-    delta, low,
-    heads, group, rows, columns, total_rows, tiles, scale, cap, keep_scale, threshold, left, right, offset,
-    w_factor, q_b, q_h, q_l, k_b, k_g, k_s, o_b, o_h, o_l, g_b, g_h, g_l, w_b, w_h, w_l, w_s,
-    m_b, m_h, m_l, m_s, km_b, km_s,
-    EXTRA: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """The delta [B, H, L], and `low` where scores are natural; keys are visited only for w or a large lse."""
+@triton.jit
+def _sums_again(base, i, m0, place, inputs, incoming, numbers, wide: tl.constexpr, C: tl.constexpr):
+    """The same over all columns, from weights exp(s - base)."""
+    state = (tl.zeros((C.BLOCK_M,), wide), tl.zeros((C.BLOCK_M,), wide))
+    keep = number(numbers.keep_scale, wide)
+    present = i < place.rows
+    q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
+    if C.EXTRA > 0:
+        k_extra = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
+        s_extra, exists, _ = extra_scores(q, k_extra, numbers, C)
+        drawn_there = None
+        if inputs.seed is not None:
+            drawn_there = drawn_extra(i, place, inputs, numbers, C.BLOCK_M)
+        cols = (place.columns + tl.arange(0, EXTRA_BLOCK))[None, :]
+        p_extra = weights_of(s_extra, base[:, None], None, C.NATURAL)
+        state = _sums(p_extra, drawn_there, keep, i[:, None], cols, exists & present[:, None], place,
+                      incoming, numbers, state)  # fmt: skip
+    begin, end, _, _ = key_tiles(m0, place, inputs, numbers, C)
+    for n0 in range(begin, end, C.BLOCK_N):
+        j = n0 + tl.arange(0, C.BLOCK_N)
+        k = load_keys(inputs.key, place, j, j < place.columns, C.D, C.BLOCK_D)
+        s, seen, _t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, True, C)
+        drawn = None
+        if inputs.seed is not None:
+            drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
+        p = tl.where(seen, weights_of(s, base[:, None], None, C.NATURAL), 0.0)
+        state = _sums(p, drawn, keep, i[:, None], j[None, :], seen, place, incoming, numbers, state)
+    return state
+
+
+@triton.jit(do_not_specialize=["numbers"])
+def attention_delta_kernel(inputs, out, grad_lse, incoming, numbers, C: tl.constexpr):
+    """Delta [B, H, L], and `low` if scores are natural; visits keys for weights' gradient or a large lse."""
+    lse, g = incoming.lse, incoming.output
     wide: tl.constexpr = lse.dtype.element_ty
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % heads
-    sequence = tl.program_id(0) // tiles // heads
-    batch, first_row, first_key, rows, columns = sequence_of(
-        sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
-    m0 = tile * BLOCK_M
-    if m0 >= rows:  # of a packed sequence
+    place = place_of_rows(inputs, numbers)
+    m0 = tl.program_id(0) % numbers.tiles * C.BLOCK_M
+    if m0 >= place.rows:  # of a packed sequence
         return
-    i = m0 + tl.arange(0, BLOCK_M)
-    h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
-    at = (batch * heads + h) * total_rows + first_row + i
-    sum = tl.zeros((BLOCK_M,), wide)
+    i = m0 + tl.arange(0, C.BLOCK_M)
+    present = i < place.rows
+    at = sums_of_rows(i, place, numbers)
+    sum = tl.zeros((C.BLOCK_M,), wide)
     if g is not None:
-        g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
-        o_tile = load_tile(out + batch * o_b + h * o_h + first_row * o_l, i, o_l, i < rows, V, BLOCK_V)
+        g_tile = load_queries(g, place, i, present, C.V, C.BLOCK_V)
+        o_tile = load_queries(out, place, i, present, C.V, C.BLOCK_V)
         sum += tl.sum(g_tile.to(wide) * o_tile.to(wide), 1)
     if grad_lse is not None:
-        sum -= tl.load(grad_lse + at, mask=i < rows, other=0.0)
-    if w is not None:
-        w += batch * w_b
-    own = tl.load(lse + at, mask=i < rows, other=0.0)
+        sum -= tl.load(grad_lse + at, mask=present, other=0.0)
+    own = tl.load(lse + at, mask=present, other=0.0)
     nothing = own == float("-inf")
-    if NATURAL or w is not None:
-        total, dot = tl.full((BLOCK_M,), 1.0, wide), tl.zeros((BLOCK_M,), wide)
-        again = w is not None
+    if C.NATURAL or incoming.weights is not None:
+        total, dot = tl.full((C.BLOCK_M,), 1.0, wide), tl.zeros((C.BLOCK_M,), wide)
+        again = incoming.weights is not None
         if not again:
-            again = tl.max(tl.where(nothing, 0.0, tl.abs(own)), 0) > limit_of(q.dtype)
+            limit = limit_of(inputs.query.data.dtype)
+            again = tl.max(tl.where(nothing, 0.0, tl.abs(own)), 0) > limit
         if again:
             base = tl.where(nothing, float("inf"), own)
-            if not NATURAL:
+            if not C.NATURAL:
                 base *= LOG2E
-            state = (tl.zeros((BLOCK_M,), wide), dot)
-            scoring, position = (scale, cap), (offset, left, right, slopes)
-            masks = (mask, batch * m_b, m_h, m_l, m_s, key_mask, batch * km_b, km_s)
-            dropout = (seed, threshold, sequence)
-            weights = (w, w_h, w_l, w_s, w_factor)
-            keep = number(keep_scale, wide)
-            q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
-            k += batch * k_b + g_head * k_g + first_key * k_s
-            if EXTRA > 0:
-                x = tl.arange(0, EXTRA_BLOCK)
-                k_tile = load_tile(extra_key + g_head * EXTRA * D, x, D, x < EXTRA, D, BLOCK_D)
-                s, kept, _ = extra_scores(q_tile, k_tile, scoring, EXTRA, PRECISION)
-                drawn_there = None
-                if dropout[0] is not None:
-                    drawn_there = drawn_extra(dropout, head, i, columns, BLOCK_M)
-                here = kept & (i < rows)[:, None]
-                state = _sums(weights_of(s, base[:, None], None, NATURAL), drawn_there, keep, weights,
-                              i[:, None], (columns + x)[None, :], here, head, state)  # fmt: skip
-            begin, end, _, _ = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
-            for n0 in range(begin, end, BLOCK_N):
-                j = n0 + tl.arange(0, BLOCK_N)
-                keys = load_tile(k, j, k_s, j < columns, D, BLOCK_D)
-                raw, _t = raw_scores(products(q_tile, keys, PRECISION), scoring)
-                s_tile, seen = visible_scores(
-                    raw, i[:, None], j[None, :], rows, columns, head, position, masks, True, NATURAL
-                )
-                drawn = None
-                if dropout[0] is not None:
-                    drawn = drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N)
-                p = tl.where(seen, weights_of(s_tile, base[:, None], None, NATURAL), 0.0)
-                state = _sums(p, drawn, keep, weights, i[:, None], j[None, :], seen, head, state)
-            total, dot = state
+            total, dot = _sums_again(base, i, m0, place, inputs, incoming, numbers, wide, C)
             total = tl.where(total > 0, total, 1.0)
-            if NATURAL:
+            if C.NATURAL:
                 dot /= total
         sum += dot
-        if NATURAL:
-            tl.store(low + at, logarithm(total) * LOG2E, mask=i < rows)
-    tl.store(delta + at, tl.where(nothing, 0.0, sum), mask=i < rows)
+        if C.NATURAL:
+            tl.store(incoming.low + at, logarithm(total) * LOG2E, mask=present)
+    tl.store(incoming.delta + at, tl.where(nothing, 0.0, sum), mask=present)
+
+
+@triton.jit
+def load_sums(incoming, index, here, place, numbers, NATURAL: tl.constexpr):
+    """Of rows `index`: lse in the units of the scores, what it has lost, and delta."""
+    at = sums_of_rows(index, place, numbers)
+    lse, low = load_lse(incoming.lse, incoming.low, at, here, NATURAL)
+    return lse, low, tl.load(incoming.delta + at, mask=here, other=0.0)
 
 
 @triton.jit
 def _row_step(
-    acc, q, g, lse, low, delta, keep, k, v, i, n0, head, rows, columns, k_s, v_s, scoring, position, masks,
-    dropout,
-    weights, MASKED: tl.constexpr, CAREFUL: tl.constexpr, NATURAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The d q with one more tile of keys, from n0, still to be scaled."""
-    _, _, _, _, _, key_mask, km_at, km_s = masks
+    """The d q, still to be scaled, with one more tile of keys; CAREFUL: rows see what they keep."""
+    BLOCK_N: tl.constexpr = CAREFUL_BLOCK if CAREFUL else C.BLOCK_N
+    lse, low, delta = sums
     j = n0 + tl.arange(0, BLOCK_N)
     here = None
     if MASKED:
-        here = kept_keys(j, columns, key_mask, km_at, km_s)
-    k_tile = load_tile(k, j, k_s, here, D, BLOCK_D)
-    s, t = raw_scores(products(q, k_tile, PRECISION), scoring)
-    s, kept = visible_scores(s, i[:, None], j[None, :], rows, columns, head, position, masks, MASKED, NATURAL)
-    if g is not None:
-        dp = products(g, load_tile(v, j, v_s, here, V, BLOCK_V), PRECISION)
+        here = kept_keys(j, place, inputs)
+    k = load_keys(inputs.key, place, j, here, C.D, C.BLOCK_D)
+    s, kept, t = scores_of(q, k, i[:, None], j[None, :], place, inputs, numbers, MASKED, C)
+    if incoming.output is not None:
+        dp = products(g_tile, load_keys(inputs.value, place, j, here, C.V, C.BLOCK_V), C.PRECISION)
     else:
-        dp = tl.zeros((BLOCK_M, BLOCK_N), acc.dtype)
-    if weights[0] is not None:
-        exists = (i < rows)[:, None] & (j < columns)[None, :]
-        dp += weight_gradient(weights, i[:, None], j[None, :], exists, head, acc.dtype)
+        dp = tl.zeros((C.BLOCK_M, BLOCK_N), acc.dtype)
+    if incoming.weights is not None:
+        exists = (i < place.rows)[:, None] & (j < place.columns)[None, :]
+        dp += weight_gradient(incoming, i[:, None], j[None, :], exists, place, numbers, acc.dtype)
     drawn = None
-    if dropout[0] is not None:
-        drawn = drawn_weights(dropout, head, i, n0, BLOCK_M, BLOCK_N)
-    _p, _, _, dr = score_gradient(
-        s, kept, t, dp, drawn, keep, lse[:, None], low[:, None], delta[:, None], scoring[1], MASKED, NATURAL
+    if inputs.seed is not None:
+        drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, BLOCK_N)
+    _p, _, dr = score_gradient(
+        s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, MASKED, C.NATURAL
     )
     if CAREFUL:  # a row that sees a key that is not finite has NaN in dr, or a weight of 0
-        clean = tl.where(tl.abs(k_tile.to(acc.dtype)) < float("inf"), k_tile.to(acc.dtype), 0.0)
-        acc = multiplied(dr, clean.to(k_tile.dtype), acc, PRECISION)
+        clean = tl.where(tl.abs(k.to(acc.dtype)) < float("inf"), k.to(acc.dtype), 0.0)
+        acc = multiplied(dr, clean.to(k.dtype), acc, C.PRECISION)
     else:
-        acc = multiplied(dr, k_tile, acc, PRECISION)
+        acc = multiplied(dr, k, acc, C.PRECISION)
     return acc
 
 
 @triton.jit
-def _extra_step(
-    acc, q, g, lse, low, delta, keep, extra_key, extra_value, d_extra_key, d_extra_value, i, head, rows,
-    columns,
-    scoring, dropout, weights, EXTRA: tl.constexpr, NATURAL: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, unscaled,
-):  # fmt: skip
-    """The same with the extra columns; their gradients from these rows are written."""
+def _extra_step(acc, q, g_tile, sums, i, place, inputs, incoming, numbers, d_key, d_value, C: tl.constexpr):
+    """The same with the extra columns; their gradients from these rows are written, unless None."""
+    lse, low, delta = sums
     x = tl.arange(0, EXTRA_BLOCK)
-    k_tile = load_tile(extra_key, x, D, x < EXTRA, D, BLOCK_D)
-    s, kept, t = extra_scores(q, k_tile, scoring, EXTRA, PRECISION)
-    if g is not None:
-        dp = products(g, load_tile(extra_value, x, V, x < EXTRA, V, BLOCK_V), PRECISION)
+    k = load_extra(inputs.extra_key, place, C.EXTRA, C.D, C.BLOCK_D)
+    s, kept, t = extra_scores(q, k, numbers, C)
+    if incoming.output is not None:
+        dp = products(g_tile, load_extra(inputs.extra_value, place, C.EXTRA, C.V, C.BLOCK_V), C.PRECISION)
     else:
-        dp = tl.zeros((BLOCK_M, EXTRA_BLOCK), acc.dtype)
-    if weights[0] is not None:
-        exists = kept & (i < rows)[:, None]
-        dp += weight_gradient(weights, i[:, None], (columns + x)[None, :], exists, head, acc.dtype)
+        dp = tl.zeros((C.BLOCK_M, EXTRA_BLOCK), acc.dtype)
+    if incoming.weights is not None:
+        exists = kept & (i < place.rows)[:, None]
+        cols = (place.columns + x)[None, :]
+        dp += weight_gradient(incoming, i[:, None], cols, exists, place, numbers, acc.dtype)
     drawn = None
-    if dropout[0] is not None:
-        drawn = drawn_extra(dropout, head, i, columns, BLOCK_M)
-    _, pz, _, dr = score_gradient(
-        s, kept, t, dp, drawn, keep, lse[:, None], low[:, None], delta[:, None], scoring[1], True, NATURAL
+    if inputs.seed is not None:
+        drawn = drawn_extra(i, place, inputs, numbers, C.BLOCK_M)
+    pz, _, dr = score_gradient(
+        s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, True, C.NATURAL
     )
-    if d_extra_key is not None:
-        found = multiplied(tl.trans(dr), q, tl.zeros((EXTRA_BLOCK, BLOCK_D), acc.dtype), PRECISION)
-        store_tile(d_extra_key, x, D, found * unscaled, x < EXTRA, D, BLOCK_D)
-    if d_extra_value is not None:
-        found = tl.zeros((EXTRA_BLOCK, BLOCK_V), acc.dtype)
-        if g is not None:
-            found = multiplied(tl.trans(pz), g, found, PRECISION)
-        store_tile(d_extra_value, x, V, found, x < EXTRA, V, BLOCK_V)
-    return multiplied(dr, k_tile, acc, PRECISION)
+    if d_key is not None:
+        found = multiplied(tl.trans(dr), q, tl.zeros((EXTRA_BLOCK, C.BLOCK_D), acc.dtype), C.PRECISION)
+        found *= number(numbers.unscaled, acc.dtype)
+        store_tile(d_key, x, C.D, found, x < C.EXTRA, C.D, C.BLOCK_D)
+    if d_value is not None:
+        found = tl.zeros((EXTRA_BLOCK, C.BLOCK_V), acc.dtype)
+        if incoming.output is not None:
+            found = multiplied(tl.trans(pz), g_tile, found, C.PRECISION)
+        store_tile(d_value, x, C.V, found, x < C.EXTRA, C.V, C.BLOCK_V)
+    return multiplied(dr, k, acc, C.PRECISION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "unscaled", "w_factor"])
-def attention_rows_kernel(
-    q, k, v, mask, key_mask, extra_key, extra_value, slopes, cu_seqlens_q, cu_seqlens_k, seed, lse, low,
-    delta, g, w,
-    d_q, d_extra_key, d_extra_value,
-    heads, group, rows, columns, total_rows, tiles, scale, cap, keep_scale, threshold, left, right, offset,
-    unscaled, w_factor, q_b, q_h, q_l, k_b, k_g, k_s, v_b, v_g, v_s, g_b, g_h, g_l, dq_b, dq_h, dq_l,
-    w_b, w_h, w_l, w_s, m_b, m_h, m_l, m_s, km_b, km_s,
-    EXTRA: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers"])
+def attention_rows_kernel(inputs, incoming, d_q, d_extra_key, d_extra_value, numbers, C: tl.constexpr):
     """The d q of a tile of rows, and its parts of the extra columns' gradients; any of them may be None."""
-    wide: tl.constexpr = lse.dtype.element_ty
+    wide: tl.constexpr = incoming.lse.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
-    tile, head = tl.program_id(0) % tiles, tl.program_id(0) // tiles % heads
-    sequence = tl.program_id(0) // tiles // heads
-    batch, first_row, first_key, rows, columns = sequence_of(
-        sequence, cu_seqlens_q, cu_seqlens_k, rows, columns)  # fmt: skip
-    m0 = tile * BLOCK_M
-    if m0 >= rows:  # of a packed sequence
+    place = place_of_rows(inputs, numbers)
+    m0 = tl.program_id(0) % numbers.tiles * C.BLOCK_M
+    if m0 >= place.rows:  # of a packed sequence
         return
-    i = m0 + tl.arange(0, BLOCK_M)
-    h, g_head = head.to(tl.int64), (head // group).to(tl.int64)
-    if w is not None:
-        w += batch * w_b
-    scoring, position = (scale, cap), (offset, left, right, slopes)
-    masks = (mask, batch * m_b, m_h, m_l, m_s, key_mask, batch * km_b, km_s)
-    dropout = (seed, threshold, sequence)
-    weights = (w, w_h, w_l, w_s, w_factor)
-    keep, last = number(keep_scale, wide), number(unscaled, wide)
-    q_tile = load_tile(q + batch * q_b + h * q_h + first_row * q_l, i, q_l, i < rows, D, BLOCK_D)
+    i = m0 + tl.arange(0, C.BLOCK_M)
+    present = i < place.rows
+    q = load_queries(inputs.query, place, i, present, C.D, C.BLOCK_D)
     g_tile = None
-    if g is not None:
-        g_tile = load_tile(g + batch * g_b + h * g_h + first_row * g_l, i, g_l, i < rows, V, BLOCK_V)
-    at = (batch * heads + h) * total_rows + first_row + i
-    own, lost = load_lse(lse, low, at, i < rows, NATURAL)
-    dot = tl.load(delta + at, mask=i < rows, other=0.0)
-    k += batch * k_b + g_head * k_g + first_key * k_s
-    v += batch * v_b + g_head * v_g + first_key * v_s
-    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-    if EXTRA > 0:
+    if incoming.output is not None:
+        g_tile = load_queries(incoming.output, place, i, present, C.V, C.BLOCK_V)
+    sums = load_sums(incoming, i, present, place, numbers, C.NATURAL)
+    acc = tl.zeros((C.BLOCK_M, C.BLOCK_D), wide)
+    if C.EXTRA > 0:
         if d_extra_key is not None:
-            d_extra_key += program * EXTRA * D
+            d_extra_key += program * C.EXTRA * C.D
         if d_extra_value is not None:
-            d_extra_value += program * EXTRA * V
-        acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep, extra_key + g_head * EXTRA * D,
-                          extra_value + g_head * EXTRA * V, d_extra_key, d_extra_value, i, head, rows,
-                          columns,
-                          scoring, dropout, weights, EXTRA, NATURAL, PRECISION, D, V, BLOCK_M,
-                          BLOCK_D,
-                          BLOCK_V, last)  # fmt: skip
+            d_extra_value += program * C.EXTRA * C.V
+        acc = _extra_step(
+            acc, q, g_tile, sums, i, place, inputs, incoming, numbers, d_extra_key, d_extra_value, C
+        )
     if d_q is not None:
-        begin, end, full_begin, full_end = key_tiles(m0, rows, columns, position, BLOCK_M, BLOCK_N)
-        if mask is not None or key_mask is not None:
-            full_end = full_begin
-        for n0 in range(full_begin, full_end, BLOCK_N):
-            acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
-                            v_s, scoring, position, masks, dropout, weights, False, False, NATURAL,
-                            PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-        for n1 in range(begin, end - (full_end - full_begin), BLOCK_N):
-            n0 = tl.where(n1 < full_begin, n1, n1 + (full_end - full_begin))
-            acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns, k_s,
-                            v_s, scoring, position, masks, dropout, weights, True, False, NATURAL,
-                            PRECISION, D, V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V)  # fmt: skip
-        if mask is not None or left is not None or right is not None:
+        begin, end, full_begin, full_end = key_tiles(m0, place, inputs, numbers, C)
+        for n0 in range(full_begin, full_end, C.BLOCK_N):
+            acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, False, False, C)
+        for n1 in range(begin, end - (full_end - full_begin), C.BLOCK_N):
+            n0 = without_full(n1, full_begin, full_end)
+            acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, True, False, C)
+        if inputs.mask is not None or numbers.left is not None or numbers.right is not None:
             again = not all_finite(acc)
             acc = tl.where(again, 0.0, acc)
-            if EXTRA > 0:  # noqa: SIM102  # known when compiled
+            if C.EXTRA > 0:  # noqa: SIM102  # known when compiled
                 if again:
-                    acc = _extra_step(acc, q_tile, g_tile, own, lost, dot, keep,
-                                      extra_key + g_head * EXTRA * D, extra_value + g_head * EXTRA * V, None,
-                                      None, i, head, rows, columns, scoring, dropout, weights, EXTRA,
-                                      NATURAL, PRECISION, D, V, BLOCK_M, BLOCK_D, BLOCK_V, last)  # fmt: skip
+                    acc = _extra_step(
+                        acc, q, g_tile, sums, i, place, inputs, incoming, numbers, None, None, C
+                    )
             for n0 in range(begin, tl.where(again, end, begin), CAREFUL_BLOCK):
-                acc = _row_step(acc, q_tile, g_tile, own, lost, dot, keep, k, v, i, n0, head, rows, columns,
-                                k_s, v_s, scoring, position, masks, dropout, weights, True, True, NATURAL,
-                                PRECISION, D, V, BLOCK_M, CAREFUL_BLOCK, BLOCK_D,
-                                BLOCK_V)  # fmt: skip
-        store_tile(
-            d_q + batch * dq_b + h * dq_h + first_row * dq_l, i, dq_l, acc * last, i < rows, D, BLOCK_D
-        )
+                acc = _row_step(acc, q, g_tile, sums, i, n0, place, inputs, incoming, numbers, True, True, C)
+        acc *= number(numbers.unscaled, wide)
+        store_tile(query_rows(d_q, place), i, d_q.row, acc, present, C.D, C.BLOCK_D)

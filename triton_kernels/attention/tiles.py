@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
+from triton.runtime.driver import driver
+
+from ..core.support import interpreting
 
 FORWARD, ROWS, COLUMNS, SCORES = "forward", "rows", "columns", "scores"  # kernels
 
 
 @lru_cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(_device: int) -> tuple[int, int]:
+    return divmod(driver.active.get_current_target().arch, 10)
 
 
-def capability_of(device: torch.device) -> tuple[int, int]:
-    """That of a device; of the oldest one for the interpreter."""
-    if device.type != "cuda":
-        return (8, 0)
-    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+def capability() -> tuple[int, int]:
+    """That of the current device; of the oldest one for the interpreter."""
+    return (8, 0) if interpreting() else _capability(driver.active.get_current_device())
 
 
 def _power(n: int, most: int) -> int:
@@ -86,9 +86,6 @@ class Tile:
         return cls(_power(rows, block_m), _power(columns, block_n), width, value_width, warps, stages)
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Of a launch; fused multiply-adds are named because their default differs between versions."""
-        return {
-            "BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_D": self.width, "BLOCK_V": self.value_width,
-            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
-        }  # fmt: skip
+    def options(self) -> dict[str, Any]:
+        """Triton's; fused multiply-adds are named because their default differs between versions."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}

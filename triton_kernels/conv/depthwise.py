@@ -1,6 +1,7 @@
-"""Kernels of the depthwise convolution; their launchers are in `conv`.
+"""Kernels of the depthwise convolution; their launchers are in `launch`.
 
-    z[n, c, y, x] = b[c] + sum_{u, v} w[c, u, v] in[n, c / m, s y + d u - p, s x + d v - p]      out = act(z)
+    z[n, c, y, x] = b[c] + sum_{u, v} w[c, u, v] in[n, c / m, s y + d u - p, s x + d v - p]
+    out = act(z)
 
 Tiling: a program makes [BLOCK_P, BLOCK_C] elements: positions of all images laid end to end, and channels.
 Images are given by their strides, so that one kernel serves both memory formats; the launcher makes the tile
@@ -14,12 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..core.aot import AotCase
 from ..core.storage import load, store
 from .activations import activated, activation_gradient
+from .arguments import Place
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-MOST_UNROLLED = 7  # taps of a row
+MOST_UNROLLED = tl.constexpr(7)  # taps of a row
 
 
 def tile_size(kernel_width: int, item_bytes: int) -> int:
@@ -28,165 +29,139 @@ def tile_size(kernel_width: int, item_bytes: int) -> int:
 
 
 @triton.jit
-def place(first, count, height, width, BLOCK_P: tl.constexpr):
-    """Images (64 bits), rows, columns and mask of the positions first ... first + BLOCK_P - 1 of `count`."""
-    positions = first + tl.arange(0, BLOCK_P)
-    row = positions // width
-    image = row // height
-    x = (positions - row * width).to(tl.int32)
-    y = (row - image * height).to(tl.int32)
-    return image, y, x, positions < count
+def place_of(program, numbers, image, BLOCK_P: tl.constexpr):
+    """The positions [BLOCK_P] of block `program`, in images of this size."""
+    positions = program.to(numbers.positions.dtype) * BLOCK_P + tl.arange(0, BLOCK_P)
+    row = positions // image.width
+    n = row // image.height
+    x = (positions - row * image.width).to(tl.int32)
+    y = (row - n * image.height).to(tl.int32)
+    return Place(n, y, x, positions < numbers.positions)
 
 
 @triton.jit
-def add_tap(
-    z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x, dilation_h, dilation_w, mask,
-    channel_mask, KH, KW: tl.constexpr, FLIPPED: tl.constexpr,
-):  # fmt: skip
-    """Adds the products of tap (u, v) to z; y and x are [BLOCK_P, 1], those of tap (0, 0)."""
-    row, column = y + u * dilation_h, x + v * dilation_w
-    here = mask & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    value = load(input, plane + row.to(tl.int64) * in_y + column.to(tl.int64) * in_x, here)
-    tap = u * KW + v
-    number = KH * KW - 1 - tap if FLIPPED else tap
-    w = load(weight, channels * (KH * KW) + number, channel_mask)
+def column_of(place):
+    """The same as a column [BLOCK_P, 1], to be met by channels [1, BLOCK_C]."""
+    return Place(place.image[:, None], place.y[:, None], place.x[:, None], place.present[:, None])
+
+
+@triton.jit
+def offset_of(image, n, y, x):
+    """Where rows y and columns x of images n are, but for their channel."""
+    return n.to(tl.int64) * image.n + y.to(tl.int64) * image.y + x.to(tl.int64) * image.x
+
+
+@triton.jit
+def _add_tap(
+    z, input, weight, plane, place, channels, mask, channel_mask, u, v, window, numbers, C: tl.constexpr
+):
+    """Adds the products of tap (u, v) to z; `place` is that of tap (0, 0)."""
+    row, column = place.y + u * window.dilation_h, place.x + v * window.dilation_w
+    here = mask & (row >= 0) & (row < input.height) & (column >= 0) & (column < input.width)
+    value = load(input.data, plane + row.to(tl.int64) * input.y + column.to(tl.int64) * input.x, here)
+    tap = u * C.KW + v
+    number = numbers.KH * C.KW - 1 - tap if C.FLIPPED else tap
+    w = load(weight, channels * (numbers.KH * C.KW) + number, channel_mask)
     return z + tl.where(here, value * w, 0.0)
 
 
 @triton.jit
-def convolved(
-    input, weight, bias, image, y, x, channels, mask, channel_mask, height, width, in_n, in_c, in_y, in_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-    KH, KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
+def convolved(input, weight, bias, place, channels, mask, channel_mask, window, numbers, C: tl.constexpr):
     """The convolution z at positions [BLOCK_P, 1] and channels [1, BLOCK_C]."""
-    accumulator = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    z = tl.zeros((BLOCK_P, BLOCK_C), accumulator)
+    accumulator = tl.float64 if input.data.dtype.element_ty == tl.float64 else tl.float32
+    z = tl.zeros((C.BLOCK_P, C.BLOCK_C), accumulator)
     if bias is not None:
         z += load(bias, channels, channel_mask)
-    plane = image.to(tl.int64) * in_n + (channels // MULTIPLIER) * in_c
-    y, x = y * stride_h - pad_top, x * stride_w - pad_left
-    # KH is no constant, lest all rows of taps be unrolled, and every load kept in registers.
-    for u in range(KH):
-        if KW <= MOST:
-            for v in tl.static_range(KW):
-                z = add_tap(z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x,
-                            dilation_h, dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
+    plane = place.image.to(tl.int64) * input.n + (channels // C.MULTIPLIER) * input.c
+    y, x = place.y * window.stride_h - numbers.pad_top, place.x * window.stride_w - numbers.pad_left
+    corner = Place(place.image, y, x, place.present)
+    for u in range(numbers.KH):
+        if C.KW <= MOST_UNROLLED:
+            for v in tl.static_range(C.KW):
+                z = _add_tap(z, input, weight, plane, corner, channels, mask, channel_mask, u, v, window,
+                             numbers, C)  # fmt: skip
         else:
-            for v in range(KW):
-                z = add_tap(z, input, weight, u, v, plane, y, x, channels, height, width, in_y, in_x,
-                            dilation_h, dilation_w, mask, channel_mask, KH, KW, FLIPPED)  # fmt: skip
+            for v in range(C.KW):
+                z = _add_tap(z, input, weight, plane, corner, channels, mask, channel_mask, u, v, window,
+                             numbers, C)  # fmt: skip
     return z
 
 
-# A size of 1 would become a constant, which has no dtype; paddings and batches would make variants in vain.
-_PLAIN = ["positions", "pad_top", "pad_left"]
-_PLAIN_KH = [*_PLAIN, "KH"]
-
-
-@triton.jit(do_not_specialize=_PLAIN_KH)
-def depthwise_forward_kernel(
-    input, weight, bias, grad, output, positions, channels, height, width, out_height, out_width,
-    in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, KH,
-    KW: tl.constexpr, MULTIPLIER: tl.constexpr, FLIPPED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, MOST: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers"])
+def depthwise_forward_kernel(input, weight, bias, grad, output, channels, window, numbers, C: tl.constexpr):
     """The output act(z), or, given the gradient of that, the gradient of z."""
-    first = tl.program_id(0).to(positions.dtype) * BLOCK_P
-    image, y, x, present = place(first, positions, out_height, out_width, BLOCK_P)
-    image, y, x, present = image[:, None], y[:, None], x[:, None], present[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = present & (c < channels)
-    z = convolved(input, weight, bias, image, y, x, c, mask, c < channels, height, width,
-                  in_n, in_c, in_y, in_x, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-                  KH, KW, MULTIPLIER, FLIPPED, BLOCK_P, BLOCK_C, MOST)  # fmt: skip
-    to = image.to(tl.int64) * out_n + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x + c.to(tl.int64) * out_c
+    place = column_of(place_of(tl.program_id(0), numbers, output, C.BLOCK_P))
+    c = tl.program_id(1) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)[None, :]
+    mask = place.present & (c < channels)
+    z = convolved(input, weight, bias, place, c, mask, c < channels, window, numbers, C)
+    to = offset_of(output, place.image, place.y, place.x) + c.to(tl.int64) * output.c
     if grad is not None:
-        z = activation_gradient(load(grad, to, mask), z, ACTIVATION)
+        z = activation_gradient(load(grad, to, mask), z, C.ACTIVATION)
     else:
-        z = activated(z, ACTIVATION)
-    store(output, to, z, mask)
+        z = activated(z, C.ACTIVATION)
+    store(output.data, to, z, mask)
 
 
 @triton.jit
-def _gather_tap(
-    sum, grad, weight, tap, image, y, x, c, out_height, out_width, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, dilation_h, dilation_w, mask, channel_mask,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr,
-):  # fmt: skip
-    row, column = y - tap // KW * dilation_h, x - tap % KW * dilation_w
-    here = mask & (row >= 0) & (row % stride_h == 0) & (column >= 0) & (column % stride_w == 0)
-    row, column = row // stride_h, column // stride_w
-    here = here & (row < out_height) & (column < out_width)
-    at = image.to(tl.int64) * out_n + row.to(tl.int64) * out_y + column.to(tl.int64) * out_x
-    for j in range(MULTIPLIER):
-        channel = c.to(tl.int64) * MULTIPLIER + j
-        d = load(grad, at + channel * out_c, here)
-        sum += tl.where(here, d * load(weight, channel * (KH * KW) + tap, channel_mask), 0.0)
+def _gather_tap(sum, grad, weight, tap, place, c, mask, channel_mask, window, C: tl.constexpr):
+    row, column = place.y - tap // C.KW * window.dilation_h, place.x - tap % C.KW * window.dilation_w
+    here = mask & (row >= 0) & (row % window.stride_h == 0) & (column >= 0) & (column % window.stride_w == 0)
+    row, column = row // window.stride_h, column // window.stride_w
+    here = here & (row < grad.height) & (column < grad.width)
+    at = offset_of(grad, place.image, row, column)
+    for j in range(C.MULTIPLIER):
+        channel = c.to(tl.int64) * C.MULTIPLIER + j
+        d = load(grad.data, at + channel * grad.c, here)
+        sum += tl.where(here, d * load(weight, channel * (C.KH * C.KW) + tap, channel_mask), 0.0)
     return sum
 
 
-@triton.jit(do_not_specialize=_PLAIN)
-def depthwise_gather_kernel(
-    grad, weight, output, positions, channels, height, width, out_height, out_width,
-    in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers"])
+def depthwise_gather_kernel(grad, weight, output, channels, window, numbers, C: tl.constexpr):
     """The input gradient, any stride and multiplier; positions and channels are the input's."""
-    first = tl.program_id(0).to(positions.dtype) * BLOCK_P
-    image, y, x, present = place(first, positions, height, width, BLOCK_P)
-    image, y, x, present = image[:, None], y[:, None], x[:, None], present[:, None]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    mask = present & (c < channels)
-    accumulator = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    sum = tl.zeros((BLOCK_P, BLOCK_C), accumulator)
-    for tap in range(KH * KW):
-        sum = _gather_tap(sum, grad, weight, tap, image, y + pad_top, x + pad_left, c, out_height, out_width,
-                          out_n, out_c, out_y, out_x, stride_h, stride_w, dilation_h, dilation_w, mask,
-                          c < channels, KH, KW, MULTIPLIER)  # fmt: skip
-    to = image.to(tl.int64) * in_n + y.to(tl.int64) * in_y + x.to(tl.int64) * in_x + c.to(tl.int64) * in_c
-    store(output, to, sum, mask)
+    place = column_of(place_of(tl.program_id(0), numbers, output, C.BLOCK_P))
+    c = tl.program_id(1) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)[None, :]
+    mask = place.present & (c < channels)
+    accumulator = tl.float64 if grad.data.dtype.element_ty == tl.float64 else tl.float32
+    sum = tl.zeros((C.BLOCK_P, C.BLOCK_C), accumulator)
+    padded = Place(place.image, place.y + numbers.pad_top, place.x + numbers.pad_left, place.present)
+    for tap in range(C.KH * C.KW):
+        sum = _gather_tap(sum, grad, weight, tap, padded, c, mask, c < channels, window, C)
+    to = offset_of(output, place.image, place.y, place.x) + c.to(tl.int64) * output.c
+    store(output.data, to, sum, mask)
 
 
-@triton.jit(do_not_specialize=[*_PLAIN, "steps"])
-def depthwise_grad_weight_kernel(
-    grad, input, partials, positions, channels, height, width, out_height, out_width,
-    in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, steps,
-    KH: tl.constexpr, KW: tl.constexpr, MULTIPLIER: tl.constexpr,
-    TAPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers", "steps"])
+def depthwise_grad_weight_kernel(grad, input, partials, channels, steps, window, numbers, C: tl.constexpr):
     """Sums partials[split, tap, c] over `steps` blocks of positions; row KH KW has the bias's gradient."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)
     channel_mask = c < channels
-    taps = tl.program_id(2) * TAPS + tl.arange(0, TAPS)
-    plane = (c // MULTIPLIER).to(tl.int64) * in_c
-    accumulator = tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    sums = tl.zeros((TAPS, BLOCK_C), accumulator)
-    bias = tl.zeros((BLOCK_C,), accumulator)
+    taps = tl.program_id(2) * C.TAPS + tl.arange(0, C.TAPS)
+    plane = (c // C.MULTIPLIER).to(tl.int64) * input.c
+    accumulator = tl.float64 if input.data.dtype.element_ty == tl.float64 else tl.float32
+    sums = tl.zeros((C.TAPS, C.BLOCK_C), accumulator)
+    bias = tl.zeros((C.BLOCK_C,), accumulator)
     for step in range(steps):
-        first = (tl.program_id(0).to(positions.dtype) * steps + step) * BLOCK_P
-        image, y, x, present = place(first, positions, out_height, out_width, BLOCK_P)
-        mask = present[:, None] & channel_mask[None, :]
-        at = image.to(tl.int64) * out_n + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x
-        d = load(grad, at[:, None] + c.to(tl.int64)[None, :] * out_c, mask)
+        block = tl.program_id(0).to(numbers.positions.dtype) * steps + step
+        place = place_of(block, numbers, grad, C.BLOCK_P)
+        mask = place.present[:, None] & channel_mask[None, :]
+        at = offset_of(grad, place.image, place.y, place.x)
+        d = load(grad.data, at[:, None] + c.to(tl.int64)[None, :] * grad.c, mask)
         bias += tl.sum(d, 0)
-        row = (y * stride_h - pad_top)[None, :] + (taps // KW * dilation_h)[:, None]
-        column = (x * stride_w - pad_left)[None, :] + (taps % KW * dilation_w)[:, None]
-        here = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (taps < KH * KW)[:, None]
+        y, x = place.y * window.stride_h - numbers.pad_top, place.x * window.stride_w - numbers.pad_left
+        row = y[None, :] + (taps // C.KW * window.dilation_h)[:, None]
+        column = x[None, :] + (taps % C.KW * window.dilation_w)[:, None]
+        here = (row >= 0) & (row < input.height) & (column >= 0) & (column < input.width)
+        here = here & (taps < C.KH * C.KW)[:, None]
         here = here[:, :, None] & mask[None, :, :]
-        source = image.to(tl.int64)[None, :] * in_n + row.to(tl.int64) * in_y + column.to(tl.int64) * in_x
-        value = load(input, source[:, :, None] + plane[None, None, :], here)
+        source = offset_of(input, place.image[None, :], row, column)
+        value = load(input.data, source[:, :, None] + plane[None, None, :], here)
         sums += tl.sum(tl.where(here, value * d[None, :, :], 0.0), 1)
-    base = tl.program_id(0).to(tl.int64) * (KH * KW + 1)
+    base = tl.program_id(0).to(tl.int64) * (C.KH * C.KW + 1)
     to = (base + taps)[:, None] * channels + c[None, :]
-    tl.store(partials + to, sums, mask=(taps < KH * KW)[:, None] & channel_mask[None, :])
+    tl.store(partials + to, sums, mask=(taps < C.KH * C.KW)[:, None] & channel_mask[None, :])
     if tl.program_id(2) == 0:
-        tl.store(partials + (base + KH * KW) * channels + c, bias, mask=channel_mask)
+        tl.store(partials + (base + C.KH * C.KW) * channels + c, bias, mask=channel_mask)
 
 
 @triton.jit(do_not_specialize=["splits", "channels"])
@@ -204,84 +179,3 @@ def depthwise_add_splits_kernel(
         store(grad_weight, c * TAPS + tap, sum, tap < TAPS)
     if grad_bias is not None:
         store(grad_bias, c, sum, tap == TAPS)
-
-
-_SIZES = {name: "i32" for name in ("positions", "channels", "height", "width", "out_height", "out_width")}
-_STRIDES = {f"{image}_{axis}": "i64" for image in ("in", "out") for axis in "ncyx"}
-_STEPS = {f"{name}_{axis}": "i32" for name, axes in (("stride", "hw"), ("dilation", "hw")) for axis in axes}
-GEOMETRY = {**_SIZES, **_STRIDES, **_STEPS, "pad_top": "i32", "pad_left": "i32"}
-
-
-def ones_of(layout: str, stride: int) -> dict[str, int]:
-    """Run-time integers that a launch finds to be 1, which makes constants of them."""
-    ones = [f"{image}_{'c' if layout == 'last' else 'x'}" for image in ("in", "out")]
-    ones += ["dilation_h", "dilation_w"] + (["stride_h", "stride_w"] if stride == 1 else [])
-    return dict.fromkeys(ones, 1)
-
-
-def _tile(layout: str, size: int = 512) -> dict[str, int]:
-    return {"BLOCK_P": size // 64, "BLOCK_C": 64} if layout == "last" else {"BLOCK_P": size, "BLOCK_C": 1}
-
-
-def _geometry(layout: str, stride: int) -> tuple[dict[str, str], dict[str, int]]:
-    """Run-time integers, and those that are 1."""
-    ones = ones_of(layout, stride)
-    return {k: v for k, v in GEOMETRY.items() if k not in ones}, ones
-
-
-def _forward_case(
-    layout: str, k: int, stride: int, activation: str, dtype: str, grad: bool = False, flipped: bool = False
-) -> AotCase:
-    integers, ones = _geometry(layout, stride)
-    absent = () if grad else ("grad",)
-    pointers = tuple(p for p in ("input", "weight", "bias", "grad", "output") if p not in absent)
-    integers["KH"] = "i32"
-    constants = {"KW": k, "MULTIPLIER": 1, "FLIPPED": flipped, "ACTIVATION": activation}
-    tile = _tile(layout, tile_size(k, int(dtype[2:]) // 8))
-    constants |= {"MOST": MOST_UNROLLED, **tile, **ones, **dict.fromkeys(absent)}
-    name = f"depthwise_forward/{layout} k{k} s{stride} {activation}{' grad' if grad else ''} {dtype}"
-    divisible = (*pointers, "channels", "in_n", "out_n") if layout == "last" else pointers
-    return AotCase(
-        name, depthwise_forward_kernel, pointers, integers, constants, OPTIONS, divisible, (dtype,)
-    )
-
-
-def _gather_case(layout: str) -> AotCase:
-    integers, ones = _geometry(layout, 2)
-    pointers = ("grad", "weight", "output")
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, **_tile(layout), **ones}
-    name, dtypes = f"depthwise_gather/{layout}", ("fp32", "fp64", "bf16")
-    return AotCase(name, depthwise_gather_kernel, pointers, integers, constants, OPTIONS, pointers, dtypes)
-
-
-def _grad_weight_case(layout: str, dtype: str) -> AotCase:
-    integers, ones = _geometry(layout, 1)
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    integers = {"partials": wide, **integers, "steps": "i32"}
-    tile = {"BLOCK_P": 8, "BLOCK_C": 32} if layout == "last" else {"BLOCK_P": 64, "BLOCK_C": 4}
-    constants = {"KH": 3, "KW": 3, "MULTIPLIER": 1, "TAPS": 16, **tile, **ones}
-    pointers = ("grad", "input")
-    name, kernel = f"depthwise_grad_weight/{layout} {dtype}", depthwise_grad_weight_kernel
-    return AotCase(name, kernel, pointers, integers, constants, OPTIONS, pointers, (dtype,))
-
-
-def _add_splits_case(dtype: str) -> AotCase:
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    integers = {"partials": wide, "splits": "i32", "channels": "i32"}
-    constants = {"TAPS": 9, "BLOCK": 128}
-    return AotCase(f"depthwise_add_splits/{dtype}", depthwise_add_splits_kernel, ("grad_weight", "grad_bias"),
-                   integers, constants, OPTIONS, (), (dtype,))  # fmt: skip
-
-
-_LAYOUTS, _EVERY, _WIDE = ("last", "first"), ("fp32", "fp64", "fp16", "bf16"), ("fp32", "fp64")
-
-AOT_CASES = [
-    *(_forward_case(layout, 3, 1, "silu", dtype) for layout in _LAYOUTS for dtype in _EVERY),
-    *(_forward_case(layout, 3, 2, "relu6", dtype) for layout, dtype in (("last", "fp16"), ("first", "fp32"))),
-    *(_forward_case(layout, 7, 1, "none", dtype, flipped=True) for layout in _LAYOUTS for dtype in _WIDE),
-    *(_forward_case(layout, 5, 1, "gelu", dtype, grad=True) for layout in _LAYOUTS for dtype in _WIDE),
-    *(_forward_case(layout, 9, 1, "gelu_tanh", "fp64") for layout in _LAYOUTS),
-    *(_gather_case(layout) for layout in _LAYOUTS),
-    *(_grad_weight_case(layout, dtype) for layout in _LAYOUTS for dtype in ("fp32", "fp64", "fp16")),
-    *(_add_splits_case(dtype) for dtype in ("fp64", "fp16")),
-]

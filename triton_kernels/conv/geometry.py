@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.support import DTYPES
-
-INT32_MAX = 2**31 - 1
+from ..core.arguments import INT32_MAX
+from ..core.checks import Check
+from .arguments import Image, Numbers, Window
 
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
@@ -25,7 +25,7 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
 class Convolution:
     """Input [N, C, H, W], weight [C m, 1, kh, kw] and bias [C m], dense and in one format; see `of`."""
 
-    op: str
+    check: Check
     input: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -48,15 +48,11 @@ class Convolution:
         *other_weights: Tensor,
     ) -> Convolution:
         """Raises RuntimeError if a shape, dtype or device does not fit."""
-        if input.dim() != 4 or input.dtype not in DTYPES:
-            raise RuntimeError(
-                f"{op}: input: got {input.dtype} of shape {list(input.shape)}, expected float32, float64, "
-                "float16 or bfloat16 of 4 dimensions"
-            )
+        check = Check.of(op, "input", input, 4)
         channels, in_channels = weight.shape[0], input.shape[1]
         if weight.dim() != 4 or weight.shape[1] != 1 or channels % max(in_channels, 1):
-            raise RuntimeError(
-                f"{op}: weight: got shape {list(weight.shape)}, expected [{in_channels} m, 1, kh, kw]"
+            raise check.error(
+                f"weight: got shape {list(weight.shape)}, expected [{in_channels} m, 1, kh, kw]"
             )
         top, bottom, left, right = padding
         sizes = zip(
@@ -64,28 +60,24 @@ class Convolution:
         )
         height, width = ((n + p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in sizes)
         if min(height, width) < 1:
-            raise RuntimeError(
-                f"{op}: input: got shape {list(input.shape)} and padding {list(padding)}, expected at least "
-                f"the kernel's reach, {list(weight.shape[2:])} with dilation {list(dilation)}"
+            raise check.error(
+                f"input: got shape {list(input.shape)} and padding {list(padding)}, expected at least the "
+                f"kernel's reach, {list(weight.shape[2:])} with dilation {list(dilation)}"
             )
         if max(input.shape[2], height) * input.shape[0] > INT32_MAX:
-            raise RuntimeError(f"{op}: input: got {list(input.shape)}, expected fewer than 2^31 rows")
-        fmt = memory_format(input, weight, *other_weights)
-        found = cls(
-            op,
-            input.contiguous(memory_format=fmt),
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
+            raise check.error(f"input: got {list(input.shape)}, expected fewer than 2^31 rows")
+        format = memory_format(input, weight, *other_weights)
+        return cls(
+            check,
+            input.contiguous(memory_format=format),
+            check.dense("weight", weight, weight.shape),
+            check.dense("bias", bias, [channels]),
             (stride[0], stride[1]),
             (top, left),
             (dilation[0], dilation[1]),
             (height, width),
-            fmt,
+            format,
         )
-        found.checked("weight", weight, list(weight.shape))
-        if bias is not None:
-            found.checked("bias", bias, [channels])
-        return found
 
     @property
     def channels(self) -> int:
@@ -102,29 +94,30 @@ class Convolution:
         """Whether images are [N, H, W, C] in memory."""
         return self.format is torch.channels_last
 
-    def checked(self, name: str, t: Tensor, shape: list[int]) -> Tensor:
-        """`t`, after checking that it has this shape, and the input's dtype and device."""
-        if list(t.shape) != shape:
-            raise RuntimeError(f"{self.op}: {name}: got shape {list(t.shape)}, expected {shape}")
-        if t.dtype != self.input.dtype or t.device != self.input.device:
-            raise RuntimeError(
-                f"{self.op}: {name}: got {t.dtype} on {t.device}, expected {self.input.dtype} on "
-                f"{self.input.device} as input"
-            )
-        return t
-
-    def image(self, name: str, t: Tensor, channels: int) -> Tensor:
-        """`t`, an image of the result's size, in its format."""
+    def result_like(self, name: str, t: Tensor, channels: int) -> Tensor:
+        """`t`, images of the result's size, in its format."""
         shape = [self.input.shape[0], channels, *self.out_size]
-        return self.checked(name, t, shape).contiguous(memory_format=self.format)
+        return self.check(name, t, shape).contiguous(memory_format=self.format)
 
-    def empty_image(self, channels: int) -> Tensor:
-        """An uninitialised image of the result's size."""
+    def empty_result(self, channels: int) -> Tensor:
+        """Uninitialised images of the result's size."""
         shape = (self.input.shape[0], channels, *self.out_size)
         return torch.empty(shape, dtype=self.input.dtype, device=self.input.device, memory_format=self.format)
 
-    def strides(self, channels: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Of dimensions N, C, H, W of a dense image, in elements; torch's are arbitrary where a size is 1."""
-        if self.last:
-            return height * width * channels, 1, width * channels, channels
-        return height * width * channels, height * width, width, 1
+    def image(self, t: Tensor) -> Image:
+        """Dense images in the call's format; torch's strides are arbitrary where a size is 1."""
+        _, channels, height, width = t.shape
+        strides = (1, width * channels, channels) if self.last else (height * width, width, 1)
+        return Image(t, height * width * channels, *strides, height, width)
+
+    def window(self, stride: tuple[int, int] | None = None) -> Window:
+        """Stride, which may be another, and dilation."""
+        return Window(*(stride or self.stride), *self.dilation)
+
+    def positions(self, t: Tensor) -> int:
+        """Of all images of `t`."""
+        return t.shape[0] * t.shape[2] * t.shape[3]
+
+    def numbers(self, t: Tensor, pad: tuple[int, int] | None = None) -> Numbers:
+        """Run-time numbers of a kernel that goes through the positions of `t`."""
+        return Numbers(self.positions(t), *(pad or self.pad), self.weight.shape[2])

@@ -8,10 +8,11 @@ import torch
 import triton
 from torch import Tensor
 
+from ..core.arguments import constants
 from ..core.checks import device_guard
 from ..core.support import interpreting
+from .arguments import Constants
 from .depthwise import (
-    MOST_UNROLLED,
     OPTIONS,
     depthwise_add_splits_kernel,
     depthwise_forward_kernel,
@@ -36,35 +37,34 @@ WANTED_PROGRAMS = 2048
 MOST_SPLITS = 256
 
 
-def _tile(last: bool, channels: int, positions: int, size: int, most_positions: int = 512) -> dict[str, int]:
-    """Long where memory is contiguous: channels, or positions."""
+def _tile(last: bool, channels: int, positions: int, size: int, most_positions: int = 512) -> tuple[int, int]:
+    """Positions and channels of a program: long where memory is contiguous."""
     channels, positions = (triton.next_power_of_2(max(n, 1)) for n in (channels, positions))
     if last:
         block_c = min(channels, 64)
-        return {"BLOCK_P": min(positions, size // block_c, most_positions), "BLOCK_C": block_c}
+        return min(positions, size // block_c, most_positions), block_c
     block_p = min(positions, most_positions)
-    return {"BLOCK_P": block_p, "BLOCK_C": min(channels, size // block_p)}
+    return block_p, min(channels, size // block_p)
 
 
 def _launch_forward(
     conv: Convolution, input: Tensor, bias: Tensor | None, grad: Tensor | None, output: Tensor,
-    sizes: tuple[int, int, int, int], pad: tuple[int, int], activation: str, flipped: bool,
+    activation: str, flipped_pad: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
-    """`sizes` are height and width of `input`, then of `output`."""
+    """The convolution of `input`; with `flipped_pad`, that of a gradient with the flipped weight."""
     if output.numel() == 0:
         return
-    channels, multiplier = conv.channels, conv.multiplier
-    positions = output.shape[0] * sizes[2] * sizes[3]
-    size = GATHER_TILE if interpreting() else tile_size(conv.weight.shape[3], input.element_size())
-    tile = _tile(conv.last, channels, positions, size)
-    grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
+    positions, kw = conv.positions(output), conv.weight.shape[3]
+    size = GATHER_TILE if interpreting() else tile_size(kw, input.element_size())
+    blocks = _tile(conv.last, conv.channels, positions, size)
+    flipped = flipped_pad is not None
+    chosen = Constants(None, kw, conv.multiplier, *blocks, FLIPPED=flipped, ACTIVATION=activation)
+    grid = (triton.cdiv(positions, blocks[0]), triton.cdiv(conv.channels, blocks[1]))
     with device_guard(input):
         depthwise_forward_kernel[grid](
-            input, conv.weight, bias, grad, output, positions, channels, *sizes,
-            *conv.strides(channels // multiplier, *sizes[:2]), *conv.strides(channels, *sizes[2:]),
-            *((1, 1) if flipped else conv.stride), *pad, *conv.dilation,
-            KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=multiplier, FLIPPED=flipped,
-            ACTIVATION=activation, MOST=MOST_UNROLLED, **tile, **OPTIONS,
+            conv.image(input), conv.weight, bias, grad, conv.image(output), conv.channels,
+            conv.window((1, 1) if flipped else None), conv.numbers(output, flipped_pad),
+            C=constants(chosen), **OPTIONS,
         )  # fmt: skip
 
 
@@ -96,19 +96,17 @@ def depthwise_conv2d_forward(
 
     """
     conv = Convolution.of("depthwise_conv2d_forward", input, weight, bias, stride, padding, dilation)
-    output = conv.empty_image(conv.channels)
-    sizes = (*conv.input.shape[2:], *conv.out_size)
-    _launch_forward(conv, conv.input, conv.bias, None, output, sizes, conv.pad, activation, False)
+    output = conv.empty_result(conv.channels)
+    _launch_forward(conv, conv.input, conv.bias, None, output, activation)
     return output
 
 
 def _grad_before_activation(conv: Convolution, grad_output: Tensor, activation: str) -> Tensor:
-    grad = conv.image("grad_output", grad_output, conv.channels)
+    grad = conv.result_like("grad_output", grad_output, conv.channels)
     if activation == "none":
         return grad
-    grad_z = conv.empty_image(conv.channels)
-    sizes = (*conv.input.shape[2:], *conv.out_size)
-    _launch_forward(conv, conv.input, conv.bias, grad, grad_z, sizes, conv.pad, activation, False)
+    grad_z = conv.empty_result(conv.channels)
+    _launch_forward(conv, conv.input, conv.bias, grad, grad_z, activation)
     return grad_z
 
 
@@ -116,24 +114,18 @@ def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
     out = torch.empty_like(conv.input, memory_format=conv.format)
     if out.numel() == 0:
         return out
-    height, width = conv.input.shape[2:]
     kernel = conv.weight.shape[2:]
     if conv.stride == (1, 1) and conv.multiplier == 1:
         top, left = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.pad, strict=True))
-        _launch_forward(
-            conv, grad_z, None, None, out, (*conv.out_size, height, width), (top, left), "none", True
-        )
+        _launch_forward(conv, grad_z, None, None, out, "none", (top, left))
         return out
-    channels = conv.input.shape[1]
-    positions = conv.input.shape[0] * height * width
-    tile = _tile(conv.last, channels, positions, GATHER_TILE)
-    grid = (triton.cdiv(positions, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"]))
+    channels, positions = conv.input.shape[1], conv.positions(out)
+    blocks = _tile(conv.last, channels, positions, GATHER_TILE)
+    grid = (triton.cdiv(positions, blocks[0]), triton.cdiv(channels, blocks[1]))
     with device_guard(grad_z):
         depthwise_gather_kernel[grid](
-            grad_z, conv.weight, out, positions, channels, height, width, *conv.out_size,
-            *conv.strides(channels, height, width), *conv.strides(conv.channels, *conv.out_size),
-            *conv.stride, *conv.pad, *conv.dilation,
-            KH=kernel[0], KW=kernel[1], MULTIPLIER=conv.multiplier, **tile, **OPTIONS,
+            conv.image(grad_z), conv.weight, conv.image(out), channels, conv.window(), conv.numbers(out),
+            C=constants(Constants(*kernel, conv.multiplier, *blocks)), **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -146,25 +138,22 @@ def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tu
     if conv.channels == 0:
         return weight, bias
     group = min(triton.next_power_of_2(taps), MOST_TAPS)
-    positions = grad_z.shape[0] * grad_z.shape[2] * grad_z.shape[3]
-    tile = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group, 64)
+    positions = conv.positions(grad_z)
+    block_p, block_c = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group, 64)
     # A function of the shape alone, so that results repeat.
-    channel_blocks, tap_groups = triton.cdiv(conv.channels, tile["BLOCK_C"]), triton.cdiv(taps, group)
-    blocks = triton.cdiv(positions, tile["BLOCK_P"])
+    channel_blocks, tap_groups = triton.cdiv(conv.channels, block_c), triton.cdiv(taps, group)
+    blocks = triton.cdiv(positions, block_p)
     most = min(max(WANTED_PROGRAMS // (channel_blocks * tap_groups), 1), MOST_SPLITS)
     steps = max(triton.cdiv(blocks, most), 1)
     splits = triton.cdiv(blocks, steps)
     wide = torch.promote_types(grad_z.dtype, torch.float32)
     partials = grad_z.new_empty(splits, taps + 1, conv.channels, dtype=wide)
-    multiplier = conv.multiplier
+    chosen = Constants(*conv.weight.shape[2:], conv.multiplier, block_p, block_c, TAPS=group)
     with device_guard(grad_z):
         if splits:
             depthwise_grad_weight_kernel[(splits, channel_blocks, tap_groups)](
-                grad_z, conv.input, partials, positions, conv.channels, *conv.input.shape[2:], *conv.out_size,
-                *conv.strides(conv.channels // multiplier, *conv.input.shape[2:]),
-                *conv.strides(conv.channels, *conv.out_size), *conv.stride, *conv.pad, *conv.dilation, steps,
-                KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=multiplier, TAPS=group,
-                **tile, **OPTIONS,
+                conv.image(grad_z), conv.image(conv.input), partials, conv.channels, steps, conv.window(),
+                conv.numbers(grad_z), C=constants(chosen), **OPTIONS,
             )  # fmt: skip
         depthwise_add_splits_kernel[(triton.cdiv((taps + 1) * conv.channels, 128),)](
             partials, weight if needs[0] else None, bias if needs[1] else None, splits, conv.channels,

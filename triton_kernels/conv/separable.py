@@ -20,63 +20,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.aot import AotCase
+from ..core.arguments import constants
 from ..core.checks import device_guard
 from ..core.storage import INTERPRETING, load, rounded, store
 from .activations import activated
-from .depthwise import GEOMETRY, MOST_UNROLLED, convolved, ones_of, place
+from .arguments import Constants
+from .depthwise import column_of, convolved, offset_of, place_of
 from .geometry import Convolution
 
 MOST_OUTPUTS = {torch.float32: 128, torch.float16: 256, torch.bfloat16: 256}
 BLOCK_P = 32
 
 
-@triton.jit(do_not_specialize=["positions", "pad_top", "pad_left", "KH"])
+@triton.jit(do_not_specialize=["numbers"])
 def separable_forward_kernel(
-    input, weight1, bias1, weight2, bias2, residual, output, positions, channels, outputs,
-    height, width, out_height, out_width, in_n, in_c, in_y, in_x, out_n, out_c, out_y, out_x,
-    stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, KH,
-    KW: tl.constexpr, MULTIPLIER: tl.constexpr, ACTIVATION1: tl.constexpr,
-    ACTIVATION2: tl.constexpr, PRECISION: tl.constexpr, MOST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """Images by their strides; weight1 [C, KH, KW], weight2 [O, C]; biases and residual may be None."""
-    first = tl.program_id(0).to(positions.dtype) * BLOCK_P
-    image, y, x, present = place(first, positions, out_height, out_width, BLOCK_P)
-    image, y, x, present = image[:, None], y[:, None], x[:, None], present[:, None]
-    o = tl.arange(0, BLOCK_O)
-    sums = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
-    for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
+    input,
+    weight1,
+    bias1,
+    weight2,
+    bias2,
+    residual,
+    output,
+    channels,
+    outputs,
+    window,
+    numbers,
+    C: tl.constexpr,
+):
+    """Weight1 [C, KH, KW], weight2 [O, C]; biases and residual may be None."""
+    place = column_of(place_of(tl.program_id(0), numbers, output, C.BLOCK_P))
+    dtype: tl.constexpr = input.data.dtype.element_ty
+    o = tl.arange(0, C.BLOCK_O)
+    sums = tl.zeros((C.BLOCK_P, C.BLOCK_O), tl.float32)
+    for c0 in range(0, channels, C.BLOCK_C):
+        c = c0 + tl.arange(0, C.BLOCK_C)
         row = c[None, :]
-        mask = present & (row < channels)
-        z = convolved(input, weight1, bias1, image, y, x, row, mask, row < channels, height, width,
-                      in_n, in_c, in_y, in_x, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w,
-                      KH, KW, MULTIPLIER, False, BLOCK_P, BLOCK_C, MOST)  # fmt: skip
-        tile = rounded(tl.where(mask, activated(z, ACTIVATION1), 0.0), input.dtype.element_ty)
+        mask = place.present & (row < channels)
+        z = convolved(input, weight1, bias1, place, row, mask, row < channels, window, numbers, C)
+        tile = rounded(tl.where(mask, activated(z, C.ACTIVATION), 0.0), dtype)
         there = (c < channels)[:, None] & (o < outputs)[None, :]
         pointwise = tl.load(weight2 + o[None, :] * channels + c[:, None], mask=there, other=0.0)
-        if (
-            INTERPRETING and input.dtype.element_ty == tl.bfloat16
-        ):  # whose products the interpreter gets wrong
+        if INTERPRETING and dtype == tl.bfloat16:  # whose products the interpreter gets wrong
             tile, pointwise = tile.to(tl.float32), pointwise.to(tl.float32)
-        sums = tl.dot(tile, pointwise, sums, input_precision=PRECISION)
+        sums = tl.dot(tile, pointwise, sums, input_precision=C.PRECISION)
     o = o[None, :]
     if bias2 is not None:
         sums += load(bias2, o, o < outputs)
-    sums = activated(sums, ACTIVATION2)
-    to = image.to(tl.int64) * out_n + y.to(tl.int64) * out_y + x.to(tl.int64) * out_x + o.to(tl.int64) * out_c
-    mask = present & (o < outputs)
+    sums = activated(sums, C.ACTIVATION2)
+    to = offset_of(output, place.image, place.y, place.x) + o.to(tl.int64) * output.c
+    mask = place.present & (o < outputs)
     if residual is not None:
         sums += load(residual, to, mask)
-    store(output, to, sums, mask)
-
-
-def _plan(block_o: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, object]]:
-    """Tile and options: four elements of the depthwise tile a thread, all loads of a row being in flight."""
-    wide = block_o > 64 or dtype == torch.float32
-    tile = {"BLOCK_P": BLOCK_P, "BLOCK_C": 32 if wide else 16, "BLOCK_O": block_o}
-    return tile, {"num_warps": 8 if wide else 4, "enable_fp_fusion": True}
+    store(output.data, to, sums, mask)
 
 
 def separable_conv2d_limits(input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor) -> list[str]:
@@ -129,49 +124,31 @@ def separable_conv2d_forward(
     for reason in separable_conv2d_limits(input, depthwise_weight, pointwise_weight):
         raise RuntimeError(f"{op}: {reason}")
     channels, outputs = conv.channels, pointwise_weight.shape[0]
-    pointwise = conv.checked("pointwise_weight", pointwise_weight, [outputs, channels, 1, 1]).contiguous()
-    bias = None if pointwise_bias is None else conv.checked("pointwise_bias", pointwise_bias, [outputs])
-    added = None if residual is None else conv.image("residual", residual, outputs)
-    output = conv.empty_image(outputs)
+    pointwise = conv.check.dense("pointwise_weight", pointwise_weight, [outputs, channels, 1, 1])
+    bias = conv.check.dense("pointwise_bias", pointwise_bias, [outputs])
+    added = None if residual is None else conv.result_like("residual", residual, outputs)
+    output = conv.empty_result(outputs)
     if output.numel() == 0:
         return output
-    sizes = (*conv.input.shape[2:], *conv.out_size)
-    positions = output.shape[0] * sizes[2] * sizes[3]
     block_o = max(triton.next_power_of_2(outputs), 16)
-    tile, options = _plan(block_o, input.dtype)
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Four elements of the depthwise tile a thread, all loads of a row being in flight.
+    wide = block_o > 64 or input.dtype == torch.float32
+    chosen = Constants(
+        KH=None,
+        KW=conv.weight.shape[3],
+        MULTIPLIER=conv.multiplier,
+        BLOCK_P=BLOCK_P,
+        BLOCK_C=32 if wide else 16,
+        ACTIVATION=depthwise_activation,
+        BLOCK_O=block_o,
+        ACTIVATION2=pointwise_activation,
+        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+    )
+    to = conv.image(output)
     with device_guard(input):
-        separable_forward_kernel[(triton.cdiv(positions, BLOCK_P),)](
-            conv.input, conv.weight, conv.bias, pointwise, None if bias is None else bias.contiguous(), added,
-            output, positions, channels, outputs, *sizes,
-            *conv.strides(channels // conv.multiplier, *sizes[:2]), *conv.strides(outputs, *sizes[2:]),
-            *conv.stride, *conv.pad, *conv.dilation,
-            KH=conv.weight.shape[2], KW=conv.weight.shape[3], MULTIPLIER=conv.multiplier,
-            ACTIVATION1=depthwise_activation, ACTIVATION2=pointwise_activation, PRECISION=precision,
-            MOST=MOST_UNROLLED, **tile, **options,
+        separable_forward_kernel[(triton.cdiv(conv.positions(output), BLOCK_P),)](
+            conv.image(conv.input), conv.weight, conv.bias, pointwise, bias, added, to, channels, outputs,
+            conv.window(), conv.numbers(output), C=constants(chosen), num_warps=8 if wide else 4,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return output
-
-
-def _case(layout: str, outputs: int, precision: str, dtype: str) -> AotCase:
-    ones = ones_of(layout, 1)
-    integers = {k: v for k, v in GEOMETRY.items() if k not in ones} | {"outputs": "i32", "KH": "i32"}
-    pointers = ("input", "weight1", "bias1", "weight2", "bias2", "residual", "output")
-    tile, options = _plan(outputs, torch.float32 if dtype == "fp32" else torch.float16)
-    constants = {"KW": 3, "MULTIPLIER": 1, "ACTIVATION1": "relu6", "ACTIVATION2": "none"}
-    constants |= {"PRECISION": precision, "MOST": MOST_UNROLLED, **tile, **ones}
-    return AotCase(
-        f"separable_forward/{layout} {outputs} {precision} {dtype}", separable_forward_kernel, pointers,
-        integers, constants, options, (*pointers, "channels", "outputs"), (dtype,),
-    )  # fmt: skip
-
-
-_VARIANTS = (
-    (64, "ieee", "fp16"),
-    (256, "ieee", "bf16"),
-    (16, "ieee", "fp32"),
-    (128, "ieee", "fp32"),
-    (128, "tf32", "fp32"),
-)
-
-AOT_CASES = [_case(layout, *variant) for layout in ("last", "first") for variant in _VARIANTS]

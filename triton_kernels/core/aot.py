@@ -1,29 +1,29 @@
-"""What a kernel module lists in AOT_CASES, so that tools/triton_aot.py can compile it without a device."""
+"""What a family lists in AOT_CASES, so that tools/triton_aot.py can compile its kernels without a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+import torch
+from torch import Tensor
+
+from .support import DTYPES
 
 
 @dataclass(frozen=True)
 class AotCase:
-    """One specialisation of one kernel; compiled for each dtype and each architecture, or some of them.
+    """A call of launchers on tensors of `meta`: every kernel that it launches is compiled as it would be.
 
-    pointers: arguments that point to elements of the dtype under test.
-    integers: other run-time arguments and their Triton types, such as {"hidden": "i32"}.
-    constants: compile-time arguments, None for absent pointers among them.
-    options: Triton's, as the launch gives them, such as {"num_warps": 4}.
-    divisible_by_16: arguments (addresses or sizes) that the launch would find to be multiples of 16.
+    call: makes the call for a dtype.
+    dtypes: those under test.
     """
 
     name: str
-    kernel: Any
-    pointers: tuple[str, ...]
-    integers: Mapping[str, str]
-    constants: Mapping[str, Any]
-    options: Mapping[str, Any]
-    divisible_by_16: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ("fp32", "fp64", "fp16", "bf16")
-    architectures: tuple[int, ...] = ()
+    call: Callable[[torch.dtype], object]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def empty(*size: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, whose address counts as aligned."""
+    return torch.empty(size, dtype=dtype, device="meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,59 +16,55 @@ Given = TypeVar("Given", Tensor, "Tensor | None")
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Checks a call's other arguments against `like`, [B, multiple * H], which sets dtype, device, sizes."""
+class Check:
+    """Checks the tensors of a call of `op` against one of them, `like`, which is its argument `name`."""
 
     op: str
     name: str
     like: Tensor
-    batch: int
-    hidden: int
 
     @classmethod
-    def of(cls, op: str, name: str, like: Tensor, multiple: int) -> Arguments:
-        """Raises RuntimeError if `like` can't set the sizes of the call."""
-        if like.dim() != 2:
-            raise RuntimeError(f"{op}: {name}: got shape {list(like.shape)}, expected 2 dimensions")
-        if like.shape[1] % multiple:
-            raise RuntimeError(
-                f"{op}: {name}: got shape {list(like.shape)}, expected a multiple of {multiple} columns"
-            )
+    def of(cls, op: str, name: str, like: Tensor, dimensions: int) -> Check:
+        """Raises RuntimeError if `like` has other dimensions or a dtype that kernels don't take."""
+        check = cls(op, name, like)
+        if like.dim() != dimensions:
+            raise check.error(f"{name}: got shape {list(like.shape)}, expected {dimensions} dimensions")
         if like.dtype not in DTYPES:
-            raise RuntimeError(
-                f"{op}: {name}: got dtype {like.dtype}, expected float32, float64, float16 or bfloat16"
+            raise check.error(
+                f"{name}: got dtype {like.dtype}, expected float32, float64, float16 or bfloat16"
             )
-        return cls(op, name, like, like.shape[0], like.shape[1] // multiple)
+        return check
 
-    def rows(self, name: str, tensor: Given, multiple: int) -> Given:
-        """`tensor`, contiguous, after checking that it is [B, multiple * H]."""
-        return self._checked(name, tensor, [self.batch, multiple * self.hidden])
+    def error(self, message: str) -> RuntimeError:
+        """An error of the call, to be raised."""
+        return RuntimeError(f"{self.op}: {message}")
 
-    def bias(self, name: str, tensor: Given, multiple: int) -> Given:
-        """`tensor`, contiguous, after checking that it is [multiple * H]."""
-        return self._checked(name, tensor, [multiple * self.hidden])
-
-    def empty_rows(self, multiple: int) -> Tensor:
-        """An uninitialised [B, multiple * H]."""
-        return self.like.new_empty(self.batch, multiple * self.hidden)
-
-    def _checked(self, name: str, tensor: Given, shape: list[int]) -> Given:
-        if tensor is None:
-            return tensor
-        if list(tensor.shape) != shape:
-            raise RuntimeError(f"{self.op}: {name}: got shape {list(tensor.shape)}, expected {shape}")
-        if tensor.dtype != self.like.dtype:
-            raise RuntimeError(
-                f"{self.op}: {name}: got dtype {tensor.dtype}, expected {self.like.dtype} as {self.name}"
+    def __call__(self, name: str, t: Given, shape: Sequence[int], dtype: torch.dtype | None = None) -> Given:
+        """`t`, which may be None, if it has this shape, and dtype and device of `like`; else RuntimeError."""
+        if t is None:
+            return t
+        if list(t.shape) != list(shape):
+            raise self.error(f"{name}: got shape {list(t.shape)}, expected {list(shape)}")
+        if t.dtype != (dtype or self.like.dtype):
+            expected = dtype or f"{self.like.dtype} as {self.name}"
+            raise self.error(f"{name}: got dtype {t.dtype}, expected {expected}")
+        if t.device != self.like.device:
+            raise self.error(
+                f"{name}: got a tensor on {t.device}, expected {self.like.device} as {self.name}"
             )
-        if tensor.device != self.like.device:
-            raise RuntimeError(
-                f"{self.op}: {name}: got a tensor on {tensor.device}, "
-                f"expected {self.like.device} as {self.name}"
-            )
-        return tensor.contiguous()
+        return t
+
+    def dense(self, name: str, t: Given, shape: Sequence[int], dtype: torch.dtype | None = None) -> Given:
+        """The same, contiguous."""
+        t = self(name, t, shape, dtype)
+        return t if t is None else t.contiguous()
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def gradients_in_order(found: dict[str, Tensor], names: Sequence[str], like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients by name as an op returns them: empty where there is none."""
+    return tuple(found[name] if name in found else like.new_empty(0) for name in names)

@@ -1,7 +1,9 @@
 """Gates of the LSTM and the GRU cell: everything of a step but its two matrix products.
 
-    LSTM  [i|f|g|o] = gates + b_ih + b_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o) tanh(c')
-    GRU   r, z = sigmoid(x + b_ih + h + b_hh);  n = tanh(x_n + b_in + r (h_n + b_hn));  h' = n + z (h - n)
+    LSTM  [i|f|g|o] = gates + b_ih + b_hh
+          c' = sigmoid(f) c + sigmoid(i) tanh(g)      h' = sigmoid(o) tanh(c')
+    GRU   r, z = sigmoid(x + b_ih + h + b_hh)
+          n = tanh(x_n + b_in + r (h_n + b_hn))       h' = n + z (h - n)
 
 Tiling: one program per [BLOCK_B, BLOCK_H] tile of the state, 512 elements on 4 warps.
 Bytes moved per hidden unit, s = item size: LSTM forward 7 s, and 4 s to save the gates, backward 13 s; GRU
@@ -13,13 +15,16 @@ The launchers have the signatures of the C++ extension's functions of the same n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..core.activations import sigmoid, tanh
-from ..core.aot import AotCase
-from ..core.checks import Arguments, device_guard
+from ..core.arguments import constants
+from ..core.checks import Check, Given, device_guard
 from ..core.storage import load, store
 
 TILE = 512
@@ -28,39 +33,47 @@ WIDEST_BLOCK_H = 256
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
+class Blocks(NamedTuple):
+    """Rows and columns of a tile."""
+
+    BLOCK_B: Any
+    BLOCK_H: Any
+
+
 @triton.jit
-def _tile(batch, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+def _tile(batch, hidden, C: tl.constexpr):
     """Rows [BLOCK_B, 1], columns [1, BLOCK_H] and mask of this program's tile."""
-    blocks = (hidden + BLOCK_H - 1) // BLOCK_H
+    blocks = (hidden + C.BLOCK_H - 1) // C.BLOCK_H
     program = tl.program_id(0).to(tl.int64)
-    rows = (program // blocks) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
-    columns = (program % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    rows = (program // blocks) * C.BLOCK_B + tl.arange(0, C.BLOCK_B)[:, None]
+    columns = (program % blocks) * C.BLOCK_H + tl.arange(0, C.BLOCK_H)[None, :]
     return rows, columns, (rows < batch) & (columns < hidden)
 
 
 @triton.jit
-def _biased(x, bias, k, hidden, columns):
-    """Adds to x gate k's part of a bias that may be None."""
+def _biased(x, bias, other_bias, k, hidden, columns):
+    """Adds to x gate k's part of two biases, each of which may be None."""
     if bias is not None:
         x += load(bias + k * hidden, columns, columns < hidden)
+    if other_bias is not None:
+        x += load(other_bias + k * hidden, columns, columns < hidden)
     return x
 
 
 @triton.jit(do_not_specialize=["batch"])
 def lstm_forward_kernel(
-    gates, bias_ih, bias_hh, cx, h, c, batch, hidden,
-    SAVE_GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    gates, bias_ih, bias_hh, cx, h, c, batch, hidden, SAVE_GATES: tl.constexpr, C: tl.constexpr
+):
     """Gates [B, 4H] (overwritten by the activated ones if SAVE_GATES), cx, h, c [B, H]."""
-    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    rows, columns, mask = _tile(batch, hidden, C)
     state = rows * hidden + columns
     gate_i = rows * 4 * hidden + columns
     gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
 
-    i = _biased(_biased(load(gates, gate_i, mask), bias_ih, 0, hidden, columns), bias_hh, 0, hidden, columns)
-    f = _biased(_biased(load(gates, gate_f, mask), bias_ih, 1, hidden, columns), bias_hh, 1, hidden, columns)
-    g = _biased(_biased(load(gates, gate_g, mask), bias_ih, 2, hidden, columns), bias_hh, 2, hidden, columns)
-    o = _biased(_biased(load(gates, gate_o, mask), bias_ih, 3, hidden, columns), bias_hh, 3, hidden, columns)
+    i = _biased(load(gates, gate_i, mask), bias_ih, bias_hh, 0, hidden, columns)
+    f = _biased(load(gates, gate_f, mask), bias_ih, bias_hh, 1, hidden, columns)
+    g = _biased(load(gates, gate_g, mask), bias_ih, bias_hh, 2, hidden, columns)
+    o = _biased(load(gates, gate_o, mask), bias_ih, bias_hh, 3, hidden, columns)
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
     c_next = f * load(cx, state, mask) + i * g
 
@@ -74,12 +87,9 @@ def lstm_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch"])
-def lstm_backward_kernel(
-    grad_h, grad_c, gates, cx, c, grad_gates, grad_cx, batch, hidden,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+def lstm_backward_kernel(grad_h, grad_c, gates, cx, c, grad_gates, grad_cx, batch, hidden, C: tl.constexpr):
     """gates, grad_gates [B, 4H], the rest [B, H]; grad_h and grad_c may be None."""
-    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    rows, columns, mask = _tile(batch, hidden, C)
     state = rows * hidden + columns
     gate_i = rows * 4 * hidden + columns
     gate_f, gate_g, gate_o = gate_i + hidden, gate_i + 2 * hidden, gate_i + 3 * hidden
@@ -102,22 +112,19 @@ def lstm_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch"])
-def gru_forward_kernel(
-    gates_x, gates_h, bias_ih, bias_hh, hx, h, gates, batch, hidden,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+def gru_forward_kernel(gates_x, gates_h, bias_ih, bias_hh, hx, h, gates, batch, hidden, C: tl.constexpr):
     """gates_x, gates_h [B, 3H], hx, h [B, H], gates [B, 4H] saved as r, z, n, h_n or None."""
-    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    rows, columns, mask = _tile(batch, hidden, C)
     state = rows * hidden + columns
     r_at = rows * 3 * hidden + columns
     z_at, n_at = r_at + hidden, r_at + 2 * hidden
 
-    r = _biased(load(gates_x, r_at, mask), bias_ih, 0, hidden, columns)
-    r += _biased(load(gates_h, r_at, mask), bias_hh, 0, hidden, columns)
-    z = _biased(load(gates_x, z_at, mask), bias_ih, 1, hidden, columns)
-    z += _biased(load(gates_h, z_at, mask), bias_hh, 1, hidden, columns)
-    x_n = _biased(load(gates_x, n_at, mask), bias_ih, 2, hidden, columns)
-    h_n = _biased(load(gates_h, n_at, mask), bias_hh, 2, hidden, columns)
+    r = _biased(load(gates_x, r_at, mask), bias_ih, None, 0, hidden, columns)
+    r += _biased(load(gates_h, r_at, mask), bias_hh, None, 0, hidden, columns)
+    z = _biased(load(gates_x, z_at, mask), bias_ih, None, 1, hidden, columns)
+    z += _biased(load(gates_h, z_at, mask), bias_hh, None, 1, hidden, columns)
+    x_n = _biased(load(gates_x, n_at, mask), bias_ih, None, 2, hidden, columns)
+    h_n = _biased(load(gates_h, n_at, mask), bias_hh, None, 2, hidden, columns)
     r, z = sigmoid(r), sigmoid(z)
     n = tanh(x_n + r * h_n)
 
@@ -132,11 +139,10 @@ def gru_forward_kernel(
 
 @triton.jit(do_not_specialize=["batch"])
 def gru_backward_kernel(
-    grad_h, gates, hx, grad_gates_x, grad_gates_h, grad_hx, batch, hidden,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    grad_h, gates, hx, grad_gates_x, grad_gates_h, grad_hx, batch, hidden, C: tl.constexpr
+):
     """grad_h, hx, grad_hx [B, H], gates [B, 4H], grad_gates_x, grad_gates_h [B, 3H]."""
-    rows, columns, mask = _tile(batch, hidden, BLOCK_B, BLOCK_H)
+    rows, columns, mask = _tile(batch, hidden, C)
     state = rows * hidden + columns
     saved = rows * 4 * hidden + columns
     r_at = rows * 3 * hidden + columns
@@ -158,20 +164,51 @@ def gru_backward_kernel(
     store(grad_hx, state, d_h * z, mask)
 
 
-def _blocks(hidden: int) -> dict[str, int]:
+def _blocks(hidden: int) -> Blocks:
     """The tile for a hidden size; whole rows are put together when one is short."""
     block_h = min(triton.next_power_of_2(hidden), WIDEST_BLOCK_H)
-    return {"BLOCK_B": TILE // block_h, "BLOCK_H": block_h}
+    return Blocks(TILE // block_h, block_h)
 
 
-def _launch(kernel, arguments: Arguments, *tensors: Tensor | None, **constants) -> None:
-    batch, hidden = arguments.batch, arguments.hidden
-    if batch == 0 or hidden == 0:
-        return
-    blocks = _blocks(hidden)
-    grid = (triton.cdiv(batch, blocks["BLOCK_B"]) * triton.cdiv(hidden, blocks["BLOCK_H"]),)
-    with device_guard(arguments.like):
-        kernel[grid](*tensors, batch, hidden, **constants, **blocks, **OPTIONS)
+@dataclass(frozen=True)
+class _Step:
+    """A call of one step: its tensors are [B, some multiple of H]."""
+
+    check: Check
+    batch: int
+    hidden: int
+
+    @classmethod
+    def of(cls, op: str, name: str, like: Tensor, multiple: int) -> _Step:
+        """Raises RuntimeError unless `like` is [B, multiple * H]."""
+        check = Check.of(op, name, like, 2)
+        if like.shape[1] % multiple:
+            shape = list(like.shape)
+            raise check.error(f"{name}: got shape {shape}, expected a multiple of {multiple} columns")
+        return cls(check, like.shape[0], like.shape[1] // multiple)
+
+    def rows(self, name: str, t: Given, multiple: int) -> Given:
+        """`t`, contiguous, after checking that it is [B, multiple * H]."""
+        return self.check.dense(name, t, [self.batch, multiple * self.hidden])
+
+    def bias(self, name: str, t: Given, multiple: int) -> Given:
+        """`t`, contiguous, after checking that it is [multiple * H]."""
+        return self.check.dense(name, t, [multiple * self.hidden])
+
+    def empty_rows(self, multiple: int) -> Tensor:
+        """An uninitialised [B, multiple * H]."""
+        return self.check.like.new_empty(self.batch, multiple * self.hidden)
+
+    def launch(self, kernel: Any, *tensors: Tensor | None, **flags: bool) -> None:
+        """Runs a kernel over all tiles of the state."""
+        if self.batch == 0 or self.hidden == 0:
+            return
+        blocks = _blocks(self.hidden)
+        rows, columns = triton.cdiv(self.batch, blocks.BLOCK_B), triton.cdiv(self.hidden, blocks.BLOCK_H)
+        with device_guard(self.check.like):
+            kernel[(rows * columns,)](
+                *tensors, self.batch, self.hidden, **flags, C=constants(blocks), **OPTIONS
+            )
 
 
 def lstm_gates_forward(
@@ -194,7 +231,7 @@ def lstm_gates_forward(
             contiguous.
 
     """
-    a = Arguments.of("lstm_gates_forward", "gates", gates, 4)
+    a = _Step.of("lstm_gates_forward", "gates", gates, 4)
     if not gates.is_contiguous():
         raise RuntimeError(
             f"lstm_gates_forward: gates: got strides {list(gates.stride())}, expected a contiguous tensor, "
@@ -202,7 +239,7 @@ def lstm_gates_forward(
         )
     bias_ih, bias_hh, cx = a.bias("bias_ih", bias_ih, 4), a.bias("bias_hh", bias_hh, 4), a.rows("cx", cx, 1)
     h, c = a.empty_rows(1), a.empty_rows(1)
-    _launch(lstm_forward_kernel, a, gates, bias_ih, bias_hh, cx, h, c, SAVE_GATES=save_gates)
+    a.launch(lstm_forward_kernel, gates, bias_ih, bias_hh, cx, h, c, SAVE_GATES=save_gates)
     return h, c
 
 
@@ -225,11 +262,11 @@ def lstm_gates_backward(
         RuntimeError: a shape, dtype or device differs from what `gates` asks for.
 
     """
-    a = Arguments.of("lstm_gates_backward", "gates", gates, 4)
+    a = _Step.of("lstm_gates_backward", "gates", gates, 4)
     gates, cx, c = a.rows("gates", gates, 4), a.rows("cx", cx, 1), a.rows("c", c, 1)
     grad_h, grad_c = a.rows("grad_h", grad_h, 1), a.rows("grad_c", grad_c, 1)
     grad_gates, grad_cx = a.empty_rows(4), a.empty_rows(1)
-    _launch(lstm_backward_kernel, a, grad_h, grad_c, gates, cx, c, grad_gates, grad_cx)
+    a.launch(lstm_backward_kernel, grad_h, grad_c, gates, cx, c, grad_gates, grad_cx)
     return grad_gates, grad_cx
 
 
@@ -258,12 +295,12 @@ def gru_gates_forward(
         RuntimeError: a shape, dtype or device differs from what `gates_x` asks for.
 
     """
-    a = Arguments.of("gru_gates_forward", "gates_x", gates_x, 3)
+    a = _Step.of("gru_gates_forward", "gates_x", gates_x, 3)
     gates_x, gates_h = a.rows("gates_x", gates_x, 3), a.rows("gates_h", gates_h, 3)
     bias_ih, bias_hh, hx = a.bias("bias_ih", bias_ih, 3), a.bias("bias_hh", bias_hh, 3), a.rows("hx", hx, 1)
     h = a.empty_rows(1)
     saved = a.empty_rows(4) if save_gates else None
-    _launch(gru_forward_kernel, a, gates_x, gates_h, bias_ih, bias_hh, hx, h, saved)
+    a.launch(gru_forward_kernel, gates_x, gates_h, bias_ih, bias_hh, hx, h, saved)
     return h, h.new_empty(0) if saved is None else saved
 
 
@@ -283,45 +320,8 @@ def gru_gates_backward(grad_h: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tenso
         RuntimeError: a shape, dtype or device differs from what `gates` asks for.
 
     """
-    a = Arguments.of("gru_gates_backward", "gates", gates, 4)
+    a = _Step.of("gru_gates_backward", "gates", gates, 4)
     gates, grad_h, hx = a.rows("gates", gates, 4), a.rows("grad_h", grad_h, 1), a.rows("hx", hx, 1)
     grad_x, grad_recurrent, grad_hx = a.empty_rows(3), a.empty_rows(3), a.empty_rows(1)
-    _launch(gru_backward_kernel, a, grad_h, gates, hx, grad_x, grad_recurrent, grad_hx)
+    a.launch(gru_backward_kernel, grad_h, gates, hx, grad_x, grad_recurrent, grad_hx)
     return grad_x, grad_recurrent, grad_hx
-
-
-_SIZES = {"batch": "i64", "hidden": "i32"}
-_WIDE = {"BLOCK_B": 2, "BLOCK_H": 256}
-_LSTM_FORWARD = ("gates", "bias_ih", "bias_hh", "cx", "h", "c")
-_LSTM_BACKWARD = ("grad_h", "grad_c", "gates", "cx", "c", "grad_gates", "grad_cx")
-_GRU_FORWARD = ("gates_x", "gates_h", "bias_ih", "bias_hh", "hx", "h", "gates")
-_GRU_BACKWARD = ("grad_h", "gates", "hx", "grad_gates_x", "grad_gates_h", "grad_hx")
-
-
-def _case(name, kernel, pointers, *, wide: bool, **constants) -> AotCase:
-    divisible = (*pointers, "hidden") if wide else pointers
-    return AotCase(
-        f"{name}/{'wide' if wide else 'odd'}", kernel, pointers, _SIZES, constants | _WIDE, OPTIONS, divisible
-    )
-
-
-AOT_CASES = [
-    case
-    for wide in (True, False)
-    for case in (
-        _case("lstm_forward", lstm_forward_kernel, _LSTM_FORWARD, wide=wide, SAVE_GATES=True),
-        _case("lstm_backward", lstm_backward_kernel, _LSTM_BACKWARD, wide=wide),
-        _case("gru_forward", gru_forward_kernel, _GRU_FORWARD, wide=wide),
-        _case("gru_backward", gru_backward_kernel, _GRU_BACKWARD, wide=wide),
-    )
-]
-AOT_CASES.append(
-    AotCase(
-        "lstm_forward/bare",
-        lstm_forward_kernel,
-        ("gates", "cx", "h", "c"),
-        _SIZES,
-        {"bias_ih": None, "bias_hh": None, "SAVE_GATES": False, **_WIDE},
-        OPTIONS,
-    )
-)

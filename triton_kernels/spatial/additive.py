@@ -10,7 +10,7 @@ float32 sums, and so are products with d e, which is float32, as TF32: that hold
 Products of float32 are exact unless torch.backends.cuda.matmul.allow_tf32.
 Bytes moved of a sample, s = item size: forward s C P and 8 G P, features A / BLOCK_A times from the caches;
 backward 12 A P (24 of float64) for d e, and features three times.
-Limits: as those of `spatial_forward`; rows times channels below 2^31.
+Limits: as those of `forward`; rows times channels below 2^31.
 """
 
 from __future__ import annotations
@@ -19,107 +19,89 @@ import triton
 import triton.language as tl
 
 from ..core.storage import load, store
-from .forward import SIZES
-from .math import multiplied, tile_of, visible
+from .backward import store_features
+from .math import multiplied, place_of
 from .scores import energies, feature_tile, output_gradient
 
 
-@triton.jit(do_not_specialize=SIZES)
-def attention_additive_scores_kernel(
-    features, weight, term, v, mask, scores, channels, rows, positions, splits, f_n, f_c, f_p, mask_n,
-    mask_p, PRECISION: tl.constexpr, MAPS: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers"])
+def attention_additive_scores_kernel(inputs, scores, numbers, C: tl.constexpr):
     """Scores [G, P] of a tile, in `scores`; those of masked positions have no meaning."""
     accumulator: tl.constexpr = scores.dtype.element_ty
-    n, p, present = tile_of(tl.program_id(0), splits, positions, BLOCK_P)
-    shown = visible(mask, n, p, present, mask_n, mask_p)
-    g = tl.arange(0, BLOCK_G)[:, None]
-    s = tl.zeros((BLOCK_G, BLOCK_P), accumulator)
-    for a0 in range(0, rows, BLOCK_A):
-        e = energies(features, weight, term, n, a0, p, shown, channels, rows, f_n, f_c, f_p, accumulator,
-                     PRECISION, BLOCK_A, BLOCK_C, BLOCK_P)  # fmt: skip
-        a = a0 + tl.arange(0, BLOCK_A)[:, None]
-        for k in range(MAPS):
-            products = load(v + k * rows, a, a < rows) * e
+    rows = numbers.rows
+    place = place_of(tl.program_id(0), inputs, numbers, C)
+    g = tl.arange(0, C.BLOCK_G)[:, None]
+    s = tl.zeros((C.BLOCK_G, C.BLOCK_P), accumulator)
+    for a0 in range(0, rows, C.BLOCK_A):
+        e = energies(inputs, a0, place, numbers, accumulator, C)
+        a = a0 + tl.arange(0, C.BLOCK_A)[:, None]
+        for k in range(C.MAPS):
+            products = load(inputs.v + k * rows, a, a < rows) * e
             s += tl.where(g == k, tl.sum(products, 0, keep_dims=True), 0.0)
-    store(scores, (n * MAPS + g) * positions + p, s, present & (g < MAPS))
+    at = (place.n * C.MAPS + g) * numbers.positions + place.p
+    store(scores, at, s, place.present & (g < C.MAPS))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["numbers"])
 def attention_energy_gradient_kernel(
-    features, weight, term, v, mask, d_scores, d_energy, v_partials, term_partials,
-    channels, rows, positions, splits, f_n, f_c, f_p, mask_n, mask_p,
-    PRECISION: tl.constexpr, MAPS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    inputs, d_scores, d_energy, v_partials, term_partials, numbers, C: tl.constexpr
+):
     """The tile's d e [A, P], and its parts of d v [G, A] and d u [A]; any of them may be None."""
     accumulator: tl.constexpr = d_scores.dtype.element_ty
-    program, a0 = tl.program_id(0), tl.program_id(1) * BLOCK_A
-    n, p, present = tile_of(program, splits, positions, BLOCK_P)
-    shown = visible(mask, n, p, present, mask_n, mask_p)
-    a = a0 + tl.arange(0, BLOCK_A)[:, None]
-    e = energies(features, weight, term, n, a0, p, shown, channels, rows, f_n, f_c, f_p, accumulator,
-                 PRECISION, BLOCK_A, BLOCK_C, BLOCK_P)  # fmt: skip
-    e = tl.where(shown, e, 0.0)
-    d_e = tl.zeros((BLOCK_A, BLOCK_P), accumulator)
-    for k in range(MAPS):
-        d_s = load(d_scores, (n * MAPS + k) * positions + p, present)
-        d_e += load(v + k * rows, a, a < rows) * d_s
+    program, a0, rows = tl.program_id(0), tl.program_id(1) * C.BLOCK_A, numbers.rows
+    place = place_of(program, inputs, numbers, C)
+    a = a0 + tl.arange(0, C.BLOCK_A)[:, None]
+    e = energies(inputs, a0, place, numbers, accumulator, C)
+    e = tl.where(place.shown, e, 0.0)
+    d_e = tl.zeros((C.BLOCK_A, C.BLOCK_P), accumulator)
+    for k in range(C.MAPS):
+        d_s = load(d_scores, (place.n * C.MAPS + k) * numbers.positions + place.p, place.present)
+        d_e += load(inputs.v + k * rows, a, a < rows) * d_s
         if v_partials is not None:
             sums = tl.sum(d_s * e, 1, keep_dims=True)
-            store(v_partials, (program.to(tl.int64) * MAPS + k) * rows + a, sums, a < rows)
-    d_e = tl.where(shown, d_e * (1.0 - e * e), 0.0)
+            store(v_partials, (program.to(tl.int64) * C.MAPS + k) * rows + a, sums, a < rows)
+    d_e = tl.where(place.shown, d_e * (1.0 - e * e), 0.0)
     if d_energy is not None:
-        store(d_energy, (n * rows + a) * positions + p, d_e, (a < rows) & present)
+        at = (place.n * rows + a) * numbers.positions + place.p
+        store(d_energy, at, d_e, (a < rows) & place.present)
     if term_partials is not None:
         sums = tl.sum(d_e, 1, keep_dims=True)
         store(term_partials, program.to(tl.int64) * rows + a, sums, a < rows)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def attention_feature_gradient_kernel(
-    weight, mask, grad, map, d_energy, grad_features, channels, rows, positions, splits,
-    f_n, f_c, f_p, o_n, o_g, o_c, o_p, mask_n, mask_p,
-    OUTPUT: tl.constexpr, PRECISION: tl.constexpr, MAPS: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers"])
+def attention_feature_gradient_kernel(inputs, incoming, d_energy, d_features, numbers, C: tl.constexpr):
     """The tile's d f."""
-    n, p, present = tile_of(tl.program_id(0), splits, positions, BLOCK_P)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    d = tl.zeros((BLOCK_C, BLOCK_P), d_energy.dtype.element_ty)
-    for a0 in range(0, rows, BLOCK_A):
-        a = a0 + tl.arange(0, BLOCK_A)
-        w = load(weight, a[None, :] * channels + c, (a < rows)[None, :] & (c < channels))
-        d_e = load(d_energy, (n * rows + a[:, None]) * positions + p, (a < rows)[:, None] & present)
-        d = multiplied(w, d_e, d, PRECISION)
-    shown = visible(mask, n, p, present, mask_n, mask_p)
-    here = (c < channels) & shown
-    if grad is not None and OUTPUT != "coordinates":
-        for k in range(MAPS):
-            found = output_gradient(grad, n, k, c, p, here, channels, o_n, o_g, o_c, o_p, OUTPUT, MAPS)
-            d += load(map, (n * MAPS + k) * positions + p, shown) * found
-    to = n * f_n + c.to(tl.int64) * f_c + p * f_p
-    store(grad_features, to, tl.where(here, d, 0.0), (c < channels) & present)
+    channels, rows, positions = numbers.channels, numbers.rows, numbers.positions
+    place = place_of(tl.program_id(0), inputs, numbers, C)
+    c = tl.program_id(1) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)[:, None]
+    d = tl.zeros((C.BLOCK_C, C.BLOCK_P), d_energy.dtype.element_ty)
+    for a0 in range(0, rows, C.BLOCK_A):
+        a = a0 + tl.arange(0, C.BLOCK_A)
+        w = load(inputs.weight, a[None, :] * channels + c, (a < rows)[None, :] & (c < channels))
+        at = (place.n * rows + a[:, None]) * positions + place.p
+        d = multiplied(w, load(d_energy, at, (a < rows)[:, None] & place.present), d, C.PRECISION)
+    here = (c < channels) & place.shown
+    if incoming.attended is not None and C.OUTPUT != "coordinates":
+        for k in range(C.MAPS):
+            found = output_gradient(incoming.attended, place, k, c, here, channels, C)
+            d += load(incoming.map, (place.n * C.MAPS + k) * positions + place.p, place.shown) * found
+    store_features(d_features, place, c, tl.where(here, d, 0.0), channels)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tiles", "steps"])
-def attention_weight_gradient_kernel(
-    features, mask, d_energy, partials, channels, rows, positions, splits, tiles, steps,
-    f_n, f_c, f_p, mask_n, mask_p, PRECISION: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["numbers", "tiles", "steps"])
+def attention_weight_gradient_kernel(inputs, d_energy, partials, tiles, steps, numbers, C: tl.constexpr):
     """Sums d e f over `steps` of the `tiles` of all samples: partials [programs, A, C]."""
-    a = tl.program_id(1) * BLOCK_A + tl.arange(0, BLOCK_A)[:, None]
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = tl.zeros((BLOCK_A, BLOCK_C), partials.dtype.element_ty)
+    channels, rows = numbers.channels, numbers.rows
+    a = tl.program_id(1) * C.BLOCK_A + tl.arange(0, C.BLOCK_A)[:, None]
+    c = tl.program_id(2) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)
+    sums = tl.zeros((C.BLOCK_A, C.BLOCK_C), partials.dtype.element_ty)
     first = tl.program_id(0) * steps
     for tile in range(first, tl.minimum(first + steps, tiles)):
-        n, p, present = tile_of(tile, splits, positions, BLOCK_P)
-        shown = visible(mask, n, p, present, mask_n, mask_p)
-        d_e = load(d_energy, (n * rows + a) * positions + p, (a < rows) & shown)
-        here = (c < channels)[:, None] & shown
-        f = feature_tile(features, n, c[:, None], p, here, f_n, f_c, f_p)
-        sums = multiplied(d_e, tl.trans(f), sums, PRECISION)
+        place = place_of(tile, inputs, numbers, C)
+        at = (place.n * rows + a) * numbers.positions + place.p
+        d_e = load(d_energy, at, (a < rows) & place.shown)
+        f = feature_tile(inputs.features, place, c[:, None], (c < channels)[:, None] & place.shown)
+        sums = multiplied(d_e, tl.trans(f), sums, C.PRECISION)
     to = (tl.program_id(0).to(tl.int64) * rows + a) * channels + c[None, :]
     store(partials, to, sums, (a < rows) & (c < channels)[None, :])

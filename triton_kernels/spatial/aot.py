@@ -1,130 +1,58 @@
-"""Variants of the kernels of spatial attention that are compiled ahead of time, to see that none spills."""
+"""Calls of spatial attention whose kernels are compiled ahead of time, to see that none spills."""
 
 from __future__ import annotations
 
-from typing import Any
+import torch
 
-from ..core.aot import AotCase
-from .additive import (
-    attention_additive_scores_kernel,
-    attention_energy_gradient_kernel,
-    attention_feature_gradient_kernel,
-    attention_weight_gradient_kernel,
+from ..core.aot import AotCase, empty
+from .launch import (
+    spatial_attention_backward,
+    spatial_attention_forward,
+    spatial_softmax_backward,
+    spatial_softmax_forward,
 )
-from .backward import (
-    attention_add_partials_kernel,
-    attention_backward_kernel,
-    attention_map_gradient_kernel,
-)
-from .call import Tile
-from .forward import SIZES, attention_combine_kernel, attention_forward_kernel
-from .gradients import SUM_OPTIONS
 
-_WIDE = (  # tensors of the arithmetic's type
-    "scores", "weights", "stats", "sums", "d_scores", "d_energy", "weight_partials", "temperature_partials",
-    "v_partials", "term_partials", "partials",
-)  # fmt: skip
-_INTEGERS = {
-    **dict.fromkeys([*SIZES, "tiles", "steps"], "i32"),
-    "bits": "i64",
-    "mask": "*u8",
-    **dict.fromkeys(["f_n", "f_c", "f_p", "o_n", "o_g", "o_c", "o_p", "mask_n", "mask_p"], "i64"),
-}
+_BATCH, _CHANNELS, _ROWS = 2, 64, 128
+_SIZES = {torch.channels_last: (10, 20), torch.contiguous_format: (32, 32)}  # of one tile; of more
+
+
+def _attend(dtype: torch.dtype, format: torch.memory_format, maps: int, output: str, additive: bool) -> None:
+    """Forward and backward with a mask, a term and a temperature that is learned."""
+    height, width = _SIZES[format]
+    features = empty(_BATCH, _CHANNELS, height, width, dtype=dtype).to(memory_format=format)
+    weight = empty(_ROWS if additive else maps, _CHANNELS, dtype=dtype)
+    term = empty(*((_BATCH, _ROWS) if additive else (_BATCH, maps, height * width)), dtype=dtype)
+    v = empty(maps, _ROWS, dtype=dtype) if additive else None
+    mask = empty(_BATCH, height * width, dtype=torch.bool)
+    inputs = (features, weight, term, v, mask, empty(1, dtype=dtype), 1.0, output)
+    attended, map = spatial_attention_forward(*inputs)
+    spatial_attention_backward(attended, map, *inputs, map, (True,) * 5)
+
+
+def _softmax(dtype: torch.dtype) -> None:
+    logits = empty(_BATCH, 1, 32, 32, dtype=dtype)
+    mask, temperature = empty(_BATCH, 1, 1024, dtype=torch.bool), empty(1, dtype=dtype)
+    map, xy = spatial_softmax_forward(logits, mask, temperature, 1.0, True)
+    spatial_softmax_backward(map, xy, mask, temperature, 1.0, map, (True, True))
 
 
 def _case(
-    kernel: Any,
-    name: str,
-    dtype: str,
-    layout: str,
-    tile: Tile,
-    absent: tuple[str, ...] = (),
-    **constants: Any,
-) -> AotCase:  # fmt: skip
-    """The kernel for images in `layout`, without the tensors `absent`."""
-    ones = ("f_c", "o_c", "mask_p") if layout == "last" else ("f_p", "o_p", "mask_p")
-    given: dict[str, Any] = dict.fromkeys(ones, 1) | dict.fromkeys(absent)
-    given |= constants | tile.blocks("G", "A", "C", "P")
-    names = kernel.arg_names
-    given = {k: v for k, v in given.items() if k in names}
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    types = {k: _INTEGERS.get(k, wide if k in _WIDE else None) for k in names if k not in given}
-    pointers = tuple(k for k, v in types.items() if v is None)
-    integers = {k: v for k, v in types.items() if v is not None}
-    divisible = (*pointers, *(k for k in ("f_n", "f_p", "o_n", "o_p") if k in integers and layout == "last"))
-    return AotCase(f"{name} {layout} {dtype}", kernel, pointers, integers, given, tile.options, divisible,
-                   (dtype,))  # fmt: skip
+    output: str, dtype: torch.dtype, format: torch.memory_format, maps: int = 1, additive: bool = False
+) -> AotCase:
+    name = f"spatial/{'additive ' if additive else ''}{output} g{maps} {str(format)[6:]}"
+    return AotCase(name, lambda dtype: _attend(dtype, format, maps, output, additive), (dtype,))
 
 
-_ITEM = {"fp32": 4, "fp64": 8, "fp16": 2, "bf16": 2}
-_POSITIONS = {"last": 200, "first": 1024}  # 10 x 20; 32 x 32
-_CHANNELS, _ROWS = 64, 128
-_SPLIT = ("weights", "stats", "sums")
-
-
-def _positional(output: str, dtype: str, layout: str, maps: int = 1) -> list[AotCase]:
-    tile = Tile.of(maps, _CHANNELS, _POSITIONS[layout], _ITEM[dtype])
-    constants: dict[str, Any] = {"OUTPUT": output, "MAPS": maps}
-    split = layout == "first"  # more positions than a program takes
-    name = f"{output} g{maps}"
-    found = [
-        _case(attention_forward_kernel, f"spatial_forward/{name}", dtype, layout, tile,
-              ("learned",) if split else _SPLIT, **constants),
-        _case(attention_backward_kernel, f"spatial_backward/{name}", dtype, layout, tile,
-              () if split else ("d_scores", "stats"), **constants),
-    ]  # fmt: skip
-    if split:
-        found.append(_case(attention_combine_kernel, f"spatial_combine/{name}", dtype, layout, tile,
-                           ("learned",), **constants))  # fmt: skip
-        found.append(_case(attention_map_gradient_kernel, f"spatial_map_gradient/{name}", dtype, layout, tile,
-                           **constants))  # fmt: skip
-    return found
-
-
-def _additive(dtype: str, layout: str, maps: int = 1) -> list[AotCase]:
-    tile = Tile.of_products(maps, _ROWS, _CHANNELS, _POSITIONS[layout], _ITEM[dtype])
-    precision = "tf32" if _ITEM[dtype] == 2 else "ieee"
-    kernels = {
-        "additive_scores": attention_additive_scores_kernel,
-        "energy_gradient": attention_energy_gradient_kernel,
-        "feature_gradient": attention_feature_gradient_kernel,
-        "weight_gradient": attention_weight_gradient_kernel,
-    }
-    constants: dict[str, Any] = {"OUTPUT": "scale", "MAPS": maps, "PRECISION": precision}
-    return [
-        _case(kernel, f"spatial_{name}/g{maps}", dtype, layout, tile, **constants)
-        for name, kernel in kernels.items()
-    ]
-
-
-def _softmax(dtype: str) -> list[AotCase]:
-    tile = Tile.of(1, 1, 1024, _ITEM[dtype])
-    constants: dict[str, Any] = {"OUTPUT": "coordinates", "MAPS": 1}
-    nothing = ("features", "weight")
-    return [
-        _case(attention_forward_kernel, "spatial_softmax_forward/xy", dtype, "first", tile,
-              (*nothing, *_SPLIT), **constants),
-        _case(attention_backward_kernel, "spatial_softmax_backward/xy", dtype, "first", tile,
-              (*nothing, "d_scores", "stats", "grad_features", "weight_partials"), **constants),
-    ]  # fmt: skip
-
-
-def _add_partials(dtype: str) -> AotCase:
-    integers = {"partials": "*fp64" if dtype == "fp64" else "*fp32", "count": "i32", "inner": "i32"}
-    return AotCase(f"spatial_add_partials/{dtype}", attention_add_partials_kernel, ("sums",), integers,
-                   {"BLOCK_J": 32, "BLOCK_I": 32}, SUM_OPTIONS, (), (dtype,))  # fmt: skip
-
+_LAST, _FIRST = torch.channels_last, torch.contiguous_format
 
 AOT_CASES = [
-    *_positional("scale", "fp32", "last"),
-    *_positional("scale", "bf16", "first"),
-    *_positional("flatten", "fp64", "first"),
-    *_positional("sum", "fp16", "last", maps=3),
-    *_additive("fp32", "first"),
-    *_additive("fp64", "last"),
-    *_additive("bf16", "last"),
-    *_additive("fp16", "first", maps=3),
-    *_softmax("fp32"),
-    *_softmax("fp64"),
-    _add_partials("fp16"),
+    _case("scale", torch.float32, _LAST),
+    _case("scale", torch.bfloat16, _FIRST),
+    _case("flatten", torch.float64, _FIRST),
+    _case("sum", torch.float16, _LAST, maps=3),
+    _case("scale", torch.float32, _FIRST, additive=True),
+    _case("scale", torch.float64, _LAST, additive=True),
+    _case("scale", torch.bfloat16, _LAST, additive=True),
+    _case("scale", torch.float16, _FIRST, maps=3, additive=True),
+    AotCase("spatial/softmax", _softmax, (torch.float32, torch.float64)),
 ]

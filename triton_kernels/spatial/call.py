@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,12 @@ import triton
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..core.support import DTYPES, interpreting
+from ..core.arguments import INT32_MAX, as_bytes, bits_of, constants, grid_of
+from ..core.checks import Check
+from ..core.support import interpreting
+from .arguments import Attended, Constants, Features, Inputs, Mask, Numbers
 
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")
-INT32_MAX = 2**31 - 1
 # An interpreted program takes about the same time whatever its size.
 SCALE = 16 if interpreting() else 1
 TILE = 4096 * SCALE  # channels times positions of a program that scores them position by position
@@ -57,11 +58,6 @@ class Tile:
         block_p = max(_power_from(positions, 16, side) // max(block_g // 16, 1), 16)
         return cls(block_g, _power_from(rows, 16, side), depth, block_p, warps)
 
-    def blocks(self, *names: str) -> dict[str, int]:
-        """Arguments BLOCK_<letter> for the letters G, A, C and P."""
-        sizes = {"G": self.maps, "A": self.rows, "C": self.channels, "P": self.positions}
-        return {f"BLOCK_{name}": sizes[name] for name in names}
-
     @property
     def options(self) -> dict[str, Any]:
         """Triton's; fused multiply-adds are named because their default differs between versions."""
@@ -72,14 +68,13 @@ class Tile:
 class Attention:
     """One call, all tensors dense; see `of` and `of_maps`."""
 
-    op: str
+    check: Check
     map_size: tuple[int, int, int, int]
     output: str
     batch: int
     maps: int
     rows: int
     channels: int
-    like: Tensor
     features: Tensor | None
     weight: Tensor | None
     term: Tensor | None
@@ -95,14 +90,26 @@ class Attention:
         coordinates: bool,
     ) -> Attention:  # fmt: skip
         """Every map [N, G, H, W] a sample of its own, whose scores are its term."""
-        _check_images(op, "logits", logits)
+        check = _check_images(op, "logits", logits)
         n, g, height, width = logits.shape
-        flat = _checked_mask(op, mask, (n, g, height * width), logits)
+        flat = as_bytes(check("mask", mask, (n, g, height * width), torch.bool))
         return cls(
-            op, (n, g, height, width), "coordinates" if coordinates else "map", n * g, 1, 1, 1, logits, None,
-            None, logits.contiguous(), None, None if flat is None else flat.reshape(n * g, height * width),
-            _checked_temperature(op, learned, logits), temperature, torch.contiguous_format,
-        )  # fmt: skip
+            check=check,
+            map_size=(n, g, height, width),
+            output="coordinates" if coordinates else "map",
+            batch=n * g,
+            maps=1,
+            rows=1,
+            channels=1,
+            features=None,
+            weight=None,
+            term=logits.contiguous(),
+            v=None,
+            mask=None if flat is None else flat.reshape(n * g, height * width),
+            learned=_checked_temperature(check, learned),
+            temperature=temperature,
+            format=torch.contiguous_format,
+        )
 
     @classmethod
     def of(
@@ -110,22 +117,34 @@ class Attention:
         mask: Tensor | None, learned: Tensor | None, temperature: float, output: str,
     ) -> Attention:  # fmt: skip
         """Attention over features [N, C, H, W]; raises RuntimeError if a shape, dtype or device misfits."""
-        _check_images(op, "features", features)
+        check = _check_images(op, "features", features)
         if output not in OUTPUTS:
             raise ValueError(f"{op}: output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
         n, channels, height, width = features.shape
         rows, maps = weight.shape[0], (weight if v is None else v).shape[0]
-        term_size = (n, maps, height * width) if v is None else (n, rows)
-        fmt = suggest_memory_format(features)
+        format = suggest_memory_format(features)
         return cls(
-            op, (n, maps, height, width), output, n, maps, rows, channels, features,
-            features.contiguous(memory_format=fmt),
-            checked(op, "weight", weight, (rows, channels), features),
-            None if term is None else checked(op, "hidden_term", term, term_size, features),
-            None if v is None else checked(op, "v", v, (maps, rows), features),
-            _checked_mask(op, mask, (n, height * width), features),
-            _checked_temperature(op, learned, features), temperature, fmt,
-        )  # fmt: skip
+            check=check,
+            map_size=(n, maps, height, width),
+            output=output,
+            batch=n,
+            maps=maps,
+            rows=rows,
+            channels=channels,
+            features=features.contiguous(memory_format=format),
+            weight=check.dense("weight", weight, (rows, channels)),
+            term=check.dense("hidden_term", term, (n, rows) if v is not None else (n, maps, height * width)),
+            v=check.dense("v", v, (maps, rows)),
+            mask=as_bytes(check("mask", mask, (n, height * width), torch.bool)),
+            learned=_checked_temperature(check, learned),
+            temperature=temperature,
+            format=format,
+        )
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the call's dtype and device: its features or logits, as they were given."""
+        return self.check.like
 
     @property
     def positions(self) -> int:
@@ -156,32 +175,38 @@ class Attention:
     def splits(self, tile: Tile) -> int:
         """Programs of a sample."""
         splits = triton.cdiv(self.positions, tile.positions)
-        if splits * self.batch > INT32_MAX:
-            raise RuntimeError(f"{self.op}: got {self.batch} samples of {splits} tiles, expected < 2^31")
+        grid_of(self.check.op, splits * self.batch)
         return splits
 
-    @property
-    def bits(self) -> int:
-        """Those of the fixed temperature, as a double: a launch would narrow a float to float32."""
-        t = max(self.temperature, torch.finfo(self.wide).tiny)
-        return struct.unpack("<q", struct.pack("<d", t))[0]
+    def inputs(self) -> Inputs:
+        """The tensors as kernels take them."""
+        mask = None if self.mask is None else Mask(self.mask, *self.mask.stride())
+        features = None if self.features is None else self.images(self.features)
+        return Inputs(features, self.weight, self.term, self.v, mask, self.learned)
 
-    @property
-    def feature_strides(self) -> tuple[int, int, int]:
-        """Of sample, channel and position of dense features; torch's are arbitrary where a size is 1."""
+    def images(self, t: Tensor) -> Features:
+        """Dense images in the call's format; torch's strides are arbitrary where a size is 1."""
         c, p = self.channels, self.positions
-        return (c * p, 1, c) if self.last else (c * p, p, 1)
+        return Features(t, c * p, *((1, c) if self.last else (p, 1)))
 
-    @property
-    def output_strides(self) -> tuple[int, int, int, int]:
-        """Of sample, map, channel and position of features that maps have scaled."""
+    def attended(self, t: Tensor) -> Attended:
+        """Attended features, or their gradient."""
         g, c, p = self.maps, self.channels, self.positions
-        return (g * c * p, c, 1, g * c) if self.last and self.output == "scale" else (g * c * p, c * p, p, 1)
+        last = self.last and self.output == "scale"
+        return Attended(t, g * c * p, *((c, 1, g * c) if last else (c * p, p, 1)))
 
-    @property
-    def mask_strides(self) -> tuple[int, int]:
-        """Of sample and position."""
-        return (0, 0) if self.mask is None else (self.mask.stride(0), self.mask.stride(1))
+    def numbers(self, splits: int) -> Numbers:
+        """The numbers of a launch."""
+        temperature = max(self.temperature, torch.finfo(self.wide).tiny)
+        sizes = (self.channels, self.rows, self.positions, *self.map_size[2:])
+        return Numbers(bits_of(temperature), *sizes, splits)
+
+    def compiled_for(self, tile: Tile, exact: bool = True) -> dict[str, Any]:
+        """The constants `C` and Triton's options; `exact`: products are of operands of the features' type."""
+        fast = torch.backends.cuda.matmul.allow_tf32 if exact or self.like.element_size() > 2 else True
+        precision = "tf32" if fast and self.wide == torch.float32 else "ieee"
+        blocks = (tile.maps, tile.rows, tile.channels, tile.positions)
+        return {"C": constants(Constants(self.output, self.maps, precision, *blocks)), **tile.options}
 
     @property
     def output_size(self) -> tuple[int, ...]:
@@ -207,51 +232,17 @@ class Attention:
         """An uninitialised tensor of the arithmetic's dtype."""
         return torch.empty(size, dtype=self.wide, device=self.like.device)
 
-    def precision(self, exact: bool) -> str:
-        """How products are made: `exact` where both operands are of the features' type."""
-        fast = torch.backends.cuda.matmul.allow_tf32 if exact or self.like.element_size() > 2 else True
-        return "tf32" if fast and self.wide == torch.float32 else "ieee"
 
-
-def _check_images(op: str, name: str, t: Tensor) -> None:
-    if t.dim() != 4 or t.dtype not in DTYPES or 0 in t.shape[1:]:
-        raise RuntimeError(
-            f"{op}: {name}: got {t.dtype} of shape {list(t.shape)}, expected float32, float64, float16 or "
-            "bfloat16 of 4 dimensions with channels and positions"
-        )
+def _check_images(op: str, name: str, t: Tensor) -> Check:
+    check = Check.of(op, name, t, 4)
+    if 0 in t.shape[1:]:
+        raise check.error(f"{name}: got shape {list(t.shape)}, expected channels and positions")
     if t.shape[2] * t.shape[3] > INT32_MAX // 4:
-        raise RuntimeError(f"{op}: {name}: got {list(t.shape)}, expected fewer than 2^29 positions")
+        raise check.error(f"{name}: got {list(t.shape)}, expected fewer than 2^29 positions")
+    return check
 
 
-def checked(
-    op: str, name: str, t: Tensor, shape: Sequence[int], like: Tensor,
-    format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:  # fmt: skip
-    """`t`, dense, after checking that it has this shape, and the dtype and device of `like`."""
-    if tuple(t.shape) != tuple(shape):
-        raise RuntimeError(f"{op}: {name}: got shape {list(t.shape)}, expected {list(shape)}")
-    if t.dtype != like.dtype or t.device != like.device:
-        raise RuntimeError(
-            f"{op}: {name}: got {t.dtype} on {t.device}, expected {like.dtype} on {like.device}"
-        )
-    return t.contiguous(memory_format=format)
-
-
-def _checked_mask(op: str, mask: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if tuple(mask.shape) != tuple(shape) or mask.dtype != torch.bool or mask.device != like.device:
-        raise RuntimeError(
-            f"{op}: mask: got {mask.dtype} of shape {list(mask.shape)} on {mask.device}, expected torch.bool "
-            f"of {list(shape)} on {like.device}"
-        )
-    return mask.view(torch.uint8)
-
-
-def _checked_temperature(op: str, learned: Tensor | None, like: Tensor) -> Tensor | None:
-    if learned is not None and (learned.numel() != 1 or learned.device != like.device):
-        raise RuntimeError(
-            f"{op}: temperature: got shape {list(learned.shape)} on {learned.device}, expected one number "
-            f"on {like.device}"
-        )
-    return learned
+def _checked_temperature(check: Check, learned: Tensor | None) -> Tensor | None:
+    if learned is not None and learned.numel() != 1:
+        raise check.error(f"temperature: got shape {list(learned.shape)}, expected one number")
+    return learned if learned is None else check("temperature", learned, learned.shape, learned.dtype)

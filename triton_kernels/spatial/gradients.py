@@ -14,12 +14,13 @@ from .additive import (
     attention_feature_gradient_kernel,
     attention_weight_gradient_kernel,
 )
+from .arguments import Incoming
 from .backward import (
     attention_add_partials_kernel,
     attention_backward_kernel,
     attention_map_gradient_kernel,
 )
-from .call import Attention, checked
+from .call import Attention
 
 WANTED_PROGRAMS = 512  # of the additive scores' weight gradient
 SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -51,17 +52,19 @@ class Gradients:
     def __init__(
         self, call: Attention, grad: Tensor | None, grad_map: Tensor | None, map: Tensor, needed: set[str]
     ) -> None:
-        op, like = call.op, call.like
+        check = call.check
         self.call, self.needed = call, needed
         self.tile = call.tile
         self.splits = call.splits(self.tile)
         self.programs = call.batch * self.splits
         if grad is not None:
-            grad = checked(op, "grad_attended", grad, call.output_size, like, call.output_format)
-        if grad_map is not None:
-            grad_map = checked(op, "grad_map", grad_map, call.map_size, like)
+            grad = check("grad_attended", grad, call.output_size).contiguous(memory_format=call.output_format)
         self.d_scores: Tensor | None = None
-        self.grad, self.grad_map, self.map = grad, grad_map, checked(op, "map", map, call.map_size, like)
+        self.incoming = Incoming(
+            attended=None if grad is None else call.attended(grad),
+            grad_map=check.dense("grad_map", grad_map, call.map_size),
+            map=check.dense("map", map, call.map_size),
+        )
 
     def run(self) -> dict[str, Tensor]:
         """Gradients by name."""
@@ -74,16 +77,15 @@ class Gradients:
     def _partials(self, name: str, *size: int) -> Tensor | None:
         return self.call.empty_wide(self.programs, *size) if name in self.needed else None
 
-    def _map_sums(self, strides: tuple[int, ...]) -> Tensor | None:
+    def _map_sums(self) -> Tensor | None:
         """Launch what makes d a and its sums, where a sample has many programs."""
-        call, tile = self.call, self.tile
+        call = self.call
         if self.splits == 1:
             return None
         stats = call.empty_wide(self.programs, call.maps, 2)
         attention_map_gradient_kernel[(self.programs,)](
-            call.features, call.mask, self.grad, self.grad_map, self.map, self.d_scores, stats, call.channels,
-            call.positions, *call.map_size[2:], self.splits, *strides,
-            OUTPUT=call.output, MAPS=call.maps, **tile.blocks("G", "C", "P"), **tile.options,
+            call.inputs(), self.incoming, self.d_scores, stats, call.numbers(self.splits),
+            **call.compiled_for(self.tile),
         )  # fmt: skip
         return stats
 
@@ -97,13 +99,10 @@ class Gradients:
         weights = self._partials("weight", call.maps, call.channels) if needed else None
         temperatures = self._partials("temperature")
         if self.programs:
-            strides = (*call.feature_strides, *call.output_strides, *call.mask_strides)
-            stats = self._map_sums(strides)
+            stats = self._map_sums()
             attention_backward_kernel[(self.programs,)](
-                call.features, call.weight, call.mask, call.learned, self.grad, self.grad_map, self.map,
-                self.d_scores, stats, d_f, d_term, weights, temperatures, call.bits, call.channels,
-                call.positions, *call.map_size[2:], self.splits, *strides,
-                OUTPUT=call.output, MAPS=call.maps, **tile.blocks("G", "C", "P"), **tile.options,
+                call.inputs(), self.incoming, self.d_scores, stats, None if d_f is None else call.images(d_f),
+                d_term, weights, temperatures, call.numbers(self.splits), **call.compiled_for(tile),
             )  # fmt: skip
         d_weight = added_up(weights, (call.maps, call.channels), call.like.dtype)
         d_t = None
@@ -148,10 +147,8 @@ class AdditiveGradients:
         call, tile = self.call, self.tile
         grid = (self.programs, triton.cdiv(call.rows, tile.rows))
         attention_energy_gradient_kernel[grid](
-            call.features, call.weight, call.term, call.v, call.mask, self.d_scores, d_energy, of_v, of_term,
-            call.channels, call.rows, call.positions, self.splits, *call.feature_strides, *call.mask_strides,
-            PRECISION=call.precision(exact=True), MAPS=call.maps, **tile.blocks("A", "C", "P"),
-            **tile.options,
+            call.inputs(), self.d_scores, d_energy, of_v, of_term, call.numbers(self.splits),
+            **call.compiled_for(tile),
         )  # fmt: skip
 
     def _features(self, d_energy: Tensor | None) -> Tensor:
@@ -160,10 +157,8 @@ class AdditiveGradients:
         grid = (self.programs, triton.cdiv(call.channels, tile.channels))
         if self.programs:
             attention_feature_gradient_kernel[grid](
-                call.weight, call.mask, self.scores.grad, self.scores.map, d_energy, found, call.channels,
-                call.rows, call.positions, self.splits, *call.feature_strides, *call.output_strides,
-                *call.mask_strides, OUTPUT=call.output, PRECISION=call.precision(exact=False), MAPS=call.maps,
-                **tile.blocks("A", "C", "P"), **tile.options,
+                call.inputs(), self.scores.incoming, d_energy, call.images(found),
+                call.numbers(self.splits), **call.compiled_for(tile, exact=False),
             )  # fmt: skip
         return found
 
@@ -178,8 +173,7 @@ class AdditiveGradients:
         grid = (programs, *blocks)
         if programs:
             attention_weight_gradient_kernel[grid](
-                call.features, call.mask, d_energy, partials, call.channels, call.rows, call.positions,
-                self.splits, self.programs, steps, *call.feature_strides, *call.mask_strides,
-                PRECISION=call.precision(exact=False), **tile.blocks("A", "C", "P"), **tile.options,
+                call.inputs(), d_energy, partials, self.programs, steps, call.numbers(self.splits),
+                **call.compiled_for(tile, exact=False),
             )  # fmt: skip
         return added_up(partials, (call.rows, call.channels), call.like.dtype)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..core.checks import device_guard
+from ..core.checks import device_guard, gradients_in_order
 from .additive import attention_additive_scores_kernel
+from .arguments import Parts
 from .call import Attention
 from .forward import attention_combine_kernel, attention_forward_kernel
 from .gradients import Gradients
@@ -25,38 +26,27 @@ def _additive_scores(call: Attention) -> Tensor:
     scores, tile = call.empty_wide(call.batch, call.maps, call.positions), call.product_tile
     splits = call.splits(tile)
     attention_additive_scores_kernel[(call.batch * splits,)](
-        call.features, call.weight, call.term, call.v, call.mask, scores, call.channels, call.rows,
-        call.positions, splits, *call.feature_strides, *call.mask_strides,
-        PRECISION=call.precision(exact=True), MAPS=call.maps, **tile.blocks("G", "A", "C", "P"),
-        **tile.options,
-    )  # fmt: skip
+        call.inputs(), scores, call.numbers(splits), **call.compiled_for(tile)
+    )
     return scores
 
 
 def _launch_forward(call: Attention, attended: Tensor, map: Tensor) -> None:
-    weight, term = call.weight, call.term
+    inputs, tile = call.inputs(), call.tile
     if call.v is not None:
-        weight, term = None, _additive_scores(call)
-    tile = call.tile
+        inputs = inputs._replace(weight=None, term=_additive_scores(call), v=None)
     splits = call.splits(tile)
-    weights = stats = sums = None
+    parts = None
     if splits > 1:
-        weights = call.empty_wide(call.batch, call.maps, call.positions)
-        stats = call.empty_wide(call.batch, splits, call.maps, 2)
-        sums = call.empty_wide(call.batch, splits, call.maps, max(call.channels, 2))
-    strides = (*call.feature_strides, *call.output_strides, *call.mask_strides)
-    blocks = tile.blocks("G", "C", "P")
-    attention_forward_kernel[(call.batch * splits,)](
-        call.features, weight, term, call.mask, call.learned, attended, map, weights, stats, sums, call.bits,
-        call.channels, call.positions, *call.map_size[2:], splits, *strides,
-        OUTPUT=call.output, MAPS=call.maps, **blocks, **tile.options,
-    )  # fmt: skip
-    if splits > 1:
-        attention_combine_kernel[(call.batch * splits,)](
-            call.features, call.mask, call.learned, attended, map, weights, stats, sums, call.bits,
-            call.channels, call.positions, splits, *strides,
-            OUTPUT=call.output, MAPS=call.maps, **blocks, **tile.options,
-        )  # fmt: skip
+        parts = Parts(
+            weights=call.empty_wide(call.batch, call.maps, call.positions),
+            stats=call.empty_wide(call.batch, splits, call.maps, 2),
+            sums=call.empty_wide(call.batch, splits, call.maps, max(call.channels, 2)),
+        )
+    grid, numbers, to = (call.batch * splits,), call.numbers(splits), call.attended(attended)
+    attention_forward_kernel[grid](inputs, to, map, parts, numbers, **call.compiled_for(tile))
+    if parts is not None:
+        attention_combine_kernel[grid](inputs, to, map, parts, numbers, **call.compiled_for(tile))
 
 
 def _forward(call: Attention) -> tuple[Tensor, Tensor]:
@@ -133,10 +123,6 @@ def spatial_attention_forward(
     )
 
 
-def _in_order(found: dict[str, Tensor], names: Sequence[str], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(found[name] if name in found else like.new_empty(0) for name in names)
-
-
 def _needed(names: Sequence[str], output_mask: Sequence[bool]) -> set[str]:
     return {name for name, on in zip(names, output_mask, strict=True) if on}
 
@@ -173,7 +159,7 @@ def spatial_softmax_backward(
     call = Attention.of_maps(op, map, mask, learned_temperature, temperature, coordinates)
     needed = _needed(names, output_mask)
     found = Gradients(call, grad_coordinates, grad_map, map, needed).run() if needed else {}
-    d_logits, d_temperature = _in_order(found, names, map)
+    d_logits, d_temperature = gradients_in_order(found, names, map)
     return d_logits.view(map.shape) if output_mask[0] else d_logits, d_temperature
 
 
@@ -219,4 +205,4 @@ def spatial_attention_backward(
     call = Attention.of(op, features, weight, hidden_term, v, mask, learned_temperature, temperature, output)
     needed = _needed(names, output_mask)
     found = Gradients(call, grad_attended, grad_map, map, needed).run() if needed else {}
-    return _in_order(found, names, features)
+    return gradients_in_order(found, names, features)

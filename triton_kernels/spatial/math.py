@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..core.activations import exp_nonpositive
 from ..core.storage import INTERPRETING, load
+from .arguments import Place
 
 
 @triton.jit
@@ -20,30 +21,28 @@ def _rounded_quotient(x, y):
 
 
 @triton.jit
-def tile_of(program, splits, positions, BLOCK_P: tl.constexpr):
-    """Sample (64 bits), positions [1, BLOCK_P] (64 bits) and which of them exist, of program `program`."""
-    n = program // splits
-    p = (program - n * splits) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    return n.to(tl.int64), p.to(tl.int64), p < positions
+def place_of(program, inputs, numbers, C: tl.constexpr):
+    """The tile of program `program`."""
+    n = program // numbers.splits
+    p = (program - n * numbers.splits) * C.BLOCK_P + tl.arange(0, C.BLOCK_P)[None, :]
+    n, p = n.to(tl.int64), p.to(tl.int64)
+    present = p < numbers.positions
+    shown = present
+    if inputs.mask is not None:
+        at = n * inputs.mask.sample + p * inputs.mask.position
+        shown = shown & (tl.load(inputs.mask.data + at, mask=present, other=0) != 0)
+    return Place(n, p, present, shown)
 
 
 @triton.jit
-def visible(mask, n, p, present, mask_n, mask_p):
-    """Which of the positions take part."""
-    if mask is not None:
-        present = present & (tl.load(mask + n * mask_n + p * mask_p, mask=present, other=0) != 0)
-    return present
-
-
-@triton.jit
-def temperature_of(learned, bits, accumulator: tl.constexpr):
-    """T, at least the smallest normal number; NaN unless positive. `bits`: those of a double."""
-    if learned is not None:
-        t = tl.load(learned).to(accumulator)
+def temperature_of(inputs, numbers, accumulator: tl.constexpr):
+    """T, at least the smallest normal number; NaN unless positive."""
+    if inputs.learned is not None:
+        t = tl.load(inputs.learned).to(accumulator)
         tiny: tl.constexpr = 2.2250738585072014e-308 if accumulator == tl.float64 else 1.1754943508222875e-38
         t = tl.where(t > 0, tl.where(t < tiny, tiny, t), float("nan"))
     else:
-        t = bits.to(tl.float64, bitcast=True).to(accumulator)
+        t = numbers.bits.to(tl.float64, bitcast=True).to(accumulator)
     return t
 
 
@@ -94,17 +93,17 @@ def multiplied(x, y, sum, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def combined(stats, n, splits, g, t, MAPS: tl.constexpr, BLOCK_G: tl.constexpr):
+def combined(stats, n, splits, g, t, C: tl.constexpr):
     """Largest score and sum of weights of each map [BLOCK_G, 1], from its splits in order."""
-    first = stats + (n * splits * MAPS + g) * 2
-    mask = g < MAPS
+    first = stats + (n * splits * C.MAPS + g) * 2
+    mask = g < C.MAPS
     accumulator: tl.constexpr = stats.dtype.element_ty
-    largest = tl.full((BLOCK_G, 1), float("-inf"), accumulator)
+    largest = tl.full((C.BLOCK_G, 1), float("-inf"), accumulator)
     for j in range(splits):
-        theirs = tl.load(first + j * MAPS * 2, mask=mask, other=float("-inf"))
+        theirs = tl.load(first + j * C.MAPS * 2, mask=mask, other=float("-inf"))
         largest = tl.where(theirs > largest, theirs, largest)
-    total = tl.zeros((BLOCK_G, 1), accumulator)
+    total = tl.zeros((C.BLOCK_G, 1), accumulator)
     for j in range(splits):
-        factor = weight_of(tl.load(first + j * MAPS * 2, mask=mask, other=0.0) - or_zero(largest), t)
-        total += load(first + j * MAPS * 2 + 1, 0, mask) * factor
+        factor = weight_of(tl.load(first + j * C.MAPS * 2, mask=mask, other=0.0) - or_zero(largest), t)
+        total += load(first + j * C.MAPS * 2 + 1, 0, mask) * factor
     return largest, total
