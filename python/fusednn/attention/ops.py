@@ -150,8 +150,8 @@ def _never_ours(call: Any) -> Reasons:
 
 
 _OURS = cpu(dtypes=(torch.float32,), limits=_other_tensors, slower=_few_rows)
-# Where attention is asked for on a device by name, the products around it are torch's.
-_ON_DEVICES = ("cuda", "triton")
+# Whichever backend attention is asked for on, the products around it that ours can't make are torch's.
+_ANYWHERE = ("cpu", "cuda", "triton")
 
 projection_backward = Op(
     "projection_backward(Tensor grad, Tensor input, Tensor weight, bool[3] output_mask) "
@@ -165,7 +165,7 @@ projection_backward = Op(
     ),
     backends=(
         _OURS,
-        torchs(lambda call: reference.projection_backward(*call), stands_for=_ON_DEVICES),
+        torchs(lambda call: reference.projection_backward(*call), stands_for=_ANYWHERE),
     ),
 )
 projection_forward = Op(
@@ -178,7 +178,7 @@ projection_forward = Op(
         torchs(
             lambda call: reference.projection_forward(*call),
             returns=("output",),
-            stands_for=_ON_DEVICES,
+            stands_for=_ANYWHERE,
             traced=_never_ours,
         ),
     ),

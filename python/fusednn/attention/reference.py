@@ -106,8 +106,8 @@ def attention_backward(
     """
     differentiated: Any = (query, key, value, mask, key_mask, extra_key, extra_value)
     one = _Attention(
-        query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, dropout_seed, scale, (window_left, window_right, position_offset),
-        softcap, dropout_p,
+        query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, dropout_seed, scale,
+        (window_left, window_right, position_offset), softcap, dropout_p,
     )  # fmt: skip
     with torch.no_grad():  # a formula, since in a compiled graph autograd does not record
         given = (None if g is None else g.to(one.wide) for g in (grad_output, grad_lse, grad_weights))

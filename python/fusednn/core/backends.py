@@ -38,7 +38,7 @@ class Backend:
         returns: of ``"torch"``, the results that torch's op gives; `run` returns None for others. Where the
             caller wants no more, it serves in place of ours, with its own gradients. By default all, and
             calls that autograd records are ours.
-        stands_for: of ``"torch"``, backends that have no kernel of this op and leave it to torch's.
+        stands_for: backends that leave to it, where they are asked for by name, what they can't serve.
         traced: of ``"torch"``, why its op, not ours, is traced into a graph, which does not see which
             backend will be asked for where it runs.
     """

@@ -8,7 +8,7 @@ fallback, an error, and :func:`explain`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ class Implementation:
     ``unsupported`` returns why it can't serve a call; ``unprofitable`` why ``auto`` should leave the call to
     another one, a matter of measurement that a backend asked for by name ignores; ``faster`` why ``auto``
     prefers it to those behind it. ``plan`` returns how it would go about a call that it serves, values by
-    name, for :func:`explain`. Where a backend of ``stands_for`` is asked for by name, it serves.
+    name, for :func:`explain`. It serves where a backend of ``stands_for`` is asked for by name and can't.
     """
 
     backend: str
@@ -111,7 +111,7 @@ class Operation:
         self.name = name
         self.implementations = tuple(implementations)
         self._rows = {i.backend: i for i in self.implementations}
-        self._named = {name: i for i in self.implementations for name in i.stands_for} | self._rows
+        self._stand_ins = {name: i for i in self.implementations for name in i.stands_for}
         self._said: set[tuple[str, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -133,10 +133,10 @@ class Operation:
         """
         requested = settings.backend()
         if requested != "auto":
-            reasons = self._reasons_against(self._named, requested, args)
-            if reasons:
-                raise RuntimeError(_refusal(self.name, requested, reasons))
-            return self._named[requested]
+            named = self._chosen(requested, args)
+            if named is None:
+                raise RuntimeError(_refusal(self.name, requested, self._reasons_against(requested, args)))
+            return named
         chosen, passed_over, by_choice = self._first(args)
         if chosen is None:
             raise RuntimeError(_refusal(self.name, requested, passed_over))
@@ -157,7 +157,7 @@ class Operation:
         for backend in settings.BACKENDS[1:] if requested != "auto" else self._auto_order():
             if chosen is not None and backend == chosen.backend:
                 continue
-            reasons = self._reasons_against(self._rows, backend, args)
+            reasons = self._reasons_against(backend, args)
             if requested != "auto":
                 reasons = reasons or [f"{requested} was asked for"]
             elif not reasons:
@@ -171,7 +171,8 @@ class Operation:
     def _chosen(self, requested: str, args: tuple[Any, ...]) -> Implementation | None:
         if requested == "auto":
             return self._first(args)[0]
-        return None if self._reasons_against(self._named, requested, args) else self._named[requested]
+        rows = (self._rows.get(requested), self._stand_ins.get(requested))
+        return next((row for row in rows if row is not None and not row.unsupported(*args)), None)
 
     def _first(self, args: tuple[Any, ...]) -> tuple[Implementation | None, list[str], bool]:
         """The row that `auto` takes, what it passes over, and whether some of that by choice.
@@ -194,12 +195,10 @@ class Operation:
         own = [i.backend for i in self.implementations]
         return own + [b for b in settings.BACKENDS[1:] if b not in own]
 
-    def _reasons_against(
-        self, rows: Mapping[str, Implementation], backend: str, args: tuple[Any, ...]
-    ) -> Reasons:
-        if backend not in rows:
+    def _reasons_against(self, backend: str, args: tuple[Any, ...]) -> Reasons:
+        if backend not in self._rows:
             return [f"{self.name} has no {backend} implementation"]
-        return rows[backend].unsupported(*args)
+        return self._rows[backend].unsupported(*args)
 
     def _say_once(self, passed_over: list[str]) -> None:
         key = tuple(passed_over)
