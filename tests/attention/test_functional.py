@@ -237,7 +237,7 @@ def test_explain_tells_the_backend(place):
     (told,) = fusednn.explain(scaled_dot_product_attention, q, k, v, return_weights="mean")
     assert told.operation == "attention_forward"
     assert told.backend == told.requested == place.backend
-    others = {"cpu", "cuda", "triton", "reference"} - {place.backend}
+    others = {"cpu", "cuda", "triton", "torch", "reference"} - {place.backend}
     assert set(told.passed_over) == others
     assert all(told.passed_over[name] for name in others)
     assert f"attention_forward: {place.backend}" in str(told)

@@ -106,7 +106,7 @@ def test_wrong_calls_harm_nothing(native):
 
 def test_few_rows_are_torchs():
     said = fusednn.explain(project, torch.randn(3, 8), torch.randn(4, 8), None)
-    assert said[0].backend == "reference"
+    assert said[0].backend == "torch"
     assert "3 rows" in said[0].passed_over["cpu"][0]
 
 

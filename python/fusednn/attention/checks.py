@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a tensor, or None where it may be."""
-    if not isinstance(value, Tensor) and not (optional and value is None):
-        expected = "a Tensor or None" if optional else "a Tensor"
-        raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
+from ..core.checks import check_tensor
 
 
 def check_same_kind(name: str, query: Tensor, **others: Tensor | None) -> None:
@@ -111,7 +106,12 @@ def slopes_of(name: str, slopes: Tensor | None, heads: int, device: torch.device
     return slopes.to(torch.float32)
 
 
-def _mask_kind(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
+def mask_kind(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
+    """Return a mask as bool or of the query's dtype.
+
+    Raises:
+        RuntimeError: its dtype or device does not fit.
+    """
     if mask.device != query.device:
         raise RuntimeError(
             f"{name}: expected all tensors on one device: "
@@ -125,6 +125,16 @@ def _mask_kind(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
+def kept_of(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
+    """Return a mask of torch.nn (True: ignored) as the ops take it (True: takes part).
+
+    Raises:
+        RuntimeError: its dtype or device does not fit.
+    """
+    mask = mask_kind(name, argument, mask, query)
+    return ~mask if mask.dtype == torch.bool else mask
+
+
 def mask_of(name: str, mask: Tensor | None, query: Tensor, scores: Sequence[Any]) -> Tensor | None:
     """Return a mask that broadcasts to ``scores`` [..., H, L, S] as 4-D, without copying what is broadcast.
 
@@ -134,7 +144,7 @@ def mask_of(name: str, mask: Tensor | None, query: Tensor, scores: Sequence[Any]
     check_tensor(name, "attn_mask", mask, optional=True)
     if mask is None:
         return None
-    mask = _mask_kind(name, "attn_mask", mask, query)
+    mask = mask_kind(name, "attn_mask", mask, query)
     fits = mask.dim() <= len(scores) and all(
         m in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores))
     )
@@ -162,8 +172,7 @@ def key_mask_of(name: str, padding: Tensor | None, query: Tensor, batch: Any, co
         raise RuntimeError(
             f"{name}: key_padding_mask has shape {list(padding.shape)}, expected [{batch}, {columns}]"
         )
-    padding = _mask_kind(name, "key_padding_mask", padding, query)
-    return ~padding if padding.dtype == torch.bool else padding
+    return kept_of(name, "key_padding_mask", padding, query)
 
 
 def check_extra(name: str, key: Tensor, value: Tensor, extra_key: Any, extra_value: Any) -> None:

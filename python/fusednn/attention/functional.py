@@ -7,17 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import settings
-from ..core.dispatch import record_choice
-from ..core.transforms import autocast_enabled, needs_torchs_ops
-from . import (
-    checks,
-    ops,  # noqa: F401  registers torch.ops.fusednn.*
-    reference,
-)
+from ..core.checks import check_tensor
+from ..core.transforms import autocast
+from . import checks, ops
 
 Window = int | Sequence[int | None] | None
 
@@ -89,107 +83,48 @@ def scaled_dot_product_attention(
         TypeError: an argument is of another type.
         ValueError: a number or name is out of range.
     """
-    if _is_step_of_decoding(query, key, value) and is_causal is False:
-        others = (
-            attn_mask,
-            key_padding_mask,
-            return_weights,
-            window,
-            softcap,
-            alibi_slopes,
-            extra_key,
-            extra_value,
-        )
-        if all(other is None for other in others) and not (dropout_p or return_lse or position_offset):
-            reason = f"got {query.shape[2]} query rows; torch's attention is faster below {FEW_ROWS}"
-            record_choice("attention_forward", "torch", {"cpu": (reason,)})
-            return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=enable_gqa)
-    return attend(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        key_padding_mask=key_padding_mask,
-        return_lse=return_lse,
-        return_weights=return_weights,
-        window=window,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        extra_key=extra_key,
-        extra_value=extra_value,
-        position_offset=position_offset,
-    )
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    key_padding_mask: Tensor | None = None,
-    return_lse: bool = False,
-    return_weights: str | None = None,
-    window: Window = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    extra_key: Tensor | None = None,
-    extra_value: Tensor | None = None,
-    position_offset: int = 0,
-) -> Any:
-    """:func:`scaled_dot_product_attention` for layers: the same bits in training and inference."""
     name = "scaled_dot_product_attention"
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_tensor(name, argument, tensor)
-    optional = {
-        "attn_mask": attn_mask,
-        "key_padding_mask": key_padding_mask,
-        "extra_key": extra_key,
-        "extra_value": extra_value,
-    }
-    for argument, given in optional.items():
-        checks.check_tensor(name, argument, given, optional=True)
-    if autocast_enabled(query.device):
-        query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = _lowered(
-            query, key, value, attn_mask, key_padding_mask, extra_key, extra_value
-        )
+        check_tensor(name, argument, tensor)
+    optional = (
+        ("attn_mask", attn_mask),
+        ("key_padding_mask", key_padding_mask),
+        ("extra_key", extra_key),
+        ("extra_value", extra_value),
+    )
+    for argument, given in optional:
+        check_tensor(name, argument, given, optional=True)
+    query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = autocast(
+        query, key, value, attn_mask, key_padding_mask, extra_key, extra_value
+    )
     checks.check_same_kind(name, query, key=key, value=value, extra_key=extra_key, extra_value=extra_value)
-    checks.check_dropout(name, dropout_p)
     if return_weights not in (None, "mean", "heads"):
         raise ValueError(f"{name}: return_weights: got {return_weights!r}, expected None, 'mean' or 'heads'")
     lead = _check_shapes(name, query, key, value, enable_gqa)
-    window_sides = checks.window_of(name, window, is_causal)
-    cap = checks.softcap_of(name, softcap)
     q, k, v = (_four_dimensional(t, lead) for t in (query, key, value))
-    mask = checks.mask_of(name, attn_mask, query, (*lead, q.shape[1], q.shape[2], k.shape[2]))
-    key_mask = checks.key_mask_of(name, key_padding_mask, query, q.shape[0], k.shape[2])
     checks.check_extra(name, k, v, extra_key, extra_value)
-    slopes = checks.slopes_of(name, alibi_slopes, q.shape[1], query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(max(q.shape[3], 1))
-
-    plain = mask is None and key_mask is None and extra_key is None and slopes is None
-    plain = plain and not (return_lse or return_weights or cap or position_offset or dropout_p)
-    if plain and window is None and _torch_serves(query):
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    output, lse, weights = _attend(
-        q, k, v, mask, key_mask, extra_key, extra_value, slopes, None, None, _seed(dropout_p, query.device),
-        0, 0, scale, *window_sides, position_offset, cap, float(dropout_p), return_weights or "none",
-    )  # fmt: skip
-    found = {"output": output, "lse": lse, "weights": weights}
     wanted = {"output": True, "lse": return_lse, "weights": return_weights is not None}
+    found = attend(
+        name,
+        q,
+        k,
+        v,
+        checks.mask_of(name, attn_mask, query, (*lead, q.shape[1], q.shape[2], k.shape[2])),
+        checks.key_mask_of(name, key_padding_mask, query, q.shape[0], k.shape[2]),
+        extra_key,
+        extra_value,
+        checks.slopes_of(name, alibi_slopes, q.shape[1], query.device),
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        position_offset=position_offset,
+        weights=return_weights or "none",
+        wanted=[part for part in wanted if wanted[part]],
+    )
     results = []
-    for part, tensor in found.items():
+    for part, tensor in zip(wanted, found, strict=True):
         if not wanted[part]:
             continue
         if query.dim() < 4:
@@ -200,6 +135,44 @@ def attend(
             tensor = tensor.reshape(*lead, *tensor.shape[1:])
         results.append(tensor)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def attend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    *,
+    bounds: tuple[Tensor | None, Tensor | None] = (None, None),
+    longest: tuple[int, int] = (0, 0),
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    position_offset: int = 0,
+    weights: str = "none",
+    wanted: Sequence[str] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the op on tensors that were checked, in its form; numbers are looked at in the name of the caller.
+
+    `bounds` and `longest` are of packed queries and keys. What is not `wanted` of output, lse and weights (by
+    default all is) may be None.
+    """
+    checks.check_dropout(name, dropout_p)
+    sides, cap = checks.window_of(name, window, is_causal), checks.softcap_of(name, softcap)
+    if scale is None:
+        scale = 1 / math.sqrt(max(query.shape[3], 1))
+    return ops.attention_forward(
+        query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, *bounds,
+        _seed(dropout_p, query.device), *longest, scale, *sides, position_offset, cap, float(dropout_p),
+        weights, wanted=wanted,
+    )  # fmt: skip
 
 
 def varlen_attention(
@@ -249,15 +222,13 @@ def varlen_attention(
     """
     name = "varlen_attention"
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_tensor(name, argument, tensor)
+        check_tensor(name, argument, tensor)
         if tensor.dim() != 3:
             raise RuntimeError(
                 f"{name}: Expected {argument} to be 3D [rows, heads, size], but got size {list(tensor.shape)}"
             )
-    if autocast_enabled(query.device):
-        query, key, value = _lowered(query, key, value)
+    query, key, value = autocast(query, key, value)
     checks.check_same_kind(name, query, key=key, value=value)
-    checks.check_dropout(name, dropout_p)
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     _check_shapes(name, q, k, v, grouped=True)
     bounds_q = checks.cu_seqlens_of(name, "cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)
@@ -267,36 +238,24 @@ def varlen_attention(
             f"{name}: cu_seqlens_k has shape {list(bounds_k.shape)}, "
             f"expected {list(bounds_q.shape)} as cu_seqlens_q"
         )
-    slopes = checks.slopes_of(name, alibi_slopes, q.shape[1], query.device)
-    if scale is None:
-        scale = 1 / math.sqrt(max(q.shape[3], 1))
-    output, lse, _ = _attend(
-        q, k, v, None, None, None, None, slopes, bounds_q, bounds_k, _seed(dropout_p, query.device),
-        _longest(name, "max_seqlen_q", bounds_q, max_seqlen_q),
-        _longest(name, "max_seqlen_k", bounds_k, max_seqlen_k), scale,
-        *checks.window_of(name, window, is_causal), 0, checks.softcap_of(name, softcap), float(dropout_p),
-        "none",
-    )  # fmt: skip
+    longest_q = _longest(name, "max_seqlen_q", bounds_q, max_seqlen_q)
+    longest_k = _longest(name, "max_seqlen_k", bounds_k, max_seqlen_k)
+    output, lse, _ = attend(
+        name,
+        q,
+        k,
+        v,
+        alibi_slopes=checks.slopes_of(name, alibi_slopes, q.shape[1], query.device),
+        bounds=(bounds_q, bounds_k),
+        longest=(longest_q, longest_k),
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
     found = output[0].transpose(0, 1)
     return (found, lse[0]) if return_lse else found
-
-
-def _attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Call the op, or the reference where only torch's own ops will do."""
-    if needs_torchs_ops(*arguments[:8]):
-        return reference.attention_forward(*arguments)
-    return torch.ops.fusednn.attention_forward(*arguments)
-
-
-def _lowered(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast floating tensors to autocast's dtype."""
-    first = tensors[0]
-    assert first is not None
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t if t is None or not t.dtype.is_floating_point or t.dtype == torch.float64 else t.to(dtype)
-        for t in tensors
-    )
 
 
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Any, ...]:
@@ -352,41 +311,3 @@ def _longest(name: str, argument: str, bounds: Tensor, given: int | None) -> int
     if given is not None and given < longest:
         raise RuntimeError(f"{name}: {argument}: got {given}, but the longest sequence has {longest} rows")
     return longest if given is None else given
-
-
-FEW_ROWS = 8
-"""Of queries, below which torch's CPU kernel is faster: ours packs all keys and values first (018)."""
-
-
-def _is_step_of_decoding(query: Any, key: Any, value: Any) -> bool:
-    """Whether `auto` leaves few rows, in float32 and in inference, to torch's kernel if asked for no more.
-
-    Anything unusual, and anything wrong, is left to the general way.
-    """
-    tensors = (query, key, value)
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(t) is Tensor and t.dim() == 4 and t.dtype == torch.float32 for t in tensors)
-        and all(t.device.type == "cpu" for t in tensors)
-        and query.shape[2] < FEW_ROWS
-        and key.shape[2] > 0
-        and query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and query.shape[3] == key.shape[3]
-        and key.shape[2] == value.shape[2]
-        and settings.backend() == "auto"
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not autocast_enabled(query.device)
-        and not needs_torchs_ops(*tensors)
-    )
-
-
-def _torch_serves(query: Tensor) -> bool:
-    """Whether `auto` leaves a plain call to torch: on devices, where ours have not been measured yet.
-
-    Not in a traced graph, which does not see which backend will be asked for where it runs.
-    """
-    if query.device.type != "cuda" or torch.compiler.is_compiling() or settings.backend() != "auto":
-        return False
-    reason = "torch's attention serves plain calls: ours is not measured yet"
-    record_choice("attention_forward", "torch", {"triton": (reason,)})
-    return True

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.transforms import autocast
+from . import checks
+
 NAME = "MultiheadAttention"
 
 
@@ -142,6 +145,23 @@ def _check_attn_mask(mask: Tensor, heads: int, length: int, keys: int, batched: 
     if mask.shape != expected:
         error = RuntimeError if batched or mask.dim() == 2 else AssertionError
         raise error(f"{NAME}: attn_mask has shape {list(mask.shape)}, expected {list(expected)}")
+
+
+def masks_of(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return masks of checked shapes as the op takes them for the heads `q` [B, H, L, D].
+
+    Raises:
+        RuntimeError: a dtype or device does not fit.
+    """
+    _, mask, key_mask = autocast(q, attn_mask, key_padding_mask)
+    if mask is not None:
+        mask = checks.kept_of(NAME, "attn_mask", mask, q)
+        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (q.shape[0], q.shape[1]))
+    if key_mask is not None:
+        key_mask = checks.kept_of(NAME, "key_padding_mask", key_mask, q)
+    return mask, key_mask
 
 
 def check_nested(layer: Layer, inputs: tuple[Tensor, ...], masked: bool, is_causal: bool) -> None:

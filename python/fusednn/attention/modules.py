@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.tensors import accumulation_dtype
 from ..core.transforms import autocast_enabled
 from . import functional, mha_checks, nested, shortcut
 from .mha_checks import Layer
@@ -180,22 +181,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: a hint that `attn_mask` is causal; where there is no other mask and no weights are
                 needed, the mask is not read then.
         """
+        kind = ("mean" if average_attn_weights else "heads") if need_weights else "none"
         if attn_mask is None and not is_causal and shortcut.applies(query, key, value):
-            kind = ("mean" if average_attn_weights else "heads") if need_weights else "none"
             found = shortcut.attend(self, query, key_padding_mask, kind)
             if found is not None:
                 return found
-        return _attend(
-            self._layer(),
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
-            is_causal,
-            need_weights,
-            average_attn_weights,
-        )
+        return _attend(self._layer(), query, key, value, key_padding_mask, attn_mask, is_causal, kind)
 
     def _layer(self) -> Layer:
         packed = self.in_proj_weight
@@ -234,11 +225,9 @@ def _attend(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
-    need_weights: bool,
-    average: bool,
+    kind: str,
 ) -> tuple[Tensor, Tensor | None]:
     """What ``MultiheadAttention`` does; one node for torch.fx, which can't follow the checks."""
-    kind = ("mean" if average else "heads") if need_weights else None
     if query.is_nested or key.is_nested or value.is_nested:
         masked = key_padding_mask is not None or attn_mask is not None
         mha_checks.check_nested(layer, (query, key, value), masked, is_causal)
@@ -252,9 +241,8 @@ def _attend(
     batch_first = layer.batch_first or not batched
     # [B, H, L, D], [B, G, S, D]: views, with the strides of the products
     q, k, v = (t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in (q, k, v))
-    causal = is_causal and key_padding_mask is None and not need_weights
-    mask = None if causal or attn_mask is None else _kept(attn_mask, q)
-    output, weights = _fused(layer, q, k, v, mask, key_padding_mask, causal, kind)
+    causal = is_causal and key_padding_mask is None and kind == "none"
+    output, weights = _fused(layer, q, k, v, None if causal else attn_mask, key_padding_mask, causal, kind)
     # Its memory is [B, L, H, D]. A linear map of rows that are not contiguous would copy them too, and add
     # its bias in another pass.
     output = output.transpose(1, 2) if batch_first else output.permute(2, 0, 1, 3).contiguous()
@@ -265,54 +253,55 @@ def _attend(
     return output, weights
 
 
-def _kept(attn_mask: Tensor, q: Tensor) -> Tensor:
-    """Return torch.nn's mask as scaled_dot_product_attention's: True takes part, [L, S] or [B, H, L, S]."""
-    mask = attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask
-    return mask if mask.dim() == 2 else mask.unflatten(0, (q.shape[0], q.shape[1]))
-
-
 def _fused(
     layer: Layer,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     causal: bool,
-    kind: str | None,
+    kind: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Return attention's output [B, H, L, D] and weights for heads [B, H, L, D]."""
     if layer.rotary_base:
         length = max(q.shape[2], k.shape[2])
         cos, sin = rotary_tables(q, length, layer.rotary_base)
         q, k = (rotate(t, cos[: t.shape[2]], sin[: t.shape[2]]) for t in (q, k))
-    extra_key, extra_value = extra_columns(layer, k)
-    result = functional.attend(
+    mask, key_mask = mha_checks.masks_of(attn_mask, key_padding_mask, q)
+    # On the CPU torch's own op serves inference alone: a layer keeps the bits of its training.
+    wanted = ("output",) if kind == "none" and q.device.type == "cuda" else ()
+    output, _, weights = functional.attend(
+        mha_checks.NAME,
         q,
         k,
         v,
         mask,
-        layer.dropout_p,
-        causal,
-        enable_gqa=layer.num_kv_heads != layer.num_heads,
-        key_padding_mask=key_padding_mask,
-        return_weights=kind,
-        window=layer.window,
-        softcap=layer.softcap,
-        alibi_slopes=alibi_slopes(layer.num_heads, q.device) if layer.alibi else None,
-        extra_key=extra_key,
-        extra_value=extra_value,
+        key_mask,
+        *extra_columns(layer, k),
+        weights=kind,
+        wanted=wanted,
+        is_causal=causal,
+        **_numbers(layer, q),
     )
-    if kind is None:
-        return result, None
-    output, weights = result
+    if kind == "none":
+        return output, None
     if weights.device.type != "cpu" and autocast_enabled(weights.device):
         weights = weights.float()  # as torch's softmax there
     return output, weights
 
 
+def _numbers(layer: Layer, q: Tensor) -> dict[str, Any]:
+    return {
+        "dropout_p": layer.dropout_p,
+        "window": layer.window,
+        "softcap": layer.softcap,
+        "alibi_slopes": alibi_slopes(layer.num_heads, q.device) if layer.alibi else None,
+    }
+
+
 def _attend_nested(
-    layer: Layer, query: Tensor, key: Tensor, value: Tensor, kind: str | None
+    layer: Layer, query: Tensor, key: Tensor, value: Tensor, kind: str
 ) -> tuple[Tensor, Tensor | None]:
     """Attend within each sequence of nested tensors."""
     queries = nested.pack(query, "query")
@@ -321,28 +310,32 @@ def _attend_nested(
     nested.check_same_sequences(keys, values)
     mha_checks.check_features(layer, queries.values, keys.values, values.values)
     q, k, v = project_in(layer, queries.values, keys.values, values.values)  # [T, H, D]
-    if kind is not None:
-        output, weights = _attend_padded(layer, (queries, keys), (q, k, v), kind)
+    if kind == "none":
+        output, weights = _attend_packed(layer, (queries, keys), (q, k, v)), None
     else:
-        if layer.rotary_base:
-            q, k = (_rotate_packed(t, p, layer.rotary_base) for t, p in ((q, queries), (k, keys)))
-        lengths = (queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen)
-        output = functional.varlen_attention(
-            q,
-            k,
-            v,
-            *lengths,
-            dropout_p=layer.dropout_p,
-            window=layer.window,
-            softcap=layer.softcap,
-            alibi_slopes=alibi_slopes(layer.num_heads, q.device) if layer.alibi else None,
-        )
-        weights = None
+        output, weights = _attend_padded(layer, (queries, keys), (q, k, v), kind)
     return nested.unpack(project(output.flatten(1), *layer.out_proj), query), weights
 
 
+def _attend_packed(
+    layer: Layer, packed: tuple[nested.Packed, nested.Packed], heads: tuple[Tensor, ...]
+) -> Tensor:
+    queries, keys = packed
+    q, k, v = heads
+    if layer.rotary_base:
+        q, k = (_rotate_packed(t, p, layer.rotary_base) for t, p in ((q, queries), (k, keys)))
+    output, _, _ = functional.attend(
+        mha_checks.NAME,
+        *(t.transpose(0, 1)[None] for t in (q, k, v)),
+        bounds=(queries.cu_seqlens, keys.cu_seqlens),
+        longest=(queries.max_seqlen, keys.max_seqlen),
+        **_numbers(layer, q),
+    )
+    return output[0].transpose(0, 1)
+
+
 def _rotate_packed(x: Tensor, packed: nested.Packed, base: float) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     cos, sin = tables_at(packed.positions(), x.shape[-1] // 2, base, wide)
     return rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..core import native, settings
-from ..core.transforms import autocast_enabled, needs_torchs_ops
-from . import projection_ops  # noqa: F401  registers torch.ops.fusednn.projection_*
+from ..core.transforms import autocast_enabled
+from . import ops
 from .mha_checks import Layer
 
 
@@ -17,20 +16,10 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     In float32 on the CPU it is an op of ours, which is faster there; elsewhere torch's.
     """
-    tensors = (input, weight, bias)
-    ours = (
-        input.device.type == "cpu"
-        and (torch.compiler.is_compiling() or settings.backend() in ("auto", "cpu"))
-        and native.extension is not None
-        and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-        and not autocast_enabled(input.device)
-        and not needs_torchs_ops(*tensors)
-    )
-    if not ours:
-        return linear(input, weight, bias)
-    rows = input.reshape(-1, input.shape[-1])
-    found = torch.ops.fusednn.projection_forward(rows, weight, bias)
-    return found.view(*input.shape[:-1], weight.shape[0])
+    if autocast_enabled(input.device):
+        return linear(input, weight, bias)  # which casts a weight once
+    rows = ops.projection_forward(input.reshape(-1, input.shape[-1]), weight, bias)
+    return rows.view(*input.shape[:-1], weight.shape[0])
 
 
 def project_in(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

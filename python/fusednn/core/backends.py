@@ -10,20 +10,12 @@ from typing import Any
 import torch
 
 from . import native
-from .dispatch import Implementation, Reasons
+from .dispatch import Implementation, Reasons, no_plan, no_reasons
 from .tensors import FLOATS
-
-
-def _no_reasons(_call: Any) -> Reasons:
-    return []
 
 
 def _unchanged(call: Any) -> Any:
     return call
-
-
-def _no_plan(_call: Any) -> dict[str, Any]:
-    return {}
 
 
 @dataclass(frozen=True)
@@ -41,18 +33,28 @@ class Backend:
         slower: why ``auto`` should leave the call to another backend: a measurement.
         plan: how the kernel would go about a call, values by name, for ``explain``.
         dtypes: those that the kernel takes.
-        returns: of ``"torch"``, the results that torch's op gives, if not all.
+        faster: why ``auto`` should prefer it to those behind it: a measurement. Where this is given, ``auto``
+            leaves a call for which it finds no reason to the others.
+        returns: of ``"torch"``, the results that torch's op gives; `run` returns None for others. Where the
+            caller wants no more, it serves in place of ours, with its own gradients. By default all, and
+            calls that autograd records are ours.
+        stands_for: backends that leave to it, where they are asked for by name, what they can't serve.
+        traced: of ``"torch"``, why its op, not ours, is traced into a graph, which does not see which
+            backend will be asked for where it runs.
     """
 
     name: str
     run: Callable[[Any, Any], Any] | None = None
     kernel: str | None = None
     arguments: Callable[[Any], Any] = _unchanged
-    limits: Callable[[Any], Reasons] = _no_reasons
-    slower: Callable[[Any], Reasons] = _no_reasons
-    plan: Callable[[Any], dict[str, Any]] = _no_plan
+    limits: Callable[[Any], Reasons] = no_reasons
+    slower: Callable[[Any], Reasons] = no_reasons
+    plan: Callable[[Any], dict[str, Any]] = no_plan
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    faster: Callable[[Any], Reasons] | None = None
     returns: tuple[str, ...] = ()
+    stands_for: tuple[str, ...] = ()
+    traced: Callable[[Any], Reasons] = no_reasons
 
 
 def cpu(**options: Any) -> Backend:
@@ -93,7 +95,12 @@ def implementation(backend: Backend, name: str, family: str, like: str) -> Imple
             or backend.limits(call)
         )
 
-    return Implementation(backend.name, run, unsupported, backend.slower, backend.plan)
+    def not_faster(call: Any) -> Reasons:
+        return [] if faster(call) else ["it was not measured to be faster for such a call"]
+
+    faster = backend.faster or no_reasons
+    slower = backend.slower if backend.faster is None else not_faster
+    return Implementation(backend.name, run, unsupported, slower, backend.plan, faster, backend.stands_for)
 
 
 def _against_dtype(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> Reasons:

@@ -35,8 +35,9 @@ class Implementation:
     """One backend's version of an operation.
 
     ``unsupported`` returns why it can't serve a call; ``unprofitable`` why ``auto`` should leave the call to
-    another one, a matter of measurement that a backend asked for by name ignores. ``plan`` returns how it
-    would go about a call that it serves, values by name, for :func:`explain`.
+    another one, a matter of measurement that a backend asked for by name ignores; ``faster`` why ``auto``
+    prefers it to those behind it. ``plan`` returns how it would go about a call that it serves, values by
+    name, for :func:`explain`. It serves where a backend of ``stands_for`` is asked for by name and can't.
     """
 
     backend: str
@@ -44,6 +45,8 @@ class Implementation:
     unsupported: Callable[..., Reasons] = no_reasons
     unprofitable: Callable[..., Reasons] = no_reasons
     plan: Callable[..., dict[str, Any]] = no_plan
+    faster: Callable[..., Reasons] = no_reasons
+    stands_for: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Operation:
     def __init__(self, name: str, implementations: Sequence[Implementation]) -> None:
         self.name = name
         self.implementations = tuple(implementations)
-        self._by_backend = {i.backend: i for i in self.implementations}
+        self._rows = {i.backend: i for i in self.implementations}
+        self._stand_ins = {name: i for i in self.implementations for name in i.stands_for}
         self._said: set[tuple[str, ...]] = set()
 
     def __call__(self, *args: Any) -> Any:
@@ -129,57 +133,72 @@ class Operation:
         """
         requested = settings.backend()
         if requested != "auto":
-            reasons = self._reasons_against(requested, args)
-            if reasons:
-                raise RuntimeError(_refusal(self.name, requested, reasons))
-            return self._by_backend[requested]
+            named = self._chosen(requested, args)
+            if named is None:
+                raise RuntimeError(_refusal(self.name, requested, self._reasons_against(requested, args)))
+            return named
+        chosen, passed_over, by_choice = self._first(args)
+        if chosen is None:
+            raise RuntimeError(_refusal(self.name, requested, passed_over))
+        if passed_over and chosen.backend == "reference" and not by_choice:
+            self._say_once(passed_over)
+        return chosen
+
+    def takes(self, backend: str, *args: Any) -> bool:
+        """Whether this backend serves the call; raises nothing where none does."""
+        chosen = self._chosen(settings.backend(), args)
+        return chosen is not None and chosen.backend == backend
+
+    def explain(self, *args: Any) -> Explanation:
+        """Return the choice for this call and the reasons against every other backend; runs nothing."""
+        requested = settings.backend()
+        chosen = self._chosen(requested, args)
+        passed_over: dict[str, tuple[str, ...]] = {}
+        for backend in settings.BACKENDS[1:] if requested != "auto" else self._auto_order():
+            if chosen is not None and backend == chosen.backend:
+                continue
+            reasons = self._reasons_against(backend, args)
+            if requested != "auto":
+                reasons = reasons or [f"{requested} was asked for"]
+            elif not reasons:
+                first = [] if chosen is None else chosen.faster(*args) or [f"{chosen.backend} comes first"]
+                reasons = self._rows[backend].unprofitable(*args) or first
+            passed_over[backend] = tuple(reasons)
+        if chosen is None:
+            return Explanation(self.name, requested, None, passed_over)
+        return Explanation(self.name, requested, chosen.backend, passed_over, chosen.plan(*args))
+
+    def _chosen(self, requested: str, args: tuple[Any, ...]) -> Implementation | None:
+        if requested == "auto":
+            return self._first(args)[0]
+        rows = (self._rows.get(requested), self._stand_ins.get(requested))
+        return next((row for row in rows if row is not None and not row.unsupported(*args)), None)
+
+    def _first(self, args: tuple[Any, ...]) -> tuple[Implementation | None, list[str], bool]:
+        """The row that `auto` takes, what it passes over, and whether some of that by choice.
+
+        The reference is no fallback then: it was measured to be faster.
+        """
         passed_over: list[str] = []
-        by_choice = False  # the reference is then no fallback: it was measured to be faster
+        by_choice = False
         for implementation in self.implementations:
             reasons = implementation.unsupported(*args)
             if not reasons:
                 reasons = implementation.unprofitable(*args)
                 by_choice = by_choice or bool(reasons)
             if not reasons:
-                if passed_over and implementation.backend in ("torch", "reference") and not by_choice:
-                    self._say_once(passed_over)
-                return implementation
+                return implementation, passed_over, by_choice
             passed_over += [f"{implementation.backend}: {reason}" for reason in reasons]
-        raise RuntimeError(_refusal(self.name, requested, passed_over))
-
-    def explain(self, *args: Any) -> Explanation:
-        """Return the choice for this call and the reasons against every other backend; runs nothing."""
-        requested = settings.backend()
-        chosen: str | None = None
-        passed_over: dict[str, tuple[str, ...]] = {}
-        if requested != "auto" and not self._reasons_against(requested, args):
-            chosen = requested
-        for backend in settings.BACKENDS[1:] if requested != "auto" else self._auto_order():
-            reasons = self._reasons_against(backend, args)
-            if requested == "auto":
-                implementation = self._by_backend.get(backend)
-                reasons = reasons or (implementation.unprofitable(*args) if implementation else [])
-                if not reasons and chosen is None:
-                    chosen = backend
-                    continue
-                reasons = reasons or [f"{chosen} comes first"]
-            elif backend == chosen:
-                continue
-            else:
-                reasons = reasons or [f"{requested} was asked for"]
-            passed_over[backend] = tuple(reasons)
-        plan = self._by_backend[chosen].plan(*args) if chosen is not None else {}
-        return Explanation(self.name, requested, chosen, passed_over, plan)
+        return None, passed_over, by_choice
 
     def _auto_order(self) -> Iterable[str]:
         own = [i.backend for i in self.implementations]
         return own + [b for b in settings.BACKENDS[1:] if b not in own]
 
     def _reasons_against(self, backend: str, args: tuple[Any, ...]) -> Reasons:
-        implementation = self._by_backend.get(backend)
-        if implementation is None:
+        if backend not in self._rows:
             return [f"{self.name} has no {backend} implementation"]
-        return implementation.unsupported(*args)
+        return self._rows[backend].unsupported(*args)
 
     def _say_once(self, passed_over: list[str]) -> None:
         key = tuple(passed_over)

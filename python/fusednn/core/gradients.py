@@ -70,7 +70,8 @@ class Autograd:
             self.differentiable = forward.results
             self.made = gradients.of
         else:
-            self.kept = tuple(r for r in forward.results if r in backward.arguments)
+            arguments = set(backward.arguments) - set(forward.arguments)
+            self.kept = tuple(r for r in forward.results if r in arguments)
             self.differentiable = tuple(r for r in forward.results if f"grad_{r}" in backward.arguments)
             self.made = tuple(r.removeprefix("grad_") for r in backward.results)
         shared = gradients.shared

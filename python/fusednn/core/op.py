@@ -14,12 +14,13 @@ from __future__ import annotations
 import collections
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, settings
+from . import native
 from .backends import Backend, implementation
 from .dispatch import Implementation, Operation
 from .gradients import Autograd, Gradients
@@ -91,9 +92,10 @@ class Op:
         self.tensors = tuple(a for a, kind in kinds.items() if kind in ("Tensor", "Optional[Tensor]"))
         self.like = like or next(a for a, kind in kinds.items() if kind == "Tensor")
         rows = [implementation(backend, self.name, self.family, self.like) for backend in backends]
-        last = Implementation("reference", lambda call: self.reference(*call))
-        self.table = Operation(self.name, (*rows, last))
+        rows.append(Implementation("reference", lambda call: self.reference(*call)))
         self._torchs = next((b for b in backends if b.name == "torch"), None)
+        self._outside = Operation(self.name, rows)  # where torch's op may serve in place of this one
+        self.table = Operation(self.name, [self._inside(row) for row in rows])
         native.compare(self.name, self.arguments)
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.overload = getattr(torch.ops.fusednn, self.name).default
@@ -106,27 +108,33 @@ class Op:
         `wanted` names the results that the caller uses; none: all of them.
         """
         call = self.Call(*args)
+        if self._torchs is not None and self._takes_torchs(self._torchs, call, wanted or self.results):
+            self._outside.record(call)
+            assert self._torchs.run is not None
+            return self._torchs.run(None, call)
         floating = getattr(call, self.like).dtype.is_floating_point
         if not floating or needs_torchs_ops(*(getattr(call, name) for name in self.tensors)):
             return self.reference(*call)
-        if self._torchs is not None and self._takes_torchs(self._torchs, call, wanted or self.results):
-            return self.table(call)
         return self.overload(*call)
 
     def _takes_torchs(self, torchs: Backend, call: Any, wanted: Sequence[str]) -> bool:
-        """Whether torch's op serves a call in place of this one: then its gradients are torch's, too.
+        """Whether torch's op serves a call in place of this one: then its gradients are torch's, too."""
+        if not set(wanted) <= set(torchs.returns or self.results):
+            return False
+        if torch.compiler.is_compiling():
+            return bool(torchs.traced(call))
+        if not torchs.returns and may_need_backward(*(getattr(call, name) for name in self.tensors)):
+            return False  # ours, whose backward has a table of its own
+        return self._outside.takes("torch", call)
 
-        Not in a traced graph, which does not see which backend will be asked for where it runs. Where torch's
-        op gives all results, a recorded call stays with ours, whose backward has a table of its own.
-        """
-        partial = bool(torchs.returns)
-        return (
-            set(wanted) <= set(torchs.returns or self.results)
-            and not torch.compiler.is_compiling()
-            and (partial or not may_need_backward(*(getattr(call, name) for name in self.tensors)))
-            and settings.backend() in ("auto", "torch")
-            and self.table.choose(call).backend == "torch"
-        )
+    def _inside(self, row: Implementation) -> Implementation:
+        """The row as this op itself can take it: torch's must have all results."""
+        given = self._torchs.returns if self._torchs is not None and row.backend == "torch" else ()
+        left_out = [r for r in self.results if given and r not in given]
+        if not left_out:
+            return row
+        reason = f"torch's op has no {' and no '.join(left_out)}"
+        return replace(row, unsupported=lambda call: row.unsupported(call) or [reason])
 
     def _register(
         self,

@@ -27,6 +27,17 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Cast floating tensors as torch.autocast does for torch's ops, if it is on where the first one is."""
+    if not autocast_enabled(first.device):
+        return first, *others
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t if t is None or not t.dtype.is_floating_point or t.dtype == torch.float64 else t.to(dtype)
+        for t in (first, *others)
+    )
+
+
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep the dtypes that a reference chose: autocast has had its say before the op."""
 
