@@ -69,9 +69,9 @@ def step(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @every_block
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-def test_inference_matches_the_oracle(inference_place, case, dtype, last):
-    block, composite = pair(case, inference_place.device, dtype)
-    x = images(case, inference_place.device, dtype)
+def test_inference_matches_the_oracle(place, case, dtype, last):
+    block, composite = pair(case, place.device, dtype)
+    x = images(case, place.device, dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     oracle = copy.deepcopy(composite).double().eval()(x.double()).detach()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_inference_matches_the_oracle(inference_place, case, dtype, last):
     assert_close_to_oracle(out, same_dtype, oracle)
     with torch.no_grad():
         (found,) = fusednn.explain(block, x)
-    assert (found.operation, found.backend) == ("separable_conv2d_forward", inference_place.backend)
+    assert (found.operation, found.backend) == ("separable_conv2d_forward", place.backend)
 
 
 @every_block

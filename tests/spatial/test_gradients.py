@@ -47,15 +47,15 @@ def test_gradgradcheck(place, score, output, mask):
 
 
 @pytest.mark.parametrize("coordinates", [False, True])
-def test_of_the_softmax(softmax_place, coordinates):
+def test_of_the_softmax(place, coordinates):
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 
     def function(x, t):
         return spatial_softmax(x, mask=mask, temperature=t, return_coordinates=coordinates)
 
     inputs = leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_()
-    assert gradcheck(function, inputs, fast_mode=interpreted(softmax_place))
-    assert gradgradcheck(function, inputs, fast_mode=interpreted(softmax_place))
+    assert gradcheck(function, inputs, fast_mode=interpreted(place))
+    assert gradgradcheck(function, inputs, fast_mode=interpreted(place))
 
 
 def sequence(case: str):

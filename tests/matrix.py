@@ -1,0 +1,83 @@
+"""Which combinations of their parameters the tests run in.
+
+Natively each test runs in all of them. Where a call is costly (marker ``costly``: an interpreter or an emulator
+runs the kernels, or a device's compiler makes one first) it runs in so many that every two values that meet in
+some combination meet in one that runs; ``pytest --all`` runs all of them there too.
+
+A case that stands for several options counts as these (:func:`cases`), so that each option meets each value of
+the test's other parameters, but not each case. Long lists of sizes are gone through once: a value of a parameter
+that the marker ``in_turn`` names needn't meet anything, and the other parameters take turns with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from .places import Place
+
+Values = Mapping[str, Hashable]
+
+
+def cases(name: str, options: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrise a test with the keys of `options`, each of which stands for its options."""
+    params = [pytest.param(key, marks=pytest.mark.stands_for(name, **of), id=key) for key, of in options.items()]
+    return pytest.mark.parametrize(name, params)
+
+
+def pairwise(rows: Sequence[Values], in_turn: frozenset[str] = frozenset()) -> list[int]:
+    """Choose rows, by number, in which all values and pairs occur that occur in any.
+
+    Values of the names `in_turn` needn't meet others. Of rows that add as much, the one of rarer values is taken.
+    """
+    met = [_met(row, in_turn) for row in rows]
+    unmet, taken = set().union(*met), Counter[tuple[str, Hashable]]()
+    chosen = []
+    while unmet:
+        best = max(range(len(rows)), key=lambda i: (len(met[i] & unmet), -sum(taken[v] for v in rows[i].items())))
+        chosen.append(best)
+        unmet -= met[best]
+        taken.update(rows[best].items())
+    return sorted(chosen)
+
+
+def _met(row: Values, in_turn: frozenset[str]) -> set[frozenset[tuple[str, Hashable]]]:
+    pairs = itertools.combinations([v for v in row.items() if v[0] not in in_turn], 2)
+    return {frozenset(pair) for pair in pairs} | {frozenset([v]) for v in row.items()}
+
+
+def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Return the items of costly tests that add nothing."""
+    tests: dict[Hashable, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("costly"):
+            place = tuple(v for v in item.callspec.params.values() if isinstance(v, Place))
+            tests.setdefault((item.parent, item.originalname, place), []).append(item)
+    left: set[pytest.Item] = set()
+    for of_test in tests.values():
+        in_turn = frozenset(name for item in of_test for m in item.iter_markers("in_turn") for name in m.args)
+        kept = set(pairwise([_values(item) for item in of_test], in_turn))
+        left.update(item for i, item in enumerate(of_test) if i not in kept)
+    return left
+
+
+def _values(item: pytest.Function) -> Values:
+    """Return what pairs are made of: an item's parameters but for its place, a case's options for its name."""
+    given = item.callspec
+    cases = {m.args[0]: m.kwargs for m in item.iter_markers("stands_for")}
+    values = {f"{case}: {k}": repr(v) for case, options in cases.items() for k, v in options.items()}
+    for name, value in given.params.items():
+        if name not in cases and not isinstance(value, Place):
+            values[name] = _comparable(value, given.indices[name])
+    return values
+
+
+def _comparable(value: Any, index: int) -> Hashable:
+    """Return the value; its number where it may not compare."""
+    plain = isinstance(value, (str, bool, int, float, type(None), torch.dtype))
+    return (type(value).__name__, value) if plain else index
