@@ -23,6 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _is_thorough(item: pytest.Item) -> bool:
+    marks = {mark.name for mark in item.iter_markers()}
+    return "thorough" in marks or {"costly", "finite_differences"} <= marks
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep what this process can run, and what was asked for."""
     every = config.getoption("all")
@@ -31,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if (item.get_closest_marker("interpreter") is not None) != places.INTERPRETED
         or (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
-        or (item.get_closest_marker("thorough") is not None and not every)
+        or (not every and _is_thorough(item))
     }
     if not every:
         left |= matrix.thinned(item for item in items if item not in left)
@@ -41,6 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 place = places.fixture()
+reference_place = places.fixture(lambda place: place.name == "reference")
 
 
 @pytest.fixture

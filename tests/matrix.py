@@ -68,16 +68,15 @@ def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
 
 def _values(item: pytest.Function) -> Values:
     """Return what pairs are made of: an item's parameters but for its place, a case's options for its name."""
-    given = item.callspec
     cases = {m.args[0]: m.kwargs for m in item.iter_markers("stands_for")}
     values = {f"{case}: {k}": repr(v) for case, options in cases.items() for k, v in options.items()}
-    for name, value in given.params.items():
+    for name, value in item.callspec.params.items():
         if name not in cases and not isinstance(value, Place):
-            values[name] = _comparable(value, given.indices[name])
+            values[name] = _comparable(value)
     return values
 
 
-def _comparable(value: Any, index: int) -> Hashable:
-    """Return the value; its number where it may not compare."""
+def _comparable(value: Any) -> Hashable:
+    """Return what is equal for the same value: pytest hands the objects of its lists on."""
     plain = isinstance(value, (str, bool, int, float, type(None), torch.dtype))
-    return (type(value).__name__, value) if plain else index
+    return (type(value).__name__, value) if plain else id(value)

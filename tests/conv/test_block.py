@@ -66,6 +66,7 @@ def step(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return found | {name: b.clone() for name, b in module.named_buffers()}
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
@@ -83,6 +84,7 @@ def test_inference_matches_the_oracle(place, case, dtype, last):
     assert (found.operation, found.backend) == ("separable_conv2d_forward", place.backend)
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("mode", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_training_in_float64(training_place, case, mode):
@@ -98,6 +100,7 @@ def test_training_in_float64(training_place, case, mode):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_matches_the_oracle(training_place, case, dtype):

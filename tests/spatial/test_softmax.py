@@ -29,6 +29,7 @@ def composed(logits, mask, t):
     return a, torch_coordinates(a)
 
 
+@pytest.mark.in_turn("shape")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
