@@ -4,9 +4,8 @@ Natively each test runs in all of them. Where a call is costly (marker ``costly`
 runs the kernels, or a device's compiler makes one first) it runs in so many that every two values that meet in
 some combination meet in one that runs; ``pytest --all`` runs all of them there too.
 
-A case that stands for several options counts as these (:func:`cases`), so that each option meets each value of
-the test's other parameters, but not each case. Long lists of sizes are gone through once: a value of a parameter
-that the marker ``in_turn`` names needn't meet anything, and the other parameters take turns with it.
+Long lists of sizes or of hand-made cases are gone through once there: a value of a parameter that the marker
+``in_turn`` names meets one value of each other parameter, in turn.
 """
 
 from __future__ import annotations
@@ -22,12 +21,6 @@ import torch
 from .places import Place
 
 Values = Mapping[str, Hashable]
-
-
-def cases(name: str, options: Mapping[str, Mapping[str, Any]]) -> pytest.MarkDecorator:
-    """Parametrise a test with the keys of `options`, each of which stands for its options."""
-    params = [pytest.param(key, marks=pytest.mark.stands_for(name, **of), id=key) for key, of in options.items()]
-    return pytest.mark.parametrize(name, params)
 
 
 def pairwise(rows: Sequence[Values], in_turn: frozenset[str] = frozenset()) -> list[int]:
@@ -67,13 +60,8 @@ def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
 
 
 def _values(item: pytest.Function) -> Values:
-    """Return what pairs are made of: an item's parameters but for its place, a case's options for its name."""
-    cases = {m.args[0]: m.kwargs for m in item.iter_markers("stands_for")}
-    values = {f"{case}: {k}": repr(v) for case, options in cases.items() for k, v in options.items()}
-    for name, value in item.callspec.params.items():
-        if name not in cases and not isinstance(value, Place):
-            values[name] = _comparable(value)
-    return values
+    """Return an item's parameters but for its place."""
+    return {k: _comparable(v) for k, v in item.callspec.params.items() if not isinstance(v, Place)}
 
 
 def _comparable(value: Any) -> Hashable:

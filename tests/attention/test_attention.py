@@ -5,8 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests import matrix
-
 from .cases import DTYPES, check, fused_step, make, run
 from .conftest import trains
 
@@ -64,8 +62,9 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.in_turn("case")
 @every_dtype
-@matrix.cases("case", CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_agrees_with_torch(place, case, dtype):
     check(make(**CASES[case], dtype=dtype, device=place.device), backward=trains(place))
 
