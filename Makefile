@@ -17,11 +17,12 @@ PYTHON_FOLDERS = python/fusednn tools $(wildcard benchmarks examples)
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help build bench test lint format gpu-check clean distclean
+.PHONY: help build bench test test-all lint format gpu-check clean distclean
 
 help:
 	@echo 'make bench      measure this machine: fused layers against PyTorch, as a table and JSON'
-	@echo 'make test       run all tests; no GPU is needed'
+	@echo 'make test       run the tests; no GPU is needed'
+	@echo 'make test-all   the same in every combination, for every GPU target, under every sanitizer'
 	@echo 'make build      set up $(VENV) and compile what has changed'
 	@echo 'make lint       ruff, mypy and clang-format; make format lets them rewrite'
 	@echo 'make gpu-check  with a GPU, offline: build, test and measure there (OUT=folder, DRY_RUN=1)'
@@ -38,9 +39,9 @@ bench:
 	@$(SETUP) --build bench
 	@$(PY) -m fusednn bench $(ARGS)
 
-test:
+test test-all:
 	@FUSEDNN_TEST_MODULES=$${FUSEDNN_TEST_MODULES:-1} $(SETUP) --build test
-	@FUSEDNN_REQUIRE_ALL=$${FUSEDNN_REQUIRE_ALL:-1} $(PY) tools/run_tests.py $(ARGS)
+	@FUSEDNN_REQUIRE_ALL=$${FUSEDNN_REQUIRE_ALL:-1} $(PY) tools/run_tests.py $(if $(filter test-all,$@),--all) $(ARGS)
 
 lint:
 	@$(SETUP) lint

@@ -1,19 +1,8 @@
-"""Where a test runs: one parameter for each backend that this process can execute.
-
-Triton's interpreter is chosen when Triton is imported, so it has a process of its own:
-``TRITON_INTERPRET=1 pytest`` runs the tests marked ``interpreter`` and no other; a plain ``pytest`` the rest.
-With ``FUSEDNN_REQUIRE_ALL=1`` a place that is missing fails its tests instead of skipping them.
-"""
+"""What runs, and the fixtures of all families: a backend's place, the CPU's kernels, an instruction set."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import os
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,119 +11,49 @@ import fusednn
 from fusednn import testing
 from fusednn.core import native as _native
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-REQUIRE_ALL = os.environ.get("FUSEDNN_REQUIRE_ALL") == "1"
-NO_EMULATOR = "the CUDA kernels on the CPU are not built: FUSEDNN_TEST_MODULES=1 at build adds them"
-TESTS = Path(__file__).resolve().parent
-TEST_MODULES = TESTS.parent / "build" / "test_modules"
+from . import matrix, places
 
 
-@dataclass(frozen=True)
-class Place:
-    """A backend and the device on which the tests give it tensors."""
-
-    name: str
-    backend: str
-    device: str = "cpu"
-
-    @property
-    def slow(self) -> bool:
-        """Whether large shapes take too long: an interpreter or an emulator runs the kernels."""
-        return self.backend in ("cuda", "triton") and self.device == "cpu"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--all``."""
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="every combination of parameters where calls are costly too, every target, every sanitizer",
+    )
 
 
-PLACES = (
-    Place("reference", "reference"),
-    Place("cpu", "cpu"),
-    Place("cuda-emulated", "cuda"),
-    Place("triton-interpreted", "triton"),
-    Place("reference-on-device", "reference", "cuda"),
-    Place("cuda", "cuda", "cuda"),
-    Place("triton", "triton", "cuda"),
-)
-MARKS = {
-    "cuda-emulated": [pytest.mark.emulated],
-    "triton-interpreted": [pytest.mark.interpreter],
-    "reference-on-device": [pytest.mark.gpu],
-    "cuda": [pytest.mark.gpu],
-    "triton": [pytest.mark.gpu],
-}
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark the tests of the layers, for tools/run_tests.py, which runs them apart from those of the house."""
-    for folder in item.path.relative_to(TESTS).parts[:-1]:
-        if (TESTS.parent / "python" / "fusednn" / folder).is_dir():
-            item.add_marker("family")
-            if folder == "attention":
-                item.add_marker("attention")
+def _is_thorough(item: pytest.Item) -> bool:
+    marks = {mark.name for mark in item.iter_markers()}
+    return "thorough" in marks or {"costly", "finite_differences"} <= marks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep what this process can run: interpreted Triton, or the rest; device tests where there is one."""
-    kept, left = [], []
-    for item in items:
-        interpreter = item.get_closest_marker("interpreter") is not None
-        device = item.get_closest_marker("gpu") is not None
-        runs = interpreter == INTERPRETED and (not device or torch.cuda.is_available())
-        (kept if runs else left).append(item)
+    """Keep what this process can run, and what was asked for."""
+    every = config.getoption("all")
+    left = {
+        item
+        for item in items
+        if (item.get_closest_marker("interpreter") is not None) != places.INTERPRETED
+        or (item.get_closest_marker("gpu") is not None and not torch.cuda.is_available())
+        or (not every and _is_thorough(item))
+    }
+    if not every:
+        left |= matrix.thinned(item for item in items if item not in left)
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = kept
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
-def missing(reason: str) -> None:
-    """Skip the test, or fail it where everything is required."""
-    if REQUIRE_ALL:
-        pytest.fail(f"FUSEDNN_REQUIRE_ALL=1: {reason}")
-    pytest.skip(reason)
-
-
-def emulated_module():
-    """Return the CUDA kernels compiled for the CPU, or None."""
-    if TEST_MODULES.is_dir() and str(TEST_MODULES) not in sys.path:
-        sys.path.append(str(TEST_MODULES))
-    try:
-        return importlib.import_module("_cuda_on_cpu")
-    except ImportError:
-        return None
-
-
-@contextlib.contextmanager
-def running_on(place: Place) -> Iterator[Place]:
-    """Run the calls inside at `place`, with uninitialised memory poisoned."""
-    with contextlib.ExitStack() as stack:
-        if place.name == "cpu" and _native.extension is None:
-            missing(f"no compiled kernels: {_native.unavailable_reason}")
-        if place.name == "cuda" and "cuda" not in _native.cuda_modules:
-            missing("this build has no CUDA kernels")
-        if place.name == "cuda-emulated":
-            module = emulated_module()
-            if module is None:
-                missing(NO_EMULATOR)
-            stack.enter_context(testing.emulated_cuda(module))
-        if place.backend == "triton":
-            try:
-                importlib.import_module("fusednn.triton_kernels.rnn")
-            except ImportError as error:
-                missing(f"no Triton kernels: {error}")
-        stack.enter_context(fusednn.use_backend(place.backend))
-        stack.enter_context(testing.poisoned_memory())
-        yield place
-
-
-@pytest.fixture(params=[pytest.param(p, id=p.name, marks=MARKS.get(p.name, ())) for p in PLACES])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """Run the test on each backend."""
-    with running_on(request.param) as where:
-        yield where
+place = places.fixture()
+reference_place = places.fixture(lambda place: place.name == "reference")
 
 
 @pytest.fixture
 def native():
     """Return the compiled kernels for CPU tensors; the weight cache starts empty."""
     if _native.extension is None:
-        missing(f"no compiled kernels: {_native.unavailable_reason}")
+        places.missing(f"no compiled kernels: {_native.unavailable_reason}")
     _native.extension.cpu.clear_packed_weights()
     with fusednn.use_backend("cpu"):
         yield _native.extension.cpu

@@ -9,33 +9,10 @@ import torch
 import fusednn
 from fusednn.core.dispatch import Operation
 
-OPS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusednn::"))
+from .registry import OPS, backward_of, cases_of, family_of, stem_of, table_of
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks" / "cases"
-FAMILIES = {
-    "lstm_cell": "rnn",
-    "gru_cell": "rnn",
-    "depthwise_conv2d": "conv",
-    "separable_conv2d": "conv",
-    "separable_conv2d_train": "conv",
-    "spatial_softmax": "spatial",
-    "spatial_attention": "spatial",
-    "attention_lstm": "spatial",
-    "attention": "attention",
-    "projection": "attention",
-}
-# Where the backward is that of another op.
-BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}
-
-every_op = pytest.mark.parametrize("name", [op.removeprefix("fusednn::") for op in OPS])
-
-
-def stem_of(name: str) -> str:
-    return name.removesuffix("_forward").removesuffix("_backward")
-
-
-def family_of(name: str) -> str:
-    assert stem_of(name) in FAMILIES, f"{name}: name its family in {Path(__file__).name}"
-    return FAMILIES[stem_of(name)]
+every_op = pytest.mark.parametrize("name", OPS)
 
 
 def test_there_are_ops():
@@ -44,20 +21,19 @@ def test_there_are_ops():
 
 @every_op
 def test_has_a_reference_and_a_row_in_the_dispatch_table(name):
-    family = family_of(name)
-    operation = getattr(importlib.import_module(f"fusednn.{family}.backends"), name)
+    operation = table_of(name)
     assert isinstance(operation, Operation)
     assert operation.name == name
     backends = [i.backend for i in operation.implementations]
     assert backends[-1] == "reference", "auto ends at the reference, which serves every call"
-    reference = importlib.import_module(f"fusednn.{family}.reference")
+    reference = importlib.import_module(f"fusednn.{family_of(name)}.reference")
     assert operation.implementations[-1].run is getattr(reference, name)
     assert callable(getattr(reference, name))
 
 
 @every_op
 def test_has_samples_that_fake_and_reference_agree_on(name):
-    cases = importlib.import_module(f"tests.{family_of(name)}.op_cases").op_cases(name)
+    cases = cases_of(name)
     assert cases
     for args in cases.values():
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
@@ -74,16 +50,14 @@ def test_has_samples_that_fake_and_reference_agree_on(name):
 @every_op
 def test_has_a_gradient_or_is_one(name):
     if name.endswith("_backward"):
-        assert f"fusednn::{stem_of(name)}_forward" in OPS
+        assert f"{stem_of(name)}_forward" in OPS
         return
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fusednn::{name}", "Autograd")
-    stem = stem_of(name)
-    assert f"fusednn::{BACKWARDS.get(stem, stem)}_backward" in OPS
+    assert backward_of(name) in OPS
     tests = importlib.import_module(f"tests.{family_of(name)}.test_gradients")
     assert hasattr(tests, "test_gradcheck")
     assert hasattr(tests, "test_gradgradcheck")
-    checked = importlib.import_module(f"tests.{family_of(name)}.test_gradients").CHECKED
-    assert stem in checked
+    assert stem_of(name) in tests.CHECKED
 
 
 @every_op

@@ -3,14 +3,12 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import cuda_build_check as check
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import cuda_build_check as check  # noqa: E402
 
 NVCC = check.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -103,20 +101,55 @@ def test_real_spill_is_caught(tmp_path):
     )
 
 
+# In `make test` for one target, in `make test-all` for each.
+TARGETS = [
+    pytest.param(arch, marks=[] if arch == 90 else [pytest.mark.thorough]) for arch in check.ARCHITECTURES
+]
+SOURCES = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
+
+
 @needs_nvcc
 @pytest.mark.slow
-def test_everything_compiles_without_spills(tmp_path):
-    report = tmp_path / "cuda.json"
-    command = [sys.executable, str(ROOT / "tools" / "cuda_build_check.py"), "--json", str(report)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    kernels = json.loads(report.read_text())
-    assert {k["arch"] for k in kernels} == set(check.ARCHITECTURES)
-    sources = {check.name_of(p) for p in (ROOT / "csrc").glob("*/cuda/*.cu")}
-    assert {k["source"] for k in kernels} == sources
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("source", SOURCES, ids=check.name_of)
+def test_kernels_compile_without_spills(source, arch):
+    done = check.compile_kernels(NVCC, source, arch)
+    assert check.faults([done]) == []
+    assert {kernel.arch for kernel in done.kernels} == {arch}
+
+
+# Without code it takes half the time.
+HOW = ["-fsyntax-only", pytest.param("-c", marks=pytest.mark.thorough)]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("source", check.binding_sources(), ids=check.name_of)
+def test_bindings_compile(source, how):
+    assert check.faults([check.compile_binding(check.toolkit_of(NVCC), source, how)]) == []
+
+
+def test_all_sources_are_found():
+    assert len(SOURCES) >= 12
     assert {check.name_of(p) for p in check.binding_sources()} >= {
         "rnn/bindings/cuda.cpp",
         "core/bindings/cuda_stream.cpp",
+    }
+
+
+@needs_nvcc
+def test_the_command_reports_every_kernel(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "CSRC", tmp_path)
+    (tmp_path / "family" / "cuda").mkdir(parents=True)
+    for name in ("one", "two"):
+        (tmp_path / "family" / "cuda" / f"{name}.cu").write_text(SPILLING_SOURCE)
+    report = tmp_path / "cuda.json"
+    assert check.main(["--json", str(report), "--arch", "90", "80", "--no-bindings"]) == 0
+    assert "4 compilations, 4 kernels, 0 faults" in capsys.readouterr().out
+    kernels = json.loads(report.read_text())
+    assert {(k["source"], k["arch"]) for k in kernels} == {
+        (f"family/cuda/{name}.cu", arch) for name in ("one", "two") for arch in (80, 90)
     }
 
 

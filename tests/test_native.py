@@ -1,5 +1,6 @@
 """CUDA kernels on the CPU: native tests, clean under each sanitizer, and planted faults, each reported."""
 
+import fcntl
 import functools
 import os
 import shutil
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "csrc" / "tests"
@@ -52,7 +55,7 @@ def missing_for(flags):
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         return f"no C++ compiler: {compiler} not found"
-    program = BUILD / "probe"
+    program = BUILD / f"probe-{os.getpid()}"
     command = [*compiler.split(), *flags, "-x", "c++", "-", "-o", str(program)]
     code, output = call(command, input="int main() {}")
     if code != 0:
@@ -78,8 +81,10 @@ def build(target):
     missing = missing_for(tuple(FLAGS[target]))
     if missing:
         pytest.skip(missing)
-    configure()
-    code, output = call([tool("cmake"), "--build", str(BUILD), "--target", target, "--parallel", "2"])
+    with (BUILD / "lock").open("w") as lock:  # other workers build here, too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure()
+        code, output = call([tool("cmake"), "--build", str(BUILD), "--target", target, "--parallel", "2"])
     assert code == 0, output
     return str(BUILD / target)
 
@@ -98,8 +103,13 @@ def run(program, *names, order="forward"):
     return call([program, *names], env=environment, timeout=120)
 
 
+def thorough_where_instrumented(target):
+    """Instrumented programs take minutes to build."""
+    return pytest.param(target, marks=[pytest.mark.thorough] if FLAGS[target] else [])
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:1"])
-@pytest.mark.parametrize("target", FLAGS)
+@pytest.mark.parametrize("target", map(thorough_where_instrumented, FLAGS))
 def test_clean(target, order):
     code, output = run(build(target), order=order)
     assert code == 0, output
@@ -108,6 +118,7 @@ def test_clean(target, order):
     assert "runtime error" not in output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_fault_is_reported(name):
     target, report, function = PLANTED[name]

@@ -4,7 +4,7 @@
 
 Kernels: csrc/*/cuda/*.cu by nvcc. Bindings: csrc/*/bindings/*.cpp that need CUDA headers, by the host
 compiler against the installed torch, whose CPU build ships those headers too. Exits with 1 if anything fails
-to compile or spills.
+to compile or spills. What has not changed since it compiled without is not compiled again (tools/proofs.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from proofs import Proof, prerequisites, version
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -123,14 +126,33 @@ def compile_kernels(nvcc: str, source: Path, arch: int, extra: tuple[str, ...] =
         target = (f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]", "-c")
     else:
         target = (f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin")
+    command = [nvcc, *NVCC_FLAGS, *extra, *target, f"-I{CSRC}", str(source)]
+    return proved(command, name_of(source), f"sm_{arch}", version(nvcc) + version(host_compiler()))
+
+
+def proved(command: list[str], source: str, target: str, versions: str) -> Compilation:
+    """Runs a compiler, unless it is known what it would say; keeps what has no fault."""
+    proof = Proof(*command, target, versions)
+    known = proof.known()
+    if known is not None:
+        kernels = tuple(Kernel(**kernel) for kernel in known.pop("kernels"))
+        return Compilation(**known, kernels=kernels)
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            nvcc, *NVCC_FLAGS, *extra, *target, f"-I{CSRC}", str(source), "-o", str(Path(folder, "out")),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-    output = done.stdout + done.stderr
-    kernels = tuple(parse_ptxas(output)) if done.returncode == 0 else ()
-    return Compilation(name_of(source), f"sm_{arch}", done.returncode, output, kernels)
+        rule = Path(folder, "rule")
+        done = subprocess.run(
+            [*command, "-o", str(Path(folder, "out")), "-MD", "-MF", str(rule)], capture_output=True, text=True
+        )
+        output = done.stdout + done.stderr
+        kernels = tuple(parse_ptxas(output)) if done.returncode == 0 and target != "host" else ()
+        compilation = Compilation(source, target, done.returncode, output, kernels)
+        if not faults([compilation]):
+            proof.keep(asdict(compilation), prerequisites(rule.read_text()))
+    return compilation
+
+
+def host_compiler() -> str:
+    """The C++ compiler of the bindings."""
+    return os.environ.get("CXX", "g++")
 
 
 def binding_sources() -> list[Path]:
@@ -138,19 +160,16 @@ def binding_sources() -> list[Path]:
     return sorted(p for p in CSRC.glob("*/bindings/*.cpp") if "cuda" in p.stem)
 
 
-def compile_binding(toolkit: Path, source: Path, compiler: str = "") -> Compilation:
-    """Compiles one binding against the headers of the installed torch."""
+def compile_binding(toolkit: Path, source: Path, how: str = "-c") -> Compilation:
+    """Compiles one binding against the headers of the installed torch; `-fsyntax-only` makes no code."""
     from torch.utils.cpp_extension import include_paths
 
     systems = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit / "include")]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            compiler or os.environ.get("CXX", "g++"), *HOST_FLAGS, "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
-            f"-I{CSRC}", *(f"-isystem{path}" for path in systems),
-            "-c", str(source), "-o", str(Path(folder, "out.o")),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-    return Compilation(name_of(source), "host", done.returncode, done.stdout + done.stderr)
+    command = [
+        host_compiler(), *HOST_FLAGS, "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
+        f"-I{CSRC}", *(f"-isystem{path}" for path in systems), how, str(source),
+    ]  # fmt: skip
+    return proved(command, name_of(source), "host", version(host_compiler()))
 
 
 def run(nvcc: str, architectures: list[int], workers: int, bindings: bool) -> list[Compilation]:

@@ -1,155 +1,90 @@
-"""Run the tests in five pytest processes, as many at a time as there are cores for them.
+"""Run the tests on all cores: those of a plain Python, then those that Triton's interpreter runs.
 
-    python tools/run_tests.py [options and paths for pytest]
+    python tools/run_tests.py [--all] [options and paths for pytest]
 
-house: builds, tools, dispatch. attention: the largest family of layers. families: the others. emulated: those
-of the layers' tests that run CUDA kernels in the emulator. interpreter: those that Triton's interpreter runs,
-which needs a process of its own.
-The output of each is shown when it ends, and one summary at the end; exit code 1 if a process failed, found
-no test, or could not run.
+Triton is interpreted or not by what TRITON_INTERPRET says when it is imported, hence two calls of pytest, the
+second also after a failure of the first. Each has as many workers (pytest-xdist) as there are cores, eight at most.
+Exit code 1 if a call failed, found no test or could not run.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_TESTS = 5  # pytest's exit code
-REPORT_SECONDS = 20.0
-# Threads of one process that wait for each other must not keep the cores from the other processes.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+MOST_WORKERS = 8
+INTERRUPTED, NO_TESTS = 2, 5  # of pytest's exit codes
+CALLS: dict[str, dict[str, str]] = {"plain": {}, "interpreter": {"TRITON_INTERPRET": "1"}}
 
 
-@dataclass(frozen=True)
-class Process:
-    """One pytest process: its tests and what its environment adds."""
-
-    name: str
-    marker: str
-    environment: dict[str, str] = field(default_factory=dict)
-    needs: str | None = None
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# The longest first.
-PROCESSES = (
-    Process("house", "not interpreter and not family"),
-    Process("interpreter", "interpreter", {"TRITON_INTERPRET": "1"}, needs="triton"),
-    Process("attention", "not interpreter and not emulated and attention"),
-    Process("families", "not interpreter and not emulated and family and not attention"),
-    Process("emulated", "not interpreter and emulated and family"),
-)
+def workers() -> list[str]:
+    """Return pytest's options for one process a core."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(cores(), MOST_WORKERS)), "--dist", "worksteal"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one process ended."""
-
-    name: str
-    passed: bool
-    text: str
+def environment(added: dict[str, str]) -> dict[str, str]:
+    """Return that of a call. Each worker has two threads at least: with one, kernels don't share work."""
+    threads = max(2, cores() // MOST_WORKERS)
+    return {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), **os.environ, **added}
 
 
-class Running:
-    """A process that was started; its output goes to a file."""
-
-    def __init__(self, process: Process, arguments: list[str]) -> None:
-        self.process = process
-        self._arguments = arguments
-        self._started = time.monotonic()
-        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  it outlives this
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-m", process.marker, *arguments],
-            cwd=ROOT,
-            env={**ENVIRONMENT, **os.environ, **process.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
-
-    def output(self) -> str:
-        """Return what it has said so far."""
-        self._log.seek(0)
-        return self._log.read()
-
-    def progress(self) -> str:
-        """Return its name and the share of its tests that have run."""
-        shares = re.findall(r"\[ *(\d+)%\]", self.output())
-        return f"{self.process.name} {shares[-1] if shares else 0}%"
-
-    def outcome(self) -> Outcome | None:
-        """Return how it ended, its last line for the summary; None while it runs."""
-        code = self._child.poll()
-        if code is None:
-            return None
-        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
-        # A choice of paths or of -k may well leave one of the processes without a test.
-        passed = code == 0 or (code == NO_TESTS and bool(self._arguments))
-        last = lines[-1] if lines else f"exit code {code}"
-        return Outcome(self.process.name, passed, f"{last} [{time.monotonic() - self._started:.0f} s]")
-
-    def stop(self) -> None:
-        """End it if it still runs."""
-        if self._child.poll() is None:
-            self._child.terminate()
-            self._child.wait()
+def call(name: str, arguments: list[str]) -> tuple[int, str]:
+    """Run pytest with its output passed on; return the exit code and the last line."""
+    started, last = time.monotonic(), ""
+    command = [sys.executable, "-u", "-m", "pytest", *workers(), *arguments]
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment(CALLS[name]), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    assert child.stdout is not None
+    with child:
+        try:
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+            code = child.wait()
+        except KeyboardInterrupt:  # which pytest got too: it says what it has found
+            print(child.stdout.read(), end="", flush=True)
+            code = INTERRUPTED
+    return code, f"{last} [{time.monotonic() - started:.0f} s]"
 
 
-def absent(process: Process) -> Outcome | None:
-    """Return how a process ends that can't be started here, or None."""
-    if process.needs is None or importlib.util.find_spec(process.needs) is not None:
-        return None
-    has_wheels = sys.platform == "linux"
-    return Outcome(process.name, not has_wheels, f"not run: {process.needs} is not installed")
-
-
-def run(processes: list[Process], arguments: list[str], at_once: int) -> list[Outcome]:
-    """Run the processes, also after a failure, and show the output of each when it ends."""
-    waiting = list(processes)
-    running: list[Running] = []
-    outcomes: list[Outcome] = []
-    started = said = time.monotonic()
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(Running(waiting.pop(0), arguments))
-            time.sleep(0.1)
-            for one in list(running):
-                outcome = one.outcome()
-                if outcome is not None:
-                    running.remove(one)
-                    outcomes.append(outcome)
-                    print(f"\n{one.process.name}: pytest -m '{one.process.marker}'")
-                    print(one.output(), end="", flush=True)
-            now = time.monotonic()
-            if running and now - said >= REPORT_SECONDS:
-                said = now
-                print(f"[{now - started:4.0f} s] {', '.join(one.progress() for one in running)}", flush=True)
-    finally:
-        for one in running:
-            one.stop()
-    return outcomes
+def absent(name: str) -> str | None:
+    """Return why a call can't run here, or None."""
+    needs_triton = "TRITON_INTERPRET" in CALLS[name]
+    return "triton is not installed" if needs_triton and importlib.util.find_spec("triton") is None else None
 
 
 def main(arguments: list[str]) -> int:
-    """Run every process; 0 if all passed."""
-    outcomes = [outcome for outcome in map(absent, PROCESSES) if outcome is not None]
-    gone = {outcome.name for outcome in outcomes}
-    present = [process for process in PROCESSES if process.name not in gone]
-    print(f"pytest in {len(present)} processes: {', '.join(process.name for process in present)}", flush=True)
-    outcomes += run(present, arguments, at_once=max(1, min(len(present), os.cpu_count() or 1)))
-    print("\nsummary")
-    for outcome in outcomes:
-        print(f"  {'passed' if outcome.passed else 'FAILED'}  {outcome.name}: {outcome.text}")
-    return 0 if all(outcome.passed for outcome in outcomes) else 1
+    """Run both calls; 0 if all passed."""
+    chosen = any(a != "--all" for a in arguments)  # paths or -k may well leave one of the calls without a test
+    summary, status = [], 0
+    for name in CALLS:
+        reason = absent(name)
+        if reason is not None:
+            failed, said = sys.platform == "linux", f"not run: {reason}"  # Linux has wheels of it
+        else:
+            print(f"{name}: pytest {' '.join(arguments)}", flush=True)
+            code, said = call(name, arguments)
+            failed = code != 0 and not (code == NO_TESTS and chosen)
+            if code == INTERRUPTED:
+                return 130
+        summary.append(f"  {'FAILED' if failed else 'passed'}  {name}: {said}")
+        status |= failed
+    print("\nsummary", *summary, sep="\n")
+    return int(status)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,14 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.in_turn("case")
 @every_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_torch(place, case, dtype):
     check(make(**CASES[case], dtype=dtype, device=place.device), backward=trains(place))
 
 
+@pytest.mark.in_turn("case")
 @every_dtype
 @pytest.mark.parametrize("case", MASKS)
 def test_masks(place, case, dtype):
@@ -104,6 +106,7 @@ LENGTH_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("options", LENGTH_OPTIONS)
 @pytest.mark.parametrize("case", LENGTHS, ids=lambda case: f"{case[0]}x{case[1]}")
 def test_lengths(place, case, options):
@@ -118,6 +121,7 @@ def test_lengths(place, case, options):
 SIZES = [(1, 1), (8, 8), (40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 24), (8, 130)]
 
 
+@pytest.mark.in_turn("case")
 @every_dtype
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_head_sizes(place, case, dtype):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,11 @@ from torch import Tensor
 from fusednn import testing
 from fusednn.attention import reference
 from fusednn.core import native as _native
-from tests import conftest as suite
+from tests import places
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-PLACES = [
-    pytest.param(place, id=place.name, marks=suite.MARKS[place.name])
-    for place in suite.PLACES
-    if place.backend == "cuda"
-]
-
-
-@pytest.fixture(params=PLACES)
-def cuda(request: pytest.FixtureRequest) -> Iterator[suite.Place]:
-    """Run the test on the CUDA kernels, emulated and on a device."""
-    with suite.running_on(request.param) as place:
-        if not hasattr(_native.cuda_modules[place.device], "attention_forward"):
-            suite.missing(f"{place.name} lacks attention_forward")
-        yield place
+cuda = places.fixture(lambda place: place.backend == "cuda")
 
 
 @dataclasses.dataclass
@@ -94,13 +81,13 @@ def make(
     return work.map(lambda t: t.to(device))
 
 
-def run(place: suite.Place, work: Work) -> tuple[Tensor, ...]:
+def run(place: places.Place, work: Work) -> tuple[Tensor, ...]:
     """Output, lse and weights of the kernels; the work lies on the CPU or on the place's device."""
     there = work.map(lambda t: t if t.device.type == place.device else t.to(place.device))
     return _native.cuda_modules[place.device].attention_forward(*there.arguments())
 
 
-def check(place: suite.Place, work: Work) -> tuple[Tensor, ...]:
+def check(place: places.Place, work: Work) -> tuple[Tensor, ...]:
     """Run, and compare with the reference in float64 under the budgets."""
     found = run(place, work)
     assert found[0].transpose(1, 2).is_contiguous()
@@ -117,7 +104,7 @@ def check(place: suite.Place, work: Work) -> tuple[Tensor, ...]:
     return found
 
 
-def splits_of(place: suite.Place, work: Work) -> int:
+def splits_of(place: places.Place, work: Work) -> int:
     """Blocks that share a row's keys."""
     return _native.cuda_modules[place.device].attention_forward_splits(*work.arguments())
 
@@ -298,7 +285,7 @@ def packed(lengths: list[tuple[int, int]], dtype: torch.dtype, **options) -> Wor
     )  # fmt: skip
 
 
-def check_packed(place: suite.Place, work: Work) -> None:
+def check_packed(place: places.Place, work: Work) -> None:
     """Compare with the reference; rows behind the last sequence, which it doesn't have, are 0."""
     found = check(place, work)
     rows = work.query.shape[2]

@@ -64,6 +64,7 @@ def with_seed(work, seed: int):
     return (*work.tensors.values(), work.slopes, *work.bounds, number, *work.options)
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", [(9, 13, 0), (17, 34, 0), (3, 66, 2), (5, 7, 1), (1, 1, 0)], ids=str)
 def test_every_backend_draws_the_same_mask(place, case, seed):
@@ -76,6 +77,7 @@ def test_every_backend_draws_the_same_mask(place, case, seed):
     assert weights.ne(0).equal(kept.to(place.device))
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("weights", ["none", "mean", "heads"])
 @pytest.mark.parametrize("case", [(9, 13), (65, 70), (16, 129)], ids=str)
 def test_output_and_weights_share_the_mask(place, case, weights):
@@ -183,6 +185,7 @@ def test_seeds_are_torchs(place):
     assert not any(a.equal(b) for i, a in enumerate(patterns) for b in patterns[i + 1 :])
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("weights", ["none", "mean", "heads"])
 @pytest.mark.parametrize("case", [0.1, 0.5, 0.9])
 def test_backward_uses_the_same_mask(training_place, case, weights):

@@ -70,6 +70,7 @@ NOTHING = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("weights", ["mean", "heads"])
 @pytest.mark.parametrize("case", NOTHING)
 def test_nothing_to_attend_to(place, case, weights):
@@ -131,6 +132,7 @@ def kept_of(work: Work) -> torch.Tensor:
     return kept
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("weights", ["mean", "heads", "none"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("case", HIDERS)
@@ -320,6 +322,7 @@ EMPTY = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("options", [{}, {"mask": "float b1ls", "key_mask": "float"}], ids=["", "masked"])
 @pytest.mark.parametrize("weights", ["none", "mean", "heads"])
 @pytest.mark.parametrize("case", EMPTY)
@@ -334,6 +337,7 @@ REPEATED = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", REPEATED)
 def test_the_same_bits_again(place, case, dtype):

@@ -47,6 +47,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("case", SHAPES)
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 def test_shapes_as_torchs(place, case, causal):
@@ -76,6 +77,7 @@ MASKS = {
 }  # fmt: skip
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("case", MASKS)
 def test_masks_as_torchs(place, case, kind):
@@ -159,6 +161,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("case", WINDOWS)

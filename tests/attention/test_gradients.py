@@ -45,6 +45,7 @@ def at(place, work: Work) -> Work:
     return work.where(tensors=tensors, bounds=bounds, slopes=slopes)
 
 
+@pytest.mark.finite_differences
 @pytest.mark.parametrize("case", WORKS)
 def test_gradcheck(training_place, case):
     fast = training_place.slow or training_place.device != "cpu"
@@ -52,8 +53,8 @@ def test_gradcheck(training_place, case):
 
 
 @pytest.mark.parametrize("case", WORKS)
-def test_gradgradcheck(training_place, case):
-    assert gradgradcheck(*function_of(at(training_place, WORKS[case])), fast_mode=True)
+def test_gradgradcheck(reference_place, case):
+    assert gradgradcheck(*function_of(at(reference_place, WORKS[case])), fast_mode=True)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -71,12 +72,12 @@ def test_gradients_of_projections(bias):
 
 
 @pytest.mark.parametrize("case", ["heads", "float mask"])
-def test_gradgradcheck_of_every_element(training_place, case):
+def test_gradgradcheck_of_every_element(reference_place, case):
     """Not along random directions."""
     options = {"heads": {}, "float mask": {"mask": "float 11ls", "key_mask": "bool", "window": (-1, 1)}}[case]
     sizes = {"batch": 1, "heads": 2, "rows": 2, "columns": 3, "size": 2, "weights": "heads"}
-    work = at(training_place, make(**sizes, **options, dtype=torch.float64))
-    assert gradgradcheck(*function_of(work), fast_mode=training_place.slow)
+    work = at(reference_place, make(**sizes, **options, dtype=torch.float64))
+    assert gradgradcheck(*function_of(work))
 
 
 def test_empty_rows_in_the_second_order(training_place):

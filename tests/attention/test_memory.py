@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Place
+from tests.places import Place
 
 from . import growth
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.conftest import INTERPRETED, PLACES, running_on
+from tests.places import ALL, INTERPRETED, running_on
 
 from .triton_calls import SEED, check, make, run
 
 pytestmark = pytest.mark.interpreter
-INTERPRETER = next(place for place in PLACES if place.name == "triton-interpreted")
+INTERPRETER = next(place for place in ALL if place.name == "triton-interpreted")
 INF, NAN = torch.inf, torch.nan
 
 

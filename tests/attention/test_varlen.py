@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", LENGTHS)
 def test_agrees_with_torch(place, case, options):

@@ -66,12 +66,13 @@ def step(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return found | {name: b.clone() for name, b in module.named_buffers()}
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
-def test_inference_matches_the_oracle(inference_place, case, dtype, last):
-    block, composite = pair(case, inference_place.device, dtype)
-    x = images(case, inference_place.device, dtype)
+def test_inference_matches_the_oracle(place, case, dtype, last):
+    block, composite = pair(case, place.device, dtype)
+    x = images(case, place.device, dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     oracle = copy.deepcopy(composite).double().eval()(x.double()).detach()
     with torch.no_grad():
@@ -80,9 +81,10 @@ def test_inference_matches_the_oracle(inference_place, case, dtype, last):
     assert_close_to_oracle(out, same_dtype, oracle)
     with torch.no_grad():
         (found,) = fusednn.explain(block, x)
-    assert (found.operation, found.backend) == ("separable_conv2d_forward", inference_place.backend)
+    assert (found.operation, found.backend) == ("separable_conv2d_forward", place.backend)
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("mode", list(itertools.product([True, False], repeat=2)), ids=str)
 def test_training_in_float64(training_place, case, mode):
@@ -98,6 +100,7 @@ def test_training_in_float64(training_place, case, mode):
         torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.in_turn("case")
 @every_block
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_matches_the_oracle(training_place, case, dtype):

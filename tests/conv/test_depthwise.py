@@ -103,6 +103,7 @@ CASES = {
 }
 
 
+@pytest.mark.in_turn("case")
 @every_dtype
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_oracle(place, case, dtype):
@@ -119,6 +120,7 @@ def test_31x31(place, dtype):
     check(work, wanted=())
 
 
+@pytest.mark.in_turn("activation")
 @every_dtype
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activations(place, activation, dtype):
@@ -126,6 +128,7 @@ def test_activations(place, activation, dtype):
     check(work.with_(input=work.tensors["input"] * 3))
 
 
+@pytest.mark.in_turn("multiplier")
 @every_dtype
 @pytest.mark.parametrize("multiplier", [2, 3, 8])
 def test_multipliers(place, multiplier, dtype):
@@ -202,6 +205,7 @@ def test_unbatched(place):
     assert single.equal(batch[0])
 
 
+@pytest.mark.in_turn("activation")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_odd_values_reach_the_windows_that_hold_them(place, activation, value):

@@ -16,10 +16,10 @@ Block = tuple[Any, ...]  # arguments of separable_conv2d_forward
 
 
 @pytest.fixture
-def device_place(inference_place):
-    if inference_place.backend not in ("cuda", "triton"):
+def device_place(place):
+    if place.backend not in ("cuda", "triton"):
         pytest.skip("the kernels of the devices are under test")
-    return inference_place
+    return place
 
 
 def block(

@@ -32,6 +32,7 @@ def interpreted(place) -> bool:
     return place.name == "triton-interpreted"
 
 
+@pytest.mark.finite_differences
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(
     "options", [{"padding": 1}, {"stride": 2, "dilation": (1, 2), "padding": (1, 3)}], ids=str
@@ -44,12 +45,13 @@ def test_gradcheck(place, activation, options):
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_gradgradcheck(place, activation):
+def test_gradgradcheck(reference_place, activation):
     options = {"padding": "same", "activation": activation}
-    leaves, fast = depthwise_leaves(activation != "silu"), interpreted(place)
-    assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), leaves, fast_mode=fast)
+    leaves = depthwise_leaves(activation != "silu")
+    assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), leaves)
 
 
+@pytest.mark.finite_differences
 def test_of_a_sequence(place):
     leaves = leaf(2, 2, 5), leaf(2, 1, 3), leaf(2)
     for options in ({"causal": True, "dilation": 2}, {"padding": 1, "stride": 2}):
@@ -57,8 +59,10 @@ def test_of_a_sequence(place):
         assert gradcheck(function, leaves, fast_mode=interpreted(place))
 
 
-@pytest.mark.parametrize("acts", [("relu6", None), ("silu", "gelu")], ids=str)
-def test_of_a_block_without_norms(training_place, acts):
+every_pair_of_activations = pytest.mark.parametrize("acts", [("relu6", None), ("silu", "gelu")], ids=str)
+
+
+def block_without_norms(acts):
     leaves = leaf(1, 2, 4, 3), leaf(2, 1, 3, 3), leaf(3, 2, 1, 1), leaf(2), leaf(3)
     options = {"padding": 1, "depthwise_activation": acts[0], "pointwise_activation": acts[1]}
     residual = leaf(1, 3, 4, 3)
@@ -66,8 +70,18 @@ def test_of_a_block_without_norms(training_place, acts):
     def function(*t):
         return depthwise_separable_conv2d(*t[:5], residual=t[5], **options)
 
-    assert gradcheck(function, (*leaves, residual))
-    assert gradgradcheck(function, (*leaves, residual))
+    return function, (*leaves, residual)
+
+
+@pytest.mark.finite_differences
+@every_pair_of_activations
+def test_of_a_block_without_norms(training_place, acts):
+    assert gradcheck(*block_without_norms(acts))
+
+
+@every_pair_of_activations
+def test_twice_of_a_block_without_norms(reference_place, acts):
+    assert gradgradcheck(*block_without_norms(acts))
 
 
 @pytest.mark.parametrize("infinite", ["depthwise", "pointwise"])
@@ -97,19 +111,20 @@ def test_infinite_products_without_norms(infinite):
         assert torch.equal(got, wanted)
 
 
-def test_of_a_block_traced_for_inference(training_place):
+def test_of_a_block_traced_for_inference(reference_place):
     """The inference op has a gradient too, should a graph that holds it be differentiated."""
     leaves = leaf(1, 2, 4, 3), leaf(2, 1, 3, 3), leaf(2), leaf(3, 2, 1, 1), leaf(3), leaf(1, 3, 4, 3)
     op = torch.ops.fusednn.separable_conv2d_forward
-    with fusednn.use_backend("reference"):
-        function = lambda *t: op(*t, (1, 1), (1, 1, 1, 1), (1, 1), "silu", "gelu")  # noqa: E731
-        assert gradcheck(function, leaves)
-        assert gradgradcheck(function, leaves)
+    function = lambda *t: op(*t, (1, 1), (1, 1, 1, 1), (1, 1), "silu", "gelu")  # noqa: E731
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("training", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-def test_of_a_block_with_norms(training_place, training):
-    """Batch statistics and frozen ones, in every mixture."""
+# Batch statistics and frozen ones, in every mixture.
+every_mixture = pytest.mark.parametrize("training", list(itertools.product([True, False], repeat=2)), ids=str)
+
+
+def block_with_norms(training):
     block = fusednn.DepthwiseSeparableConv2d(
         2, 3, 3, padding=1, activation="silu", pointwise_activation="gelu", dtype=torch.float64
     )
@@ -126,9 +141,18 @@ def test_of_a_block_with_norms(training_place, training):
             child._parameters[attribute] = p
         return block(x)
 
-    x = leaf(2, 2, 3, 3)
-    assert gradcheck(function, (x, *leaves))
-    assert gradgradcheck(function, (x, *leaves))
+    return function, (leaf(2, 2, 3, 3), *leaves)
+
+
+@pytest.mark.finite_differences
+@every_mixture
+def test_of_a_block_with_norms(training_place, training):
+    assert gradcheck(*block_with_norms(training))
+
+
+@every_mixture
+def test_twice_of_a_block_with_norms(reference_place, training):
+    assert gradgradcheck(*block_with_norms(training))
 
 
 def test_every_subset_of_frozen_arguments(place):

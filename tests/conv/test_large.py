@@ -62,8 +62,8 @@ def test_depthwise_windows_far_apart(place, large):
     assert found[:, 0].double().equal(expected)
 
 
-def test_block_windows_far_apart(inference_place, large):
-    x, windows, stride = large(inference_place)
+def test_block_windows_far_apart(place, large):
+    x, windows, stride = large(place)
     channels = x.shape[1]
     weight, pointwise = small_integers((channels, 1, KERNEL, KERNEL), 2), torch.eye(channels).half()
     out = torch.ops.fusednn.separable_conv2d_forward(

@@ -152,6 +152,7 @@ def expanded_channels(t):
 LAYOUTS = (sliced, every_other, transposed, channels_last, sliced_channels_last, expanded, expanded_channels)
 
 
+@pytest.mark.in_turn("layout")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("last", [False, True], ids=["weight", "weight channels_last"])
 @pytest.mark.parametrize("shape", [(3, 4, 9, 8), (1, 4, 6, 5), (3, 1, 6, 5)], ids=str)

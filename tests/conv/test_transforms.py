@@ -53,8 +53,8 @@ def test_depthwise_fakes(place, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inference_fakes(inference_place, dtype):
-    _fakes_agree(inference_place, OPS[2], dtype)
+def test_inference_fakes(place, dtype):
+    _fakes_agree(place, OPS[2], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,3 +1,5 @@
-"""Where the recurrence runs: the places of spatial attention."""
+"""Where the recurrence runs: all but Triton, which has no kernel of it."""
 
-from tests.spatial.conftest import *  # noqa: F403
+from tests import places
+
+recurrence_place = places.fixture(lambda place: place.backend != "triton")

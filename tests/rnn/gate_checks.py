@@ -187,6 +187,7 @@ def check_gru_backward(launchers, batch, hidden, dtype):
     assert_accurate("grad_hx", grad_hx, gru_grad_hx, *inputs)
 
 
+@pytest.mark.costly
 class GateLauncherTests:
     """Subclass with a fixture `launchers`."""
 
@@ -197,6 +198,7 @@ class GateLauncherTests:
         yield
         torch.use_deterministic_algorithms(False)
 
+    @pytest.mark.in_turn("hidden")
     @pytest.mark.parametrize("hidden", HIDDEN)
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_shapes(self, launchers, dtype, hidden):
@@ -206,6 +208,7 @@ class GateLauncherTests:
             check_gru_forward(launchers, gru_inputs(batch, hidden, dtype))
             check_gru_backward(launchers, batch, hidden, dtype)
 
+    @pytest.mark.in_turn("hidden")
     @pytest.mark.parametrize("hidden", [2, 4, 12, 64])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_even_hidden_sizes(self, launchers, dtype, hidden):

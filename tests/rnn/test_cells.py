@@ -34,6 +34,7 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+@pytest.mark.in_turn("shape")
 @every_cell
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -41,6 +42,7 @@ def test_matches_the_oracle(place, cell, dtype, shape):
     check(workload(cell, *shape, dtype, place.device))
 
 
+@pytest.mark.in_turn("shape")
 @every_cell
 @every_dtype
 @pytest.mark.parametrize("shape", LARGE, ids=str)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import NO_EMULATOR, emulated_module, missing
+from tests.places import NO_EMULATOR, emulated_module, missing
 
 from . import gate_checks
 

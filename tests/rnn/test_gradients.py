@@ -121,6 +121,7 @@ def _checkable(cell: str, batch: int, hidden: int, bias: bool, device: str):
     return step, tuple(work.tensors[name].requires_grad_() for name in names)
 
 
+@pytest.mark.finite_differences
 @every_cell
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 2)], ids=str)
@@ -133,8 +134,8 @@ def test_gradcheck(place, cell, bias, shape):
 
 @every_cell
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradgradcheck(place, cell, bias):
-    step, values = _checkable(cell, 2, 2, bias, place.device)
+def test_gradgradcheck(reference_place, cell, bias):
+    step, values = _checkable(cell, 2, 2, bias, reference_place.device)
     assert gradgradcheck(step, values)
 
 

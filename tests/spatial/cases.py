@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fusednn
 from fusednn.testing import assert_close_to_oracle
-from tests.conftest import INTERPRETED
+from tests.places import INTERPRETED
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")

@@ -50,6 +50,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.in_turn("shape")
 @every_score
 @every_output
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 129, 17, 31)], ids=str)

@@ -14,7 +14,7 @@ from fusednn.spatial import reference
 
 from .cases import DTYPES, OUTPUTS, SCORES, check, fused_step, make, run
 from .op_cases import op_cases
-from .test_attention_lstm import OPTIONS, as_state, build, flat, step
+from tests.recurrence.test_attention_lstm import OPTIONS, as_state, build, flat, step
 
 every_score = pytest.mark.parametrize("score", SCORES)
 every_output = pytest.mark.parametrize("output", OUTPUTS)

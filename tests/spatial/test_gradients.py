@@ -32,6 +32,7 @@ def attention(output: str, mask):
 MASK = torch.tensor([[[[1, 0, 1], [1, 1, 0]]], [[[0, 0, 0], [0, 0, 0]]]], dtype=torch.bool)
 
 
+@pytest.mark.finite_differences
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
@@ -42,20 +43,28 @@ def test_gradcheck(place, score, output, mask):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
-def test_gradgradcheck(place, score, output, mask):
-    assert gradgradcheck(attention(output, mask), leaves_of(score), fast_mode=interpreted(place))
+def test_gradgradcheck(reference_place, score, output, mask):
+    assert gradgradcheck(attention(output, mask), leaves_of(score))
 
 
-@pytest.mark.parametrize("coordinates", [False, True])
-def test_of_the_softmax(softmax_place, coordinates):
+def softmax(coordinates: bool):
     mask = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)
 
     def function(x, t):
         return spatial_softmax(x, mask=mask, temperature=t, return_coordinates=coordinates)
 
-    inputs = leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_()
-    assert gradcheck(function, inputs, fast_mode=interpreted(softmax_place))
-    assert gradgradcheck(function, inputs, fast_mode=interpreted(softmax_place))
+    return function, (leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_())
+
+
+@pytest.mark.finite_differences
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_of_the_softmax(place, coordinates):
+    assert gradcheck(*softmax(coordinates), fast_mode=interpreted(place))
+
+
+@pytest.mark.parametrize("coordinates", [False, True])
+def test_twice_of_the_softmax(reference_place, coordinates):
+    assert gradgradcheck(*softmax(coordinates))
 
 
 def sequence(case: str):
@@ -77,6 +86,7 @@ def sequence(case: str):
 CASES = [case for case in op_cases("attention_lstm_forward") if case not in ("inference", "NHWC frames")]
 
 
+@pytest.mark.finite_differences
 @pytest.mark.parametrize("case", CASES)
 def test_of_the_recurrence(recurrence_place, case):
     function, leaves = sequence(case)
@@ -84,7 +94,7 @@ def test_of_the_recurrence(recurrence_place, case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.startswith("lstm flatten hoisted")])
-def test_twice_of_the_recurrence(recurrence_place, case):
+def test_twice_of_the_recurrence(reference_place, case):
     assert gradgradcheck(*sequence(case), fast_mode=True)
 
 

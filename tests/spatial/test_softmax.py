@@ -29,18 +29,19 @@ def composed(logits, mask, t):
     return a, torch_coordinates(a)
 
 
+@pytest.mark.in_turn("shape")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_agrees_with_torch(softmax_place, shape, masked, dtype):
+def test_agrees_with_torch(place, shape, masked, dtype):
     logits = torch.randn(shape, dtype=torch.float64).to(dtype)
     grads = tuple(torch.randn(s, dtype=torch.float64).to(dtype) for s in (shape, (*shape[:2], 2)))
     mask = torch.rand(shape) > 0.3 if masked else None
     if masked and mask.numel():
         mask[..., 0, 0] = True
     t = torch.tensor(0.6, dtype=dtype)
-    mask, t, logits = (x if x is None else x.to(softmax_place.device) for x in (mask, t, logits))
-    grads = tuple(g.to(softmax_place.device) for g in grads)
+    mask, t, logits = (x if x is None else x.to(place.device) for x in (mask, t, logits))
+    grads = tuple(g.to(place.device) for g in grads)
     wide = tuple(g.double() for g in grads)
     actual, expected, oracle = [], [], []
     for x in (logits, -logits, logits.flip(3), -logits.flip(2)):  # one alone can be luck
@@ -55,8 +56,8 @@ def test_agrees_with_torch(softmax_place, shape, masked, dtype):
             assert_close_to_oracle(found, theirs, exact, name)
 
 
-def test_map_alone(softmax_place):
-    logits = torch.randn(2, 3, 4, 5, device=softmax_place.device)
+def test_map_alone(place):
+    logits = torch.randn(2, 3, 4, 5, device=place.device)
     a = spatial_softmax(logits, temperature=2.0)
     torch.testing.assert_close(a, torch_softmax(logits, None, 2.0))
     torch.testing.assert_close(a.sum((2, 3)), torch.ones_like(a[..., 0, 0]))
@@ -64,14 +65,14 @@ def test_map_alone(softmax_place):
     assert (a - (logits / 2).softmax(-2)).abs().max() > 0.1
 
 
-def test_masks_of_single_maps(softmax_place):
+def test_masks_of_single_maps(place):
     """Fully masked: zeros and no gradient, with NaN in it too; the others don't notice."""
-    logits = torch.randn(2, 2, 3, 4, device=softmax_place.device)
-    mask = torch.ones(2, 2, 3, 4, dtype=torch.bool, device=softmax_place.device)
+    logits = torch.randn(2, 2, 3, 4, device=place.device)
+    mask = torch.ones(2, 2, 3, 4, dtype=torch.bool, device=place.device)
     mask[1, 0] = False
     bad = logits.clone()
     bad[1, 0] = torch.nan
-    grads = (torch.randn_like(logits), torch.randn(2, 2, 2, device=softmax_place.device))
+    grads = (torch.randn_like(logits), torch.randn(2, 2, 2, device=place.device))
     grads[0][1, 0] = torch.nan
     found, clean = (results(fused, x, mask, torch.tensor(0.5).to(x), grads) for x in (bad, logits))
     for name, a, b in zip(("map", "xy", "d logits", "d T"), found, clean, strict=True):
@@ -82,14 +83,14 @@ def test_masks_of_single_maps(softmax_place):
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 20, 64, 1000])
-def test_coordinates_are_those_of_linspace(softmax_place, size):
+def test_coordinates_are_those_of_linspace(place, size):
     """One-hot maps give the coordinates themselves: (2 i - (n - 1)) / (n - 1), rounded once."""
-    logits = torch.full((size, 1, 2, size), -torch.inf, device=softmax_place.device)
+    logits = torch.full((size, 1, 2, size), -torch.inf, device=place.device)
     logits[:, 0, 1].fill_diagonal_(0)
-    some = slice(None, None, 37) if interpreted(softmax_place) and size > 64 else slice(None)  # with the last
+    some = slice(None, None, 37) if interpreted(place) and size > 64 else slice(None)  # with the last
     _, xy = spatial_softmax(logits[some], return_coordinates=True)
     i = torch.arange(size, dtype=torch.float64)
-    exact = ((2 * i - (size - 1)) / (size - 1)).float().to(softmax_place.device)
+    exact = ((2 * i - (size - 1)) / (size - 1)).float().to(place.device)
     assert xy[:, 0, 0].equal(exact[some])
     assert xy[:, 0, 1].eq(1).all()
     assert xy[0, 0, 0] == -1
@@ -101,8 +102,8 @@ def test_coordinates_are_those_of_linspace(softmax_place, size):
     )
 
 
-def test_extreme_logits(softmax_place):
-    logits = torch.randn(2, 1, 3, 3, device=softmax_place.device) * 1e30
+def test_extreme_logits(place):
+    logits = torch.randn(2, 1, 3, 3, device=place.device) * 1e30
     a, xy = spatial_softmax(logits, temperature=1e-30, return_coordinates=True)
     assert a.flatten(2).amax(-1).eq(1).all()
     assert a.sum() == 2

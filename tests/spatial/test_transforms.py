@@ -47,8 +47,8 @@ def _fakes_agree(place, name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS[:2])
-def test_softmax_fakes(softmax_place, name, dtype):
-    _fakes_agree(softmax_place, name, dtype)
+def test_softmax_fakes(place, name, dtype):
+    _fakes_agree(place, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import fusednn
-from tests.conftest import INTERPRETED, PLACES, running_on
+from tests.places import ALL, INTERPRETED, running_on
 
 from .cases import check, fused_step, make, run
 from .test_softmax import composed, fused, results
 
 pytestmark = pytest.mark.interpreter
-INTERPRETER = next(place for place in PLACES if place.name == "triton-interpreted")
+INTERPRETER = next(place for place in ALL if place.name == "triton-interpreted")
 
 
 @pytest.fixture

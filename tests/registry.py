@@ -1,0 +1,78 @@
+"""The ops as tests go through them: names, families, sample calls, and the kernels that a binary has."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from fusednn.core import native
+from fusednn.core.dispatch import Operation
+
+from . import places
+
+OPS = sorted(
+    name.removeprefix("fusednn::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("fusednn::")
+)
+FAMILIES = {
+    "lstm_cell": "rnn",
+    "gru_cell": "rnn",
+    "depthwise_conv2d": "conv",
+    "separable_conv2d": "conv",
+    "separable_conv2d_train": "conv",
+    "spatial_softmax": "spatial",
+    "spatial_attention": "spatial",
+    "attention_lstm": "spatial",
+    "attention": "attention",
+    "projection": "attention",
+}
+# Where the backward is that of another op.
+BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}
+
+
+def stem_of(name: str) -> str:
+    """Return the name without its direction."""
+    return name.removesuffix("_forward").removesuffix("_backward")
+
+
+def backward_of(name: str) -> str:
+    """Return the name of the op that is a forward's backward."""
+    stem = stem_of(name)
+    return f"{BACKWARDS.get(stem, stem)}_backward"
+
+
+def family_of(name: str) -> str:
+    """Return the folder with an op's tests."""
+    assert stem_of(name) in FAMILIES, f"{name}: name its family in tests/registry.py"
+    return FAMILIES[stem_of(name)]
+
+
+def table_of(name: str) -> Operation:
+    """Return an op's backends."""
+    return getattr(importlib.import_module(f"fusednn.{family_of(name)}.backends"), name)
+
+
+def cases_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
+    """Return an op's sample calls."""
+    return importlib.import_module(f"tests.{family_of(name)}.op_cases").op_cases(name, dtype)
+
+
+def arguments_of(name: str) -> list[str]:
+    """Return the names of an op's arguments."""
+    return [a.name for a in getattr(torch.ops.fusednn, name).default._schema.arguments]
+
+
+def kernels() -> list[tuple[places.Place, str]]:
+    """Return the ops that have C++ kernels in this process, and where: the CPU's and the emulated CUDA's."""
+    modules = {"cpu": getattr(native.extension, "cpu", None), "cuda-emulated": places.emulated_module()}
+    return [
+        (place, op)
+        for place in places.ALL
+        if place.name in modules
+        for op in OPS
+        for kernel in (op, op.replace("_cell_", "_gates_"))  # on devices a cell is torch's products and these
+        if hasattr(modules[place.name], kernel)
+    ]
