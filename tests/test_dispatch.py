@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import typing
 from pathlib import Path
 
 import pytest
@@ -178,8 +179,27 @@ def test_explain_a_model():
     found = fusednn.explain(model, torch.randn(2, 3))
     assert [e.operation for e in found] == ["gru_cell_forward"] * 2
     assert {e.backend for e in found} == {"cpu" if _native.extension is not None else "reference"}
-    assert str(found).count("asked for: auto") == 2
+    assert str(found) == repr(found) == f"2 x {found[0]}"
+    assert str(found).count("asked for: auto") == 1
     assert str(fusednn.explain(torch.nn.Linear(3, 5), torch.randn(2, 3))) == "no fusednn operation was called"
+
+
+def test_explain_groups_equal_calls_wherever_they_come():
+    kinds = (fusednn.LSTMCell(3, 3), fusednn.GRUCell(3, 3))
+
+    def call(x):
+        for _ in range(3):
+            for cell in kinds:
+                cell(x)
+
+    found = fusednn.explain(call, torch.randn(2, 3))
+    lstm, gru = str(found[0]), str(found[1])
+    assert str(found) == f"3 x {lstm}\n3 x {gru}"
+    assert len(found) == 6
+
+
+def test_use_backend_takes_any_string_for_a_type_checker():
+    assert str in typing.get_args(typing.get_type_hints(fusednn.use_backend.__init__)["name"])
 
 
 def test_explain_a_refusal_and_pass_on_other_errors():
@@ -308,7 +328,7 @@ def test_a_stale_extension_is_refused_in_words(tmp_path, record, reason):
     report = imported(package)
     assert not report["native"]
     assert re.search(reason, report["reason"])
-    said = [text for text in report["records"] if "To build it: pip install" in text]
+    said = [text for text in report["records"] if "To build it: FUSEDNN_NATIVE=1 pip install" in text]
     assert len(said) == 1
     assert report["reason"] in said[0]
     assert report["taken"] == "reference"
