@@ -17,10 +17,11 @@ PYTHON_FOLDERS = python/fusednn tools $(wildcard benchmarks examples)
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help build bench test test-all lint format gpu-check clean distclean
+.PHONY: help build bench bench-full test test-all lint format gpu-check clean distclean
 
 help:
-	@echo 'make bench      measure this machine: fused layers against PyTorch, as a table and JSON'
+	@echo 'make bench      measure this machine in five minutes: fused layers against PyTorch, as a table and JSON'
+	@echo 'make bench-full measure every case'
 	@echo 'make test       run the tests; no GPU is needed'
 	@echo 'make test-all   the same in every combination, for every GPU target, under every sanitizer'
 	@echo 'make build      set up $(VENV) and compile what has changed'
@@ -29,13 +30,17 @@ help:
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
 	@echo
 	@echo 'PYTHON=python3.12  another Python; its torch is used as it is if it serves'
-	@echo 'ARGS="..."         for the benchmarks (make bench ARGS="--quick") or pytest (make test ARGS="-k lstm")'
+	@echo 'ARGS="..."         for the benchmarks (make bench ARGS="--no-compile") or pytest (make test ARGS="-k lstm")'
 	@echo 'OFFLINE=1          ask no package index; TORCH_INDEX=URL  take torch from there'
 
 build:
 	@$(SETUP) --build build
 
 bench:
+	@$(SETUP) --build bench
+	@$(PY) -m fusednn bench --quick $(ARGS)
+
+bench-full:
 	@$(SETUP) --build bench
 	@$(PY) -m fusednn bench $(ARGS)
 

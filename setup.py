@@ -1,11 +1,14 @@
 """Build fusednn: ask torch for its paths, run CMake, map the package folders.
 
-Without torch, CMake or a C++20 compiler, or with ``FUSEDNN_NATIVE=0``, the package is pure Python and runs on
-its reference; ``FUSEDNN_NATIVE=1`` makes what is missing an error.
+``FUSEDNN_NATIVE=0`` asks for a pure-Python package, which runs on its reference. Without CMake or a C++20
+compiler it becomes one too, and its version, which pip shows, ends in ``+pure.python``; ``FUSEDNN_NATIVE=1``
+makes that an error. Without torch nothing is built: an isolated build can't see the one to compile for.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -25,6 +28,19 @@ import toolchain  # noqa: E402
 
 RECORD = "_build_info.json"  # read by fusednn.core.native before it loads the extension
 PACKAGE_DIRS = {"fusednn": "python/fusednn", "fusednn.triton_kernels": "triton_kernels"}
+# The commands that end in an installed package, as pip and people give them.
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "dist_info", "editable_wheel", "install"}
+WITHOUT_TORCH = """\
+fusednn: there is no torch in the build environment, and the kernels are compiled for one: yours.
+pip builds in an environment of its own unless told otherwise. In yours, type
+
+    pip install torch setuptools wheel cmake ninja
+    pip install --no-build-isolation .
+
+or, for a pure-Python package that runs on plain PyTorch, without compiled kernels:
+
+    FUSEDNN_NATIVE=0 pip install .
+"""
 
 
 def from_source(pattern: str, path: str) -> str:
@@ -44,19 +60,25 @@ def packages() -> list[str]:
     return found
 
 
-def native_extensions() -> list[Extension]:
-    """Return the extension, or nothing, saying why, where it can't be built."""
+def native_or_pure() -> dict[str, object]:
+    """Return what a package with the extension and one without it tell setup() differently."""
+    version = from_source(r'__version__ = "(.+)"', "python/fusednn/_version.py")
+    pure = {"version": version, "install_requires": [from_source(r'serves = "(torch.+?)"', "pyproject.toml")]}
     choice = os.environ.get("FUSEDNN_NATIVE")
-    if choice == "0":
-        return []
-    reasons = toolchain.against_native()
+    if choice == "0" or BUILDS.isdisjoint(sys.argv):  # a source distribution is the same wherever it is made
+        return pure
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(WITHOUT_TORCH)
+    reasons = [*toolchain.against_cmake(), *toolchain.against_compiler()]
     if not reasons:
-        return [Extension("fusednn._C", sources=[])]
+        torch = ".".join(importlib.metadata.version("torch").split(".")[:2])
+        requires = [f"torch=={torch}.*"]  # the extension is loaded under no other minor version
+        return {**pure, "install_requires": requires, "ext_modules": [Extension("fusednn._C", sources=[])]}
     listed = "".join(f"\n  - {reason}" for reason in reasons)
     if choice == "1":
         raise SystemExit(f"fusednn: FUSEDNN_NATIVE=1, but the extension can't be built:{listed}")
     print(f"fusednn: pure Python, without the compiled kernels:{listed}", file=sys.stderr)
-    return []
+    return {**pure, "version": f"{version}+pure.python"}
 
 
 def wants_cuda(torch) -> bool:
@@ -135,7 +157,6 @@ class CMakeBuild(build_ext):
         record = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda if cuda else None,
-            "interface": int(from_source(r"INTERFACE_VERSION = (\d+)", "python/fusednn/core/native.py")),
             "version": self.distribution.get_version(),
         }
         (output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -159,12 +180,11 @@ class FreshPython(build_py):
 
 
 setup(
-    version=from_source(r'__version__ = "(.+)"', "python/fusednn/_version.py"),
+    **native_or_pure(),
     license="Apache-2.0",
     packages=packages(),
     package_dir=PACKAGE_DIRS,
     package_data={"fusednn": ["py.typed"]},
-    ext_modules=native_extensions(),
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshPython},
     zip_safe=False,
 )

@@ -1,43 +1,35 @@
-"""A progress bar with tqdm where it is installed and there is a terminal; plain lines elsewhere."""
+"""Where a run stands, on stderr; its results go to stdout."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
+import time
+from collections.abc import Callable
 
 
 class Progress:
-    """Counts the cases of a run; results go to stdout, progress to stderr."""
+    """Counts the cases of a run, and estimates the time left from those that are done."""
 
-    def __init__(self, total: int) -> None:
-        self._bar = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ModuleNotFoundError):
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, file=sys.stderr, unit="case", leave=False, dynamic_ncols=True)
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._total = total
         self._done = 0
+        self._clock = clock
+        self._started = clock()
 
     def start(self, name: str) -> None:
-        """Show which case begins."""
-        if self._bar is not None:
-            self._bar.set_description(name)
-        else:
-            print(f"[{self._done + 1}/{self._total}] {name}", file=sys.stderr, flush=True)
+        """Say which case begins, and about how long all that are left will take."""
+        left = "time left: known after the first case"
+        if self._done:
+            seconds = (self._clock() - self._started) / self._done * (self._total - self._done)
+            left = f"about {_span(seconds)} left"
+        print(f"[{self._done + 1}/{self._total}, {left}] {name}", file=sys.stderr, flush=True)
 
     def finish(self, lines: list[str]) -> None:
         """Print a case's lines and count it."""
         self._done += 1
-        text = "\n".join(lines)
-        if self._bar is not None:
-            self._bar.clear()
-            print(text, flush=True)
-            self._bar.update()
-        else:
-            print(text, flush=True)
+        print("\n".join(lines), flush=True)
 
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -116,11 +116,12 @@ def machine_line(document: Document) -> str:
     ceilings = ", ".join(
         f"{c.peak / 1e9:.0f} GFLOP/s {c.dtype} and {c.bandwidth / 1e9:.1f} GB/s" for c in document.ceilings
     )
+    start = "Interrupted before all cases ran. " if document.settings.get("interrupted") else ""
     return (
-        f"Median of {document.settings['rounds']} interleaved rounds on {where}, {m['threads']} threads, "
-        f"load {m['load_average'][0]} at the start; measured ceilings {ceilings}; python {m['python']}, "
-        f"{versions}, commit {m['commit']}, {m['date']}. An asterisk marks a difference that is below 5 % or "
-        "within the spreads (p20 to p80)."
+        f"{start}Median of {document.settings['rounds']} interleaved rounds on {where}, {m['threads']} "
+        f"threads, load {m['load_average'][0]} at the start; measured ceilings {ceilings}; "
+        f"python {m['python']}, {versions}, commit {m['commit']}, {m['date']}. An asterisk marks a "
+        "difference that is below 5 % or within the spreads (p20 to p80)."
     )
 
 

@@ -2,10 +2,12 @@
 
     python -m benchmarks.run                        all cases; results go to benchmarks/results/local/
     python -m benchmarks.run --list                 names, shapes, flops and bytes
+    python -m benchmarks.run --quick                the small suite: every family, both modes
     python -m benchmarks.run --quick --no-compile   a first look
 
 Exit code: 0; 1 if a peer gave a wrong answer, or if eager, reference or fusednn failed, or was inexact; 2 for
-bad options. (An exported runtime that rounds worse than its budget loses its time, but fails nothing.)
+bad options; 130 after Ctrl-C, which keeps the cases that are measured: they are printed and written as usual.
+(An exported runtime that rounds worse than its budget loses its time, but fails nothing.)
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .summary import case_lines, mean_lines
 RESULTS = Path(__file__).resolve().parent / "results"
 MIN_SAMPLE_S = 5e-3
 ROUNDS, QUICK_ROUNDS = 25, 8
+INTERRUPTED = 130  # as a shell has it for a program that SIGINT ended
 OURS = (EAGER, REFERENCE, FUSEDNN)
 
 
@@ -60,38 +63,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(cases: Sequence[Case], peers: Sequence[str], device: torch.device, args: argparse.Namespace) -> int:
     """Measure the cases, print them, write the JSON files; returns the exit code."""
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    machine = describe_machine(device)
-    print("\n".join(_heading(machine)), flush=True)
-    ceilings = {dtype: measure_ceilings(device, dtype) for dtype in dict.fromkeys(c.dtype for c in cases)}
+    settings = {
+        "rounds": args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS),
+        "min_sample_s": args.min_sample_ms * 1e-3,
+        "peers": list(peers),
+        "quick": args.quick,
+        "interrupted": False,
+    }
+    document = Document(describe_machine(device), settings, [], [])
+    print("\n".join(_heading(document.machine)), flush=True)
+    try:
+        _measure(document, cases, device, args.memory)
+    except KeyboardInterrupt:
+        settings["interrupted"] = True
+        print(f"\ninterrupted: {len(document.cases)} of {len(cases)} cases are measured")
+    if document.cases:
+        results = document.cases
+        lines = [*mean_lines(results), *_ceiling_lines(document.ceilings), *_refused_lines(results)]
+        print("\n".join([*lines, *(f"wrote {path}" for path in write(document, args.json))]))
+    return INTERRUPTED if settings["interrupted"] else exit_code(document.cases)
+
+
+def _measure(document: Document, cases: Sequence[Case], device: torch.device, memory: bool | None) -> None:
+    """Add ceilings and cases to the document, each as soon as it is measured."""
+    document.ceilings += [measure_ceilings(device, dtype) for dtype in dict.fromkeys(c.dtype for c in cases)]
     progress = Progress(len(cases))
-    results = []
     for case in cases:
         progress.start(case.name)
         result = run_case(
             case,
-            peers,
+            document.settings["peers"],
             device,
-            rounds=rounds,
-            min_sample_s=args.min_sample_ms * 1e-3,
-            memory=args.memory or (args.memory is None and case.family == "conv" and case.mode == "training"),
+            rounds=document.settings["rounds"],
+            min_sample_s=document.settings["min_sample_s"],
+            memory=memory or (memory is None and case.family == "conv" and case.mode == "training"),
         )
-        results.append(result)
-        progress.finish([*case_lines(result, ceilings[case.dtype]), ""])
-    progress.close()
+        document.cases.append(result)
+        ceilings = document.ceiling(case.dtype)
+        assert ceilings is not None
+        progress.finish([*case_lines(result, ceilings), ""])
     # Again at the end: a machine that was busy at one end shows its true ceilings at the other.
-    ceilings = {dtype: c.best(measure_ceilings(device, dtype)) for dtype, c in ceilings.items()}
-    print("\n".join([*mean_lines(results), *_ceiling_lines(ceilings), *_refused_lines(results)]))
-    settings = {
-        "rounds": rounds,
-        "min_sample_s": args.min_sample_ms * 1e-3,
-        "peers": list(peers),
-        "quick": args.quick,
-    }
-    document = Document(machine, settings, list(ceilings.values()), results)
-    for path in write(document, args.json):
-        print(f"wrote {path}")
-    return exit_code(results)
+    document.ceilings[:] = [c.best(measure_ceilings(device, c.dtype)) for c in document.ceilings]
 
 
 def write(document: Document, target: str | None) -> list[Path]:
@@ -147,11 +159,17 @@ def _heading(machine: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _ceiling_lines(ceilings: dict[str, Ceilings]) -> list[str]:
+def _ceiling_lines(ceilings: Sequence[Ceilings]) -> list[str]:
     return [
-        f"measured ceilings, {dtype}: {c.peak / 1e9:.0f} GFLOP/s, {c.bandwidth / 1e9:.1f} GB/s"
-        for dtype, c in ceilings.items()
+        f"measured ceilings, {c.dtype}: {c.peak / 1e9:.0f} GFLOP/s, {c.bandwidth / 1e9:.1f} GB/s"
+        for c in ceilings
     ]
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number from 1 on")
+    return int(text)
 
 
 def _refused_lines(results: Sequence[CaseResult]) -> list[str]:
@@ -171,10 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", default="", choices=("inference", "training"))
     parser.add_argument("--peers", default="", metavar="A,B", help=f"of {', '.join(PEERS)}; default: all")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it is slow)")
-    parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
-    parser.add_argument(
-        "--rounds", type=int, default=0, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}"
-    )
+    parser.add_argument("--quick", action="store_true", help="the small suite: few cases, few rounds")
+    parser.add_argument("--rounds", type=_at_least_one, help=f"default {ROUNDS}, with --quick {QUICK_ROUNDS}")
     parser.add_argument("--min-sample-ms", type=float, default=MIN_SAMPLE_S * 1e3, help="default %(default)g")
     parser.add_argument(
         "--memory",
@@ -183,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         help="peak memory too (CPU: a process per peer); default: for training steps of convolutions",
     )
     parser.add_argument("--device", default="", choices=("cpu", "cuda"), help="default: cuda if available")
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's own number")
+    parser.add_argument("--threads", type=_at_least_one, help="default: torch's own number")
     parser.add_argument(
         "--json",
         nargs="?",

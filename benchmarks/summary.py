@@ -93,6 +93,13 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}x" if ratio >= 0.095 else f"{ratio:.2g}x"
 
 
+def in_words(ratio: float, verdict: str) -> str:
+    """Say how fusednn does, given its speed-up and what :func:`compare` makes of it."""
+    if verdict == "slower":
+        return f"fusednn takes {times(1 / ratio)} as long"
+    return f"fusednn is {times(ratio)} as fast{' (unclear)' if verdict == 'unclear' else ''}"
+
+
 def operation(case: CaseResult) -> str:
     """Return the operation that the case's name begins with."""
     return case.name.split("-")[0]
@@ -127,7 +134,7 @@ def _time_line(case: CaseResult, peer: PeerResult, limit: float) -> str:
     line = f"  {name:<20} {seconds(t.median_s):>9}  {spread:<22} {limit / t.median_s:>5.0%} of limit"
     ratio = speedup(case, peer.name) if peer.name != FUSEDNN else None
     if ratio is not None:
-        line += f"  fusednn {times(ratio):>6} {compare(case.peer(FUSEDNN), peer)}"
+        line += f"  {in_words(ratio, compare(case.peer(FUSEDNN), peer))}"
     if peer.peak_bytes is not None:
         line += f"  peak +{peer.peak_bytes / 2**20:.1f} MiB"
     return f"{line}  {peer.reason}".rstrip()
@@ -145,7 +152,7 @@ def mean_lines(cases: Sequence[CaseResult]) -> list[str]:
     for mode in dict.fromkeys(case.mode for case in cases):
         found = means(case for case in cases if case.mode == mode)
         if found:
-            lines.append(f"{mode}: fusednn, geometric mean")
+            lines.append(f"{mode}: fusednn's speed-up, geometric mean")
         for m in found:
             counts = f"{m.faster} faster, {m.slower} slower, {m.cases - m.faster - m.slower} unclear"
             lines.append(

@@ -32,7 +32,9 @@ def pairwise(rows: Sequence[Values], in_turn: frozenset[str] = frozenset()) -> l
     unmet, taken = set().union(*met), Counter[tuple[str, Hashable]]()
     chosen = []
     while unmet:
-        best = max(range(len(rows)), key=lambda i: (len(met[i] & unmet), -sum(taken[v] for v in rows[i].items())))
+        best = max(
+            range(len(rows)), key=lambda i: (len(met[i] & unmet), -sum(taken[v] for v in rows[i].items()))
+        )
         chosen.append(best)
         unmet -= met[best]
         taken.update(rows[best].items())
@@ -48,7 +50,11 @@ def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Return the items of costly tests that add nothing."""
     tests: dict[Hashable, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("costly"):
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.get_closest_marker("costly")
+        ):
             place = tuple(v for v in item.callspec.params.values() if isinstance(v, Place))
             tests.setdefault((item.parent, item.originalname, place), []).append(item)
     left: set[pytest.Item] = set()

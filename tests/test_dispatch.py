@@ -9,7 +9,9 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,8 +180,27 @@ def test_explain_a_model():
     found = fusednn.explain(model, torch.randn(2, 3))
     assert [e.operation for e in found] == ["gru_cell_forward"] * 2
     assert {e.backend for e in found} == {"cpu" if _native.extension is not None else "reference"}
-    assert str(found).count("asked for: auto") == 2
+    assert str(found) == repr(found) == f"2 x {found[0]}"
+    assert str(found).count("asked for: auto") == 1
     assert str(fusednn.explain(torch.nn.Linear(3, 5), torch.randn(2, 3))) == "no fusednn operation was called"
+
+
+def test_explain_groups_equal_calls_wherever_they_come():
+    kinds = (fusednn.LSTMCell(3, 3), fusednn.GRUCell(3, 3))
+
+    def call(x):
+        for _ in range(3):
+            for cell in kinds:
+                cell(x)
+
+    found = fusednn.explain(call, torch.randn(2, 3))
+    lstm, gru = str(found[0]), str(found[1])
+    assert str(found) == f"3 x {lstm}\n3 x {gru}"
+    assert len(found) == 6
+
+
+def test_use_backend_takes_any_string_for_a_type_checker():
+    assert str in typing.get_args(typing.get_type_hints(fusednn.use_backend.__init__)["name"])
 
 
 def test_explain_a_refusal_and_pass_on_other_errors():
@@ -285,15 +306,13 @@ def _copy_of_package(tmp_path: Path) -> Path:
     return target
 
 
-GOOD = {"torch": torch.__version__, "interface": _native.INTERFACE_VERSION}
 BROKEN = {
     "no record": (None, "was not built"),
     "an empty record": ("", "was not built"),
     "no JSON": ("{", "was not built"),
     "another kind of JSON": ("[]", "was not built"),
     "an incomplete record": ("{}", "was not built"),
-    "another torch": (json.dumps(GOOD | {"torch": "1.13.1"}), r"built for torch 1\.13\.1, and this is torch"),
-    "another interface": (json.dumps(GOOD | {"interface": -1}), "stale: interface -1, expected"),
+    "another torch": (json.dumps({"torch": "1.13.1"}), r"built for torch 1\.13\.1, and this is torch"),
 }
 
 
@@ -308,15 +327,31 @@ def test_a_stale_extension_is_refused_in_words(tmp_path, record, reason):
     report = imported(package)
     assert not report["native"]
     assert re.search(reason, report["reason"])
-    said = [text for text in report["records"] if "To build it: pip install" in text]
+    said = [text for text in report["records"] if "To build it: FUSEDNN_NATIVE=1 pip install" in text]
     assert len(said) == 1
     assert report["reason"] in said[0]
     assert report["taken"] == "reference"
 
 
+def test_an_extension_that_takes_other_arguments_is_stale(monkeypatch, caplog):
+    """What the compiled kernels take is compared with each op's arguments when it is declared."""
+    for name in ("extension", "unavailable_reason"):
+        monkeypatch.setattr(_native, name, getattr(_native, name))
+    monkeypatch.setattr(_native, "cuda_modules", {"cuda": None})
+    cpu = SimpleNamespace(signatures={"gelu": ["input", "approximate"]})
+    monkeypatch.setattr(_native, "extension", SimpleNamespace(cpu=cpu))
+    _native.compare("gelu", ("input", "approximate"))
+    _native.compare("relu", ("input",))  # has no compiled kernel
+    assert _native.extension is not None
+    _native.compare("gelu", ("input",))
+    assert _native.extension is None
+    assert _native.cuda_modules == {}
+    assert "stale: gelu: got arguments ('input', 'approximate'), expected ('input',)" in caplog.text
+
+
 def test_an_extension_that_cannot_be_loaded(tmp_path):
     package = _copy_of_package(tmp_path)
-    (package / "_build_info.json").write_text(json.dumps(GOOD))
+    (package / "_build_info.json").write_text(json.dumps({"torch": torch.__version__}))
     for path in package.glob("_C.*"):
         path.unlink()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

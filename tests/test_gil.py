@@ -19,7 +19,9 @@ from tests import places, registry
 LEAST_SECONDS = 0.08
 TRIES = 5
 # What has no batch: parameters and their statistics.
-OF_THE_MODEL = re.compile(r"(?!grad_).*(weight|bias|norm|temperature|slopes|seqlens|seed|extra|mean\d|rstd\d)|v$")
+OF_THE_MODEL = re.compile(
+    r"(?!grad_).*(weight|bias|norm|temperature|slopes|seqlens|seed|extra|mean\d|rstd\d)|v$"
+)
 
 
 class Ticks(threading.Thread):
@@ -59,7 +61,10 @@ def lets_others_run(call: Callable[[], Any]) -> bool:
 
 def sample(name: str) -> tuple[Any, ...]:
     """Return the arguments of the sample call that has the most to compute."""
-    cases = [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in registry.cases_of(name).values()]
+    cases = [
+        tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        for args in registry.cases_of(name).values()
+    ]
 
     def size(args: tuple[Any, ...]) -> tuple[int, int]:
         wanted = args[-1] if isinstance(args[-1], (list, tuple)) else ()

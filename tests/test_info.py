@@ -115,6 +115,11 @@ def test_output_keeps_the_machine_private(monkeypatch):
         assert f'"{private}"' not in text
 
 
+def test_version():
+    done = fusednn_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"fusednn {fusednn.__version__}\n")
+
+
 def test_unknown_command():
     done = fusednn_command("inform")
     assert done.returncode == 2

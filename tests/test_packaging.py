@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -11,13 +12,38 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("csrc", "python", "tools", "triton_kernels", "CHANGELOG.md", "CMakeLists.txt", "LICENSE")
-SOURCES += ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+FOLDERS = (".ci", "benchmarks", "csrc", "docs", "examples", "python", "tests", "tools", "triton_kernels")
+FILES = (
+    ".clang-format",
+    "CHANGELOG.md",
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+)
+FILES += ("README.md", "pyproject.toml", "setup.py")
 # An editable install of another checkout would stand in for what the unpacked wheel lacks.
 ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
-NO_COPIES = shutil.ignore_patterns("*.so", "_build_info.json", "*.egg-info", "__pycache__")
+NO_COPIES = shutil.ignore_patterns("*.so", "_build_info.json", "*.egg-info", "__pycache__", "local", "out")
+BUILT = list((ROOT / "python/fusednn").glob("_C*.so"))
+# In place of compiling for minutes: the extension of this checkout, put where CMake is told to put it.
+CMAKE = f"""#!{sys.executable}
+import pathlib, shutil, sys
+note = pathlib.Path(__file__).with_name("output")
+if "--version" in sys.argv:
+    print("cmake version 3.30.0")
+elif "--build" in sys.argv:
+    output = pathlib.Path(note.read_text())
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.copy({str(BUILT[0] if BUILT else None)!r}, output)
+else:
+    note.write_text(next(a.split("=", 1)[1] for a in sys.argv if a.startswith("-DFUSEDNN_OUTPUT_DIR=")))
+"""
+needs_extension = pytest.mark.skipif(not BUILT, reason="nothing was built in place in this checkout")
 
 pytestmark = pytest.mark.slow
 
@@ -36,21 +62,39 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def pip(command: str, *arguments: str | Path, cwd: Path, **environment: str) -> str:
+    options = ("--no-build-isolation", "--no-deps", "--no-index")
+    return run(sys.executable, "-m", "pip", command, *options, *arguments, cwd=cwd, **environment)
+
+
 def wheel_of(source: Path, out: Path, **environment: str) -> Path:
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index")
-    run(*pip, "-w", out, source, cwd=out.parent, **environment)
+    pip("wheel", "-w", out, source, cwd=out.parent, **environment)
     (wheel,) = out.glob("*.whl")
     return wheel
 
 
+def metadata_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return archive.read(path).decode()
+
+
+@pytest.fixture
+def prebuilt(tmp_path) -> dict[str, str]:
+    """The environment of a build whose CMake is the one above."""
+    tool = tmp_path / "tools" / "cmake"
+    tool.parent.mkdir()
+    tool.write_text(CMAKE)
+    tool.chmod(0o755)
+    return {"PATH": f"{tool.parent}:{os.environ['PATH']}", "FUSEDNN_NATIVE": "1", "FUSEDNN_CUDA": "0"}
+
+
 def copy_of_sources(target: Path) -> Path:
     target.mkdir()
-    for name in SOURCES:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=NO_COPIES)
-        elif source.exists():
-            shutil.copyfile(source, target / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, target / name, ignore=NO_COPIES)
+    for name in FILES:
+        shutil.copyfile(ROOT / name, target / name)
     return target
 
 
@@ -102,13 +146,18 @@ def python_files(folder: Path) -> set[str]:
 
 
 def test_sdist_holds_what_a_build_needs(sdist):
-    for name in ("csrc", "triton_kernels"):
-        files = [p for p in (ROOT / name).rglob("*") if p.is_file() and p.suffix != ".pyc"]
-        wanted = {p.relative_to(ROOT) for p in files}
-        assert [path for path in sorted(wanted) if not (sdist / path).is_file()] == []
-    for name in ("CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", "tools/toolchain.py"):
+    for name in FILES:
         assert (sdist / name).is_file(), name
     assert (sdist / "python/fusednn/py.typed").is_file()
+    assert "\nRequires-Dist: torch>=2.11\n" in (sdist / "PKG-INFO").read_text()
+
+
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if name != "python"])
+def test_sdist_holds_whole_folders(sdist, source, folder):
+    """All tests, with their conftests and what they import, rather than half of them."""
+    assert {p.relative_to(source) for p in (source / folder).rglob("*") if p.is_file()} == {
+        p.relative_to(sdist) for p in (sdist / folder).rglob("*") if p.is_file()
+    }
 
 
 def test_sdist_holds_nothing_that_was_built(sdist):
@@ -131,14 +180,12 @@ def test_wheel_takes_no_name_but_its_own(pure_wheel):
 
 
 def test_metadata(pure_wheel):
-    with zipfile.ZipFile(pure_wheel) as archive:
-        names = archive.namelist()
-        (path,) = [name for name in names if name.endswith(".dist-info/METADATA")]
-        metadata = archive.read(path).decode()
+    metadata = metadata_of(pure_wheel)
     assert re.search(r"^License(-Expression)?: Apache-2.0$", metadata, re.MULTILINE)
-    assert any(name.endswith("LICENSE") for name in names)
+    assert any(name.endswith("LICENSE") for name in files_of(pure_wheel))
     assert "\nRequires-Dist: torch>=2.11\n" in metadata
     assert "\nRequires-Python: >=3.10\n" in metadata
+    assert "\nClassifier: Typing :: Typed\n" in metadata
 
 
 def test_stale_files_of_an_earlier_build_stay_out(source):
@@ -163,70 +210,101 @@ def test_pure_install_computes_and_says_what_it_lacks(installed):
     assert said.count("To build it") == 1
 
 
-def test_without_tools_the_build_is_pure_and_says_so(source):
-    out = run(sys.executable, "setup.py", "--version", cwd=source, CXX="no-such-compiler", FUSEDNN_NATIVE="")
+@pytest.fixture(scope="module")
+def user(tmp_path_factory) -> dict[str, str]:
+    """An environment with pip, setuptools and what is installed with them, and without torch."""
+    folder = tmp_path_factory.mktemp("user")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    site = folder / "site"
+    site.mkdir()
+    for name in ("pip", "setuptools", "pkg_resources", "_distutils_hack", "wheel", "packaging"):
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None:
+            package = Path(found.origin).parent
+            for path in (package, *package.parent.glob(f"{name}-*.dist-info")):
+                (site / path.name).symlink_to(path)
+    return {"python": str(folder / "venv/bin/python"), "PYTHONPATH": str(site)}
+
+
+def install(user: dict[str, str], source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Install as a user would, but from no index, and see what pip shows."""
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    return subprocess.run(
+        [user["python"], "-m", "pip", "install", *options, str(source)],
+        env={**os.environ, "FUSEDNN_NATIVE": "", **environment, "PYTHONPATH": user["PYTHONPATH"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.parametrize("choice", ["", "1"])
+def test_without_torch_pip_fails_and_shows_what_to_type(user, source, choice):
+    done = install(user, source, FUSEDNN_NATIVE=choice)
+    assert done.returncode == 1
+    assert "there is no torch in the build environment" in done.stdout
+    assert "    pip install --no-build-isolation .\n" in done.stdout
+    assert "FUSEDNN_NATIVE=0 pip install .\n" in done.stdout
+
+
+def test_without_torch_pure_python_can_be_asked_for(user, source):
+    done = install(user, source, FUSEDNN_NATIVE="0")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^Successfully installed fusednn-[\w.]+$", done.stdout, re.MULTILINE)
+
+
+def test_without_a_compiler_pip_shows_that_the_package_is_pure(user, source, tmp_path):
+    (tmp_path / "torch.py").touch()  # found, and never imported by a build without a compiler
+    user = {**user, "PYTHONPATH": f"{user['PYTHONPATH']}:{tmp_path}"}
+    done = install(user, source, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^Successfully installed fusednn-[\w.]+\+pure\.python$", done.stdout, re.MULTILINE)
+    assert install(user, source, CXX="no-such-compiler", FUSEDNN_NATIVE="1").returncode == 1
+
+
+def test_without_a_compiler_the_build_says_why(source):
+    out = run(sys.executable, "setup.py", "build_ext", cwd=source, CXX="no-such-compiler", FUSEDNN_NATIVE="")
     assert "pure Python, without the compiled kernels" in out
     assert "no-such-compiler" in out
 
 
-def test_native_asked_for_by_name_is_an_error_without_tools(source):
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=source,
-        env={**os.environ, "FUSEDNN_NATIVE": "1", "CXX": "no-such-compiler"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode != 0
-    assert "FUSEDNN_NATIVE=1, but the extension can't be built" in done.stderr
-
-
-def test_without_torch_the_build_is_pure_and_says_so(source):
-    code = (
-        "import importlib.util, runpy, sys\n"
-        "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
-        "sys.argv = ['setup.py', '--version']\n"
-        "runpy.run_path('setup.py')\n"
-    )
-    out = run(sys.executable, "-c", code, cwd=source, FUSEDNN_NATIVE="")
-    assert "no torch in the build environment: install torch first, then use --no-build-isolation" in out
-
-
-@pytest.mark.skipif(
-    not list((ROOT / "python/fusednn").glob("_C*.so")), reason="nothing was built in place in this checkout"
-)
-def test_native_wheel_holds_the_extension_and_its_record(tmp_path):
-    checkout = copy_of_sources(tmp_path / "checkout")
-    # In place of compiling for minutes: the extension of this checkout, through setup.py's own last steps.
-    patch = (
-        "import shutil, subprocess, sys\n"
-        "from pathlib import Path\n"
-        f"built = next(Path({str(ROOT / 'python/fusednn')!r}).glob('_C*.so'))\n"
-        "real = subprocess.run\n"
-        "def run(command, **options):\n"
-        "    if '-S' in command:\n"
-        "        flags = dict(str(f).split('=', 1) for f in command if '=' in str(f))\n"
-        "        run.output = flags['-DFUSEDNN_OUTPUT_DIR']\n"
-        "    elif '--build' in command:\n"
-        "        Path(run.output).mkdir(parents=True, exist_ok=True)\n"
-        "        shutil.copy(built, run.output)\n"
-        "    else:\n"
-        "        return real(command, **options)\n"
-        "subprocess.run = run\n"
-        "import runpy\n"
-        "sys.argv = ['setup.py', '-q', 'bdist_wheel', '-d', 'out']\n"
-        "runpy.run_path('setup.py')\n"
-    )
-    run(sys.executable, "-c", patch, cwd=checkout, FUSEDNN_NATIVE="1", FUSEDNN_CUDA="0")
-    (wheel,) = (checkout / "out").glob("*.whl")
+@needs_extension
+def test_native_wheel_holds_the_extension_its_record_and_its_torch(tmp_path, prebuilt):
+    wheel = wheel_of(copy_of_sources(tmp_path / "checkout"), tmp_path / "out", **prebuilt)
     files = files_of(wheel)
     assert any(re.fullmatch(r"fusednn/_C\..*\.so", name) for name in files)
     assert "fusednn/_build_info.json" in files
     assert "none-any" not in wheel.name
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert f"\nRequires-Dist: torch=={minor}.*\n" in metadata_of(wheel)
     target = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     code = f"{ALONE}import fusednn.core.native as n; assert n.extension is not None; print(n.build_info())"
     said = run(sys.executable, "-c", code, cwd=target, PYTHONPATH=str(target))
-    assert "'interface'" in said
+    assert "'torch'" in said
+
+
+@needs_extension
+@pytest.mark.parametrize("place", ["installed", "checkout"])
+def test_the_remedy_that_the_import_prints_works(tmp_path, prebuilt, pure_wheel, place):
+    checkout = copy_of_sources(tmp_path / "checkout")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv/bin/python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    Path(site, "zz_tools.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    options = "--no-deps --no-index --disable-pip-version-check"
+    if place == "installed":
+        run(python, "-m", "pip", "install", *options.split(), pure_wheel, cwd=tmp_path)
+        where = {}
+    else:
+        where = {"PYTHONPATH": str(checkout / "python")}
+    code = "import fusednn.core.native as native; print('loaded:', native.extension is not None)"
+    said = run(python, "-c", code, cwd=tmp_path, FUSEDNN_NATIVE="1", **where)
+    assert "loaded: False" in said
+    command = re.search("To build it: (.*)", said)[1].replace(
+        "pip install", f"{python} -m pip install {options}"
+    )
+    run("sh", "-c", command, cwd=checkout, PATH=prebuilt["PATH"])
+    assert "loaded: True" in run(python, "-c", code, cwd=tmp_path, FUSEDNN_NATIVE="1")

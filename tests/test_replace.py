@@ -158,8 +158,8 @@ def test_only_depthwise_convolutions_are_replaced():
         nn.Conv2d,
         fusednn.DepthwiseConv2d,
     ]
-    assert reason(report, "1") == "not depthwise: got groups=1, expected in_channels = 8"
-    assert reason(report, "2") == "not depthwise: got groups=4, expected in_channels = 8"
+    assert reason(report, "1") == "not depthwise: got groups=1, expected groups = in_channels"
+    assert reason(report, "2") == "not depthwise: got groups=4, expected groups = in_channels"
     torch.testing.assert_close(model[0](x), expected)
     assert [e.operation for e in fusednn.explain(model[0], x)] == ["depthwise_conv2d_forward"]
     fusednn.restore_layers(model)
@@ -436,3 +436,17 @@ def test_text():
         "  a: torch.nn.LSTMCell -> fusednn.LSTMCell\n"
         "  b: torch.nn.GRUCell stays: excluded by 'b'"
     )
+
+
+def test_equal_lines_are_grouped():
+    layers = [nn.Conv2d(width, width, 3, groups=width) for width in (2, 4, 8)]
+    pointwise = [nn.Conv2d(width, 2 * width, 1) for width in (2, 4, 8, 16)]
+    report = fusednn.replace_layers(nn.Sequential(*layers, nn.LSTMCell(2, 2), *pointwise))
+    assert repr(report) == (
+        "4 of 8 candidates changed\n"
+        "  3 x torch.nn.Conv2d -> fusednn.DepthwiseConv2d: 0 … 2\n"
+        "  3: torch.nn.LSTMCell -> fusednn.LSTMCell\n"
+        "  4 x torch.nn.Conv2d stays: not depthwise: got groups=1, expected groups = in_channels: 4 … 7"
+    )
+    assert repr(report.entries[3]) == "3: torch.nn.LSTMCell -> fusednn.LSTMCell"
+    assert [e.names for e in report.changed] == [("0",), ("1",), ("2",), ("3",)]

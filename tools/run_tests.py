@@ -69,7 +69,9 @@ def absent(name: str) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Run both calls; 0 if all passed."""
-    chosen = any(a != "--all" for a in arguments)  # paths or -k may well leave one of the calls without a test
+    chosen = any(
+        a != "--all" for a in arguments
+    )  # paths or -k may well leave one of the calls without a test
     summary, status = [], 0
     for name in CALLS:
         reason = absent(name)

@@ -63,11 +63,3 @@ def against_compiler() -> list[str]:
         said = (probe.stderr.strip().splitlines() or ["no message"])[0]
         return [f"{name} can't compile C++20 with OpenMP ({said}): install GCC 11 or clang 14, or newer"]
     return []
-
-
-def against_native() -> list[str]:
-    """Reasons why the extension can't be built in this environment; none: it can."""
-    torch = []
-    if importlib.util.find_spec("torch") is None:
-        torch = ["no torch in the build environment: install torch first, then use --no-build-isolation"]
-    return [*torch, *against_cmake(), *against_compiler()]

@@ -1,4 +1,4 @@
-"""``python -m fusednn info`` and ``python -m fusednn bench``."""
+"""``python -m fusednn info``, ``bench`` and ``--version``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._version import __version__
+
 USAGE = """usage: python -m fusednn info [--json]     versions, devices, backends, and what is missing
        python -m fusednn bench [options]   the benchmark suite; bench --help lists its options
+       python -m fusednn --version
 """
 
 
@@ -52,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"fusednn {__version__}")
         return 0
     commands = {"info": info, "bench": bench}
     if command not in commands:

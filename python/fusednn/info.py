@@ -150,9 +150,7 @@ def _missing() -> list[dict[str, str]]:
         command = "unset FUSEDNN_NATIVE" if not settings.native_enabled() else native.REMEDY
         found.append({"what": "extension", "why": why, "command": command})
     if torch.cuda.is_available() and "cuda" not in native.cuda_modules:
-        command = "FUSEDNN_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps fusednn"
-        if _in_checkout():
-            command = "FUSEDNN_CUDA=1 pip install --no-build-isolation --no-deps -e ."
+        command = f"FUSEDNN_CUDA=1 {native.REMEDY}"
         found.append({"what": "CUDA kernels", "why": "a device is here; needs nvcc", "command": command})
     if _version("triton") is None and sys.platform == "linux":
         why = "Triton kernels on a GPU, and their tests without one"
@@ -162,12 +160,6 @@ def _missing() -> list[dict[str, str]]:
             why = "one more peer in the benchmarks"
             found.append({"what": name, "why": why, "command": f"pip install {packages}"})
     return found
-
-
-def _in_checkout() -> bool:
-    from .__main__ import checkout
-
-    return checkout() is not None
 
 
 def _without_paths(text: str | None) -> str | None:

@@ -32,7 +32,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 def _not_depthwise(module: nn.Module) -> str:
     if module.groups == module.in_channels:
         return ""
-    return f"not depthwise: got groups={module.groups}, expected in_channels = {module.in_channels}"
+    return f"not depthwise: got groups={module.groups}, expected groups = in_channels"
 
 
 # Classes of torch whose objects are replaced only where this returns no reason against it.
@@ -64,12 +64,22 @@ class Entry:
         """Whether the layer was swapped."""
         return self.was is not self.now
 
+    @property
+    def label(self) -> str:
+        """All of the layer's names."""
+        return " = ".join(name or "(the model itself)" for name in self.names)
+
+    @property
+    def fate(self) -> str:
+        """The classes before and after, or why the layer stays, in words."""
+        then = f"-> {_name(self.now)}" if self.changed else f"stays: {self.reason}"
+        return f"{_name(self.was)} {then}"
+
     def __str__(self) -> str:
         """Write the layer and its fate as a line."""
-        names = " = ".join(name or "(the model itself)" for name in self.names)
-        if self.changed:
-            return f"{names}: {_name(self.was)} -> {_name(self.now)}"
-        return f"{names}: {_name(self.was)} stays: {self.reason}"
+        return f"{self.label}: {self.fate}"
+
+    __repr__ = __str__
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,18 @@ class Report:
         return tuple(e for e in self.entries if not e.changed)
 
     def __str__(self) -> str:
-        """Lay the report out as a summary and a line per candidate."""
+        """Lay the report out as a summary and a line for each fate; `entries` has every candidate."""
         lines = [f"{len(self.changed)} of {len(self.entries)} candidates changed"]
-        lines += [f"  {entry}" for entry in self.entries]
+        by_fate: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            by_fate.setdefault(entry.fate, []).append(entry)
+        for fate, (first, *others) in by_fate.items():
+            grouped = others and f"{1 + len(others)} x {fate}: {first.label} … {others[-1].label}"
+            lines.append(f"  {grouped or first}")
         lines += [f"  {text} matched no candidate" for text in self.unused]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def replace_layers(

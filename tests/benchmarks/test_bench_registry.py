@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from conftest import doubling_case
 
@@ -47,8 +49,16 @@ def test_filters_combine():
     assert len(names) == 5
     assert all(name.startswith("gru") and name.endswith("training") for name in names)
     assert select_cases(load_cases(), family="no such family") == []
+
+
+def test_the_small_suite_has_every_family_in_both_modes():
     quick = select_cases(load_cases(), quick=True)
-    assert 0 < len(quick) < len(load_cases())
+    families = {path.stem for path in Path(registry.__file__).parent.glob("cases/[a-z]*.py")}
+    assert {(c.family, c.mode) for c in quick} == {
+        (f, m) for f in families for m in ("inference", "training")
+    }
+    assert families == {"attention", "conv", "recurrence", "rnn", "spatial"}
+    assert len(quick) < len(load_cases()) / 3
 
 
 def test_two_cases_of_one_name_are_refused(monkeypatch):

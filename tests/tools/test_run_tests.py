@@ -40,7 +40,9 @@ def suite(tmp_path, monkeypatch):
     monkeypatch.setattr(run_tests, "workers", list)
     for name in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "OMP_NUM_THREADS", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer to load than the tests to run
+    monkeypatch.setenv(
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"
+    )  # they take longer to load than the tests to run
     return tmp_path
 
 

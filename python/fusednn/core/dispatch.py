@@ -8,6 +8,7 @@ fallback, an error, and :func:`explain`.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from typing import Any
 from . import settings
 
 logger = logging.getLogger("fusednn")
+
+NOTHING = "no fusednn operation was called"
 
 Reasons = list[str]
 
@@ -60,7 +63,7 @@ class Explanation:
     plan: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Lay the choice out as a line, one for the plan, and a line per backend that was passed over."""
+        """Lay the choice out: a line, one for the plan, and one for each reason against another backend."""
         lines = [f"{self.operation}: {self.backend or 'no backend'} (asked for: {self.requested})"]
         if self.plan:
             lines.append("  plan: " + ", ".join(f"{name} {value}" for name, value in self.plan.items()))
@@ -70,13 +73,14 @@ class Explanation:
 
 
 class Explanations(tuple[Explanation, ...]):
-    """What :func:`explain` found, a call each; prints as text."""
+    """What :func:`explain` found, one for each call; prints as text, equal ones once with their number."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        """Join the texts of the calls."""
-        return "\n".join(map(str, self)) or "no fusednn operation was called"
+        """Join the texts of the calls, in the order in which each first came."""
+        counted = Counter(map(str, self)).items()
+        return "\n".join(f"{count} x {text}" if count > 1 else text for text, count in counted) or NOTHING
 
     __repr__ = __str__
 

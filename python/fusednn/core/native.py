@@ -19,7 +19,9 @@ from . import settings
 
 logger = logging.getLogger("fusednn")
 
-REMEDY = "pip install --no-build-isolation -e . (in a checkout) or pip install --no-build-isolation fusednn"
+# FUSEDNN_NATIVE=1: what the build lacks is then an error that names it.
+_IN_PLACE = "-e " if (Path(__file__).parents[3] / "setup.py").is_file() else ""
+REMEDY = f"FUSEDNN_NATIVE=1 pip install --no-build-isolation {_IN_PLACE}.  # in fusednn's source folder"
 
 
 def _build_record() -> dict[str, Any] | None:

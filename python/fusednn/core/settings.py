@@ -16,8 +16,10 @@ from __future__ import annotations
 import contextlib
 import os
 from contextvars import ContextVar, Token
+from typing import Literal, get_args
 
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "torch")
+Backend = Literal["auto", "reference", "cpu", "cuda", "triton", "torch"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 _backend: ContextVar[str | None] = ContextVar("fusednn_backend", default=None)
@@ -67,7 +69,8 @@ class use_backend(contextlib.ContextDecorator):
     calls made inside.
     """
 
-    def __init__(self, name: str) -> None:
+    # The names are for editors to offer; `str`, so that one read from a command line passes a type checker.
+    def __init__(self, name: Backend | str) -> None:
         self.name = _checked(name, "use_backend")
         self._tokens: list[Token[str | None]] = []
 
