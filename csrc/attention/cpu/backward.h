@@ -1,12 +1,11 @@
 // Attention on the CPU, backward.
 //
-//   dv_j += p z g      dk_j += scale ds q      dq_i += scale ds k      p, ds: attention_backward_tiles.h
+//   dv_j += p z g      dk_j += scale ds q      dq_i += scale ds k      p, ds: backward_tiles.h
 //
 // A task is a part of the columns of one key head of one sequence (all of them, where there are heads enough
 // for any number of threads): its dk and dv stay with it while all rows of all its query heads go past.
 // Parts, and so all sums, depend on the shape alone: the same bits for any number of threads. For a block of
-// rows and columns: five products, of which s and dp come from panels (attention_pack.h), the others from
-// rows.
+// rows and columns: five products, of which s and dp come from panels (pack.h), the others from rows.
 //
 // Gradients of masks, which sum over samples, heads or rows, are a pass of their own over the masks' blocks.
 // Bytes: q, g once for each part, keys and values in cache. Flops: 2 L S (3 D + 2 V) a head.
@@ -22,31 +21,26 @@ template <class T, class S>
 class AttentionBackwardKernel {
  public:
   AttentionBackwardKernel(const AttentionBackward& p, int threads, Carver& shared)
-      : p_(p), c_(p.call), tiles_(p, shared) {
-    const int64_t columns = tiles_.all_columns, block = tiles_.column_block;
-    const int64_t blocks = maximum(1, ceil_div(columns, block));
-    const int64_t heads = maximum(1, c_.sequences * c_.groups);
-    parts_ = heads >= kBackwardTasks ? 1 : minimum(blocks, ceil_div(kBackwardTasks, heads));
-    part_columns_ = ceil_div(blocks, parts_) * block;
-    parts_ = maximum(1, ceil_div(columns, part_columns_));
-    partial_ = parts_ > 1 ? shared.take<T>(parts_ * c_.batch * c_.heads * c_.rows * tiles_.q_pitch) : nullptr;
-    extra_keys_ = shared.take<T>(c_.batch * c_.groups * c_.extra * c_.size);
-    extra_values_ = shared.take<T>(c_.batch * c_.groups * c_.extra * c_.value_size);
-    thread_bytes_ = shared.bytes;
-    for (int t = 0; t < threads; ++t) room(shared);
-    thread_bytes_ = threads ? (shared.bytes - thread_bytes_) / threads : 0;
-    base_ = shared.base ? shared.base + shared.bytes - threads * thread_bytes_ : nullptr;
-  }
+      : p_(p),
+        c_(p.call),
+        tiles_(p, shared),
+        part_columns_(columns_of_a_part()),
+        parts_(maximum(1, ceil_div(tiles_.all_columns, part_columns_))),
+        partial_(parts_ > 1 ? shared.take<T>(parts_ * c_.batch * c_.heads * c_.rows * tiles_.q_pitch)
+                            : nullptr),
+        extra_keys_(shared.take<T>(c_.batch * c_.groups * c_.extra * c_.size)),
+        extra_values_(shared.take<T>(c_.batch * c_.groups * c_.extra * c_.value_size)),
+        threads_(threads, shared, [&](Carver& own) { buffers(own); }) {}
 
   void run(const Parallel& parallel) const {
     const int64_t products = c_.sequences * c_.heads * longest_rows(c_) * tiles_.all_columns * c_.size;
     const bool worth_it = products > kSerialProducts / 2;
     const int64_t groups = c_.groups;
-    tiles_.prepare(parallel, worth_it, [&](int thread) { return room_of(thread); });
+    tiles_.prepare(parallel, worth_it, [&](int thread) { return buffers_of(thread); });
     if (p_.grad_query.data || p_.grad_key.data || p_.grad_value.data || p_.grad_extra_key ||
         p_.grad_extra_value) {
       parallel(c_.sequences * groups * parts_, worth_it, [&](int64_t begin, int64_t end, int thread) {
-        const Room r = room_of(thread);
+        const Buffers r = buffers_of(thread);
         for (int64_t i = begin; i < end; ++i)
           head_gradients(Sequence(c_, i / (groups * parts_)), i / parts_ % groups, i % parts_, r);
       });
@@ -61,32 +55,39 @@ class AttentionBackwardKernel {
   }
 
  private:
-  struct Room : BackwardTiles<T, S>::Room {
+  struct Buffers : BackwardTiles<T, S>::Buffers {
     T *grad_query, *grad_keys, *grad_values;
   };
 
-  Room room(Carver& own) const {
+  int64_t columns_of_a_part() const {
+    const int64_t blocks = maximum(1, ceil_div(tiles_.all_columns, tiles_.column_block));
+    const int64_t heads = maximum(1, c_.sequences * c_.groups);
+    const int64_t parts = heads >= kBackwardTasks ? 1 : minimum(blocks, ceil_div(kBackwardTasks, heads));
+    return ceil_div(blocks, parts) * tiles_.column_block;
+  }
+
+  Buffers buffers(Carver& own) const {
     const int64_t R = tiles_.blocks.height, columns = minimum(part_columns_, tiles_.all_columns);
-    Room r{tiles_.room(own), nullptr, nullptr, nullptr};
-    r.grad_query = own.template take<T>(maximum(R * tiles_.q_pitch, R * tiles_.pitch));
-    r.grad_keys = own.template take<T>(columns * tiles_.q_pitch);
-    r.grad_values = own.template take<T>(columns * tiles_.v_pitch);
+    Buffers r{tiles_.buffers(own), nullptr, nullptr, nullptr};
+    r.grad_query = own.take<T>(maximum(R * tiles_.q_pitch, R * tiles_.pitch));
+    r.grad_keys = own.take<T>(columns * tiles_.q_pitch);
+    r.grad_values = own.take<T>(columns * tiles_.v_pitch);
     return r;
   }
-  Room room_of(int thread) const {
-    Carver own(base_ + thread * thread_bytes_);
-    return room(own);
+  Buffers buffers_of(int thread) const {
+    Carver own = threads_.of(thread);
+    return buffers(own);
   }
 
   // dq, dk and dv of the columns of one part of a key head.
-  void head_gradients(const Sequence& q, int64_t group, int64_t part, const Room& r) const {
+  void head_gradients(const Sequence& q, int64_t group, int64_t part, const Buffers& r) const {
     const int64_t columns = q.columns + c_.extra, begin = part * part_columns_;
     const int64_t end = minimum(columns, begin + part_columns_), share = c_.heads / c_.groups;
     if (begin < end) {
       std::memset(r.grad_keys, 0, (end - begin) * tiles_.q_pitch * sizeof(T));
       std::memset(r.grad_values, 0, (end - begin) * tiles_.v_pitch * sizeof(T));
     }
-    const bool finite = tiles_.finite_keys(q, group);
+    const bool finite = tiles_.all_finite(q, group);
     for (int64_t head = group * share; head < (group + 1) * share; ++head)
       for (int64_t row = 0; row < q.rows; row += tiles_.blocks.height) {
         const int64_t rows = minimum(tiles_.blocks.height, q.rows - row);
@@ -108,7 +109,7 @@ class AttentionBackwardKernel {
   }
 
   void block(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t j, int64_t count,
-             int64_t begin, bool finite, bool complete, const Room& r) const {
+             int64_t begin, bool finite, bool complete, const Buffers& r) const {
     constexpr int w = Vec<T>::size;
     tiles_.make_weights(q, head, row, rows, j, count, complete, r);
     tiles_.make_ds(q, head, row, rows, j, count, complete, r);
@@ -131,7 +132,7 @@ class AttentionBackwardKernel {
       multiply_kept(rows, tiles_.q_pitch / w, count, ds, keys, tiles_.q_pitch, r.grad_query, tiles_.q_pitch);
   }
 
-  void through_softcap(int64_t rows, int64_t count, const Room& r) const {
+  void through_softcap(int64_t rows, int64_t count, const Buffers& r) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < count; k += Vec<T>::size) {
         T* ds = r.ds + i * tiles_.pitch + k;
@@ -140,13 +141,8 @@ class AttentionBackwardKernel {
       }
   }
 
-  static void write_row(const T* row, int64_t size, T by, S* out) {
-    for (int64_t d = 0; d < size; d += Vec<T>::size)
-      (Vec<T>::load(row + d) * Vec<T>(by)).store(out + d, size - d);
-  }
-
   void write_query(const Sequence& q, int64_t head, int64_t row, int64_t rows, int64_t part,
-                   const Room& r) const {
+                   const Buffers& r) const {
     if (!p_.grad_query.data) return;
     if (parts_ > 1) {
       const int64_t all = c_.batch * c_.heads * c_.rows;
@@ -155,7 +151,7 @@ class AttentionBackwardKernel {
       return;
     }
     for (int64_t i = 0; i < rows; ++i)
-      write_row(r.grad_query + i * tiles_.q_pitch, c_.size, static_cast<T>(c_.scale),
+      scale_row(r.grad_query + i * tiles_.q_pitch, c_.size, static_cast<T>(c_.scale),
                 head_row<S>(p_.grad_query, q.batch, head, q.first_row + row + i));
   }
 
@@ -169,14 +165,14 @@ class AttentionBackwardKernel {
           for (int64_t d = 0; d < tiles_.q_pitch; d += Vec<T>::size)
             (Vec<T>::load(first + d) + Vec<T>::load(first + part * all * tiles_.q_pitch + d))
                 .store(first + d);
-        write_row(first, c_.size, static_cast<T>(c_.scale),
+        scale_row(first, c_.size, static_cast<T>(c_.scale),
                   head_row<S>(p_.grad_query, i / (c_.heads * c_.rows), i / c_.rows % c_.heads, i % c_.rows));
       }
     });
   }
 
   // dk was made from q times scale log2(e), dv from weights without dropout's scale.
-  void write_columns(const Sequence& q, int64_t group, int64_t begin, int64_t end, const Room& r) const {
+  void write_columns(const Sequence& q, int64_t group, int64_t begin, int64_t end, const Buffers& r) const {
     for (int64_t j = begin; j < end; ++j) {
       const T *k = r.grad_keys + (j - begin) * tiles_.q_pitch,
               *v = r.grad_values + (j - begin) * tiles_.v_pitch;
@@ -188,9 +184,9 @@ class AttentionBackwardKernel {
       }
       const int64_t at = q.first_column + j;
       if (p_.grad_key.data)
-        write_row(k, c_.size, static_cast<T>(kLn2), head_row<S>(p_.grad_key, q.batch, group, at));
+        scale_row(k, c_.size, static_cast<T>(kLn2), head_row<S>(p_.grad_key, q.batch, group, at));
       if (p_.grad_value.data)
-        write_row(v, c_.value_size, tiles_.weight_scale(), head_row<S>(p_.grad_value, q.batch, group, at));
+        scale_row(v, c_.value_size, tiles_.weight_scale(), head_row<S>(p_.grad_value, q.batch, group, at));
     }
   }
 
@@ -211,7 +207,7 @@ class AttentionBackwardKernel {
     const int64_t column_blocks = by_column ? ceil_div(c_.columns, tiles_.column_block) : 1;
     parallel(sizes[0] * sizes[1] * row_blocks * column_blocks, worth_it,
              [&](int64_t begin, int64_t end, int thread) {
-               const Room r = room_of(thread);
+               const Buffers r = buffers_of(thread);
                for (int64_t i = begin; i < end; ++i) {
                  const int64_t column = i % column_blocks * tiles_.column_block,
                                row = i / column_blocks % row_blocks * tiles_.blocks.height;
@@ -237,10 +233,10 @@ class AttentionBackwardKernel {
              });
   }
 
-  // One block of rows of a head, columns [begin, end), added to total[by_row ? rows : 1][by_column ? columns
-  // : 1].
+  // One block of rows of a head, columns [begin, end), added to total, whose rows and columns are one where a mask
+  // is broadcast.
   void add_ds(const Sequence& q, int64_t head, int64_t row, bool by_row, int64_t begin, int64_t end,
-              bool by_column, T* total, const Room& r) const {
+              bool by_column, T* total, const Buffers& r) const {
     const int64_t rows = minimum(tiles_.blocks.height, q.rows - row);
     tiles_.load_rows(q, head, row, rows, r);
     for (int64_t j = begin; j < end; j += tiles_.column_block) {
@@ -264,9 +260,9 @@ class AttentionBackwardKernel {
   const AttentionBackward& p_;
   const Attention& c_;
   const BackwardTiles<T, S> tiles_;
-  int64_t parts_, part_columns_, thread_bytes_;
-  T *partial_, *extra_keys_, *extra_values_;
-  char* base_;
+  const int64_t part_columns_, parts_;
+  T *const partial_, *const extra_keys_, *const extra_values_;
+  const ThreadParts threads_;
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,8 +1,8 @@
-// Which weights of a row dropout keeps: Philox4x32-10 (Salmon et al., 2011), counting
-// (column / 4, row, head, batch); the same words as fusednn/attention/dropout.py.
+// Which weights of a row dropout keeps: attention/philox.h, 16 counters side by side.
 #pragma once
 
 #include "attention/cpu/params.h"
+#include "attention/philox.h"
 #include "core/cpu/vec.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
@@ -18,17 +18,8 @@ inline void philox_words(uint64_t seed, uint32_t batch, uint32_t head, uint32_t 
     c1[i] = row, c2[i] = head, c3[i] = batch;
   }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kCounters; ++i) {
-      const uint64_t a = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-      const uint64_t b = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-      c0[i] = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(b);
-      c2[i] = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(a);
-    }
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
+  for (int round = 0; round < 10; ++round, k0 += math::kPhiloxWeyl0, k1 += math::kPhiloxWeyl1)
+    for (int i = 0; i < kCounters; ++i) math::philox_round(c0[i], c1[i], c2[i], c3[i], k0, k1);
   for (int i = 0; i < kCounters; ++i) {
     words[4 * i] = c0[i], words[4 * i + 1] = c1[i], words[4 * i + 2] = c2[i], words[4 * i + 3] = c3[i];
   }

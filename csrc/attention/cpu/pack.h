@@ -1,7 +1,7 @@
 // How attention's operands lie in the workspace, widened to the accumulator T.
 //
-//   panels  [C / P][D][P]   keys (backward: values, too) transposed, P = kWide vectors of columns; zeros
-//   beyond C rows    [C][pitch]      as they come, a row padded with zeros to whole vectors
+//   panels  [C / P][D][P]   keys (backward: values, too) transposed, P = kWide vectors of columns; zeros beyond C
+//   rows    [C][pitch]      as they come, a row padded with zeros to whole vectors
 //
 // C = S + X columns: those of the tensor, then the extra ones.
 #pragma once
@@ -15,11 +15,6 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 template <class T>
 constexpr int64_t kPanelColumns = kWide * Vec<T>::size;
-
-template <class T>
-constexpr int64_t padded(int64_t n) {
-  return ceil_div(n, Vec<T>::size) * Vec<T>::size;
-}
 
 // Columns of one head of one sequence: rows in memory, those of the tensor and the extra ones.
 template <class S>
@@ -61,21 +56,28 @@ void pack_panel_of_columns(const Source<S>& from, int64_t index, T* panels) {
     for (int64_t d = 0; d < from.size; d += w) pack_block(from, index * kPanelColumns<T> + j, d, panel + j);
 }
 
+// The panels that hold columns [begin, end); begin is a panel's first.
+template <class T, class S>
+void pack_panels_of_columns(const Source<S>& from, int64_t begin, int64_t end, T* panels) {
+  for (int64_t i = begin / kPanelColumns<T>; i * kPanelColumns<T> < end; ++i)
+    pack_panel_of_columns(from, i, panels);
+}
+
 // Rows [begin, end) to out + row * pitch; says whether all numbers are finite.
 template <class T, class S>
 bool pack_rows(const Source<S>& from, int64_t begin, int64_t end, int64_t pitch, T* out, T factor = T(1)) {
   constexpr int w = Vec<T>::size;
-  Vec<T> odd(T(0));  // NaN once a number was not finite
+  Vec<T> check(T(0));  // NaN once a number was not finite
   const Vec<T> zero(T(0)), by(factor);
   for (int64_t j = begin; j < end; ++j) {
     const S* row = from.row(j);
     for (int64_t d = 0; d < pitch; d += w) {
       const Vec<T> x = d < from.size ? Vec<T>::load(row + d, from.size - d) : zero;
-      odd = odd + x * zero;
+      check = check + x * zero;
       (x * by).store(out + j * pitch + d);
     }
   }
-  return sum(odd) == T(0);
+  return sum(check) == T(0);
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

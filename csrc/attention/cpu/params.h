@@ -9,15 +9,13 @@
 
 namespace fusednn::cpu {
 
-struct HeadRows {  // [B, heads, rows, size], the last dimension contiguous; strides in elements
-  const void* data = nullptr;
+template <class Data>
+struct HeadRowsOf {  // [B, heads, rows, size], the last dimension contiguous; strides in elements
+  Data* data = nullptr;
   int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
 };
-
-struct HeadRowsOut {
-  void* data = nullptr;
-  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
-};
+using HeadRows = HeadRowsOf<const void>;
+using HeadRowsOut = HeadRowsOf<void>;
 
 struct Mask {                  // [B, H, L, S], strides 0 where it is broadcast
   const void* data = nullptr;  // null: none

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "core/cpu/gemm.h"
-#include "core/cpu/integer.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
@@ -26,28 +25,9 @@ void multiply_panel(int64_t rows, int64_t K, Strided<T> a, const T* b, int64_t b
   constexpr int M = tile_rows<V>();
   for (int64_t m = 0, tiles = ceil_div(rows, M); tiles > 0; --tiles) {
     const int64_t height = ceil_div(rows - m, tiles);
-    switch (height) {
-#define FUSEDNN_CASE(N)                                                                               \
-  case N:                                                                                             \
-    if constexpr (N <= M)                                                                             \
-      tile<N, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, V - 1, into, Alone{}, bias); \
-    break;
-      FUSEDNN_CASE(1)
-      FUSEDNN_CASE(2)
-      FUSEDNN_CASE(3)
-      FUSEDNN_CASE(4)
-      FUSEDNN_CASE(5)
-      FUSEDNN_CASE(6)
-      FUSEDNN_CASE(7)
-      FUSEDNN_CASE(8)
-      FUSEDNN_CASE(9)
-      FUSEDNN_CASE(10)
-      FUSEDNN_CASE(11)
-      FUSEDNN_CASE(12)
-#undef FUSEDNN_CASE
-      default:
-        break;
-    }
+    with_count<M>(height, [&]<int N>() {
+      tile<N, V>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, V - 1, into, OnlySums{}, bias);
+    });
     m += height;
   }
 }

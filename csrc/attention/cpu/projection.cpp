@@ -1,5 +1,5 @@
-// out[M, N] = a[M, K] b[K, N] + bias, for many rows: a linear map and its gradients, compiled once for each
-// instruction set.
+// out[M, N] = a[M, K] b[K, N] + bias, for many rows: a linear map and its gradients. This file is compiled once for
+// each instruction set.
 //
 // b is packed in panels [N / P][K][P], P = two vectors. A task is a block of rows of a; a tile, 12 rows by 2
 // vectors (6 by 2 with 16 registers), goes through up to kDepth of K at a time, in which its panel, 64 KiB
@@ -46,9 +46,10 @@ int64_t block_height(const MatrixProduct& p, int threads) {
   return ceil_div(p.rows, blocks);
 }
 
-struct Room {
+// What a thread works with.
+struct Buffers {
   T *a, *edge;
-  Room(const MatrixProduct& p, Carver& own) {
+  Buffers(const MatrixProduct& p, Carver& own) {
     a = own.take<T>(copied(p) ? kDepth * kCopyPitch : 0);
     edge = own.take<T>(p.columns % P ? kRows * P : 0);
   }
@@ -56,17 +57,17 @@ struct Room {
 
 size_t workspace(const MatrixProduct& p, int threads) {
   Carver count(nullptr);
-  for (int t = 0; t < threads; ++t) Room(p, count);
+  for (int t = 0; t < threads; ++t) Buffers(p, count);
   return count.bytes;
 }
 
 // Rows [first, first + rows), depth [k, k + depth).
 void block(const MatrixProduct& p, int64_t first, int64_t rows, int64_t k, int64_t depth, Strided<T> a,
-           const Room& room) {
+           const Buffers& buffers) {
   for (int64_t n = 0; n < p.columns; n += P) {
     const bool whole = n + P <= p.columns;
     T* out = p.out + first * p.out_row_stride + n;
-    T* to = whole ? out : room.edge;
+    T* to = whole ? out : buffers.edge;
     const int64_t stride = whole ? p.out_row_stride : P, count = minimum(P, p.columns - n);
     if (!whole && k > 0)
       for (int64_t r = 0; r < rows; ++r)
@@ -103,17 +104,17 @@ void multiply_all(const MatrixProduct& p, const Parallel& parallel) {
   const bool worth_it = p.rows * p.columns * p.depth > kSerial;
   parallel(ceil_div(p.rows, height), worth_it, [&](int64_t begin, int64_t end, int thread) {
     Carver own(static_cast<char*>(p.workspace) + thread * each);
-    const Room room(p, own);
+    const Buffers buffers(p, own);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * height, rows = minimum(height, p.rows - first);
       for (int64_t k = 0; k < p.depth; k += kDepth) {
         const int64_t depth = minimum(kDepth, p.depth - k);
         Strided<T> a{p.a + first * p.a_row_stride + k * p.a_depth_stride, p.a_row_stride, p.a_depth_stride};
         if (copied(p)) {
-          copy_block(p, first, rows, k, depth, room.a);
-          a = {room.a, 1, kCopyPitch};
+          copy_block(p, first, rows, k, depth, buffers.a);
+          a = {buffers.a, 1, kCopyPitch};
         }
-        block(p, first, rows, k, depth, a, room);
+        block(p, first, rows, k, depth, a, buffers);
       }
     }
   });

@@ -17,11 +17,6 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class T>
-constexpr T minus_infinity() {
-  return static_cast<T>(-__builtin_inf());
-}
-
-template <class T>
 FUSEDNN_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
   return Vec<T>(a.v > b.v ? a.v : b.v);
 }
@@ -61,17 +56,6 @@ FUSEDNN_INLINE Vec<T> exp2(Vec<T> t) {
   const V none(T(0));
   return V(t.v < V(C::lowest).v ? none.v : y.v);
 }
-
-template <class T>
-struct ExpLimits;
-template <>
-struct ExpLimits<float> {
-  static constexpr float least = -__FLT_MAX__;
-};
-template <>
-struct ExpLimits<double> {
-  static constexpr double least = -__DBL_MAX__;
-};
 
 struct Columns {
   int64_t begin, end;
@@ -128,20 +112,20 @@ FUSEDNN_INLINE Vec<T> hidden(const bool* p, int64_t stride, int64_t n) {
   }
 #endif
   T values[Vec<T>::size];
-  for (int i = 0; i < Vec<T>::size; ++i) values[i] = i < n && p[i * stride] ? T(0) : minus_infinity<T>();
+  for (int i = 0; i < Vec<T>::size; ++i) values[i] = i < n && p[i * stride] ? T(0) : -kInfinity<T>;
   return Vec<T>::load(values);
 }
 
 template <class T>
 FUSEDNN_INLINE Vec<T> add_or_hide(Vec<T> s, Vec<T> bias) {
-  const Vec<T> none(minus_infinity<T>());  // what is hidden already stays so, whatever the bias is
+  const Vec<T> none(-kInfinity<T>);  // what is hidden already stays so, whatever the bias is
   return Vec<T>(((bias.v == none.v) | (s.v == none.v)) ? none.v : (s + bias).v);
 }
 
 // A mask's number in base 2; finite ones, such as the dtype's least, stay finite.
 template <class T>
 FUSEDNN_INLINE Vec<T> in_base_2(Vec<T> bias) {
-  const Vec<T> none(minus_infinity<T>()), least(ExpLimits<T>::least), most(-ExpLimits<T>::least);
+  const Vec<T> none(-kInfinity<T>), least(-kLargest<T>), most(kLargest<T>);
   const Vec<T> scaled = bias * Vec<T>(T(kLog2e));
   const Vec<T> held(scaled.v < least.v ? least.v : scaled.v > most.v ? most.v : scaled.v);
   return Vec<T>(bias.v == none.v ? none.v : held.v);
@@ -155,13 +139,13 @@ Columns widen_key_mask(const Attention& c, const Sequence& q, T* bias) {
   const int64_t at = q.batch * c.key_mask.batch_stride, step = c.key_mask.column_stride;
   for (int64_t j = 0; j < q.columns; ++j) {
     if (c.key_mask.is_bool) {
-      bias[j] = static_cast<const bool*>(c.key_mask.data)[at + j * step] ? T(0) : minus_infinity<T>();
+      bias[j] = static_cast<const bool*>(c.key_mask.data)[at + j * step] ? T(0) : -kInfinity<T>;
     } else {
       T number[Vec<T>::size];
       in_base_2(Vec<T>(T(widen(static_cast<const S*>(c.key_mask.data)[at + j * step])))).store(number);
       bias[j] = number[0];
     }
-    if (bias[j] == minus_infinity<T>()) continue;
+    if (bias[j] == -kInfinity<T>) continue;
     kept.begin = minimum(kept.begin, j);
     kept.end = j + 1;
   }
@@ -177,7 +161,7 @@ void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t 
                    int64_t count, const T* key_bias, T* s, T* capped) {
   using V = Vec<T>;
   constexpr int w = V::size;
-  const V none(minus_infinity<T>());
+  const V none(-kInfinity<T>);
   if (c.softcap > 0) {
     const V cap(T(c.softcap * kLog2e)), inverse(T(1 / (c.softcap * kLog2e)));
     for (int64_t j = 0; j < count; j += w) {
@@ -213,9 +197,16 @@ void finish_scores(const Attention& c, const Sequence& q, int64_t head, int64_t 
     for (int64_t j = 0; j < count; j += w)
       add_or_hide(V::load(s + j), V::load(key_bias + first + j, count - j)).store(s + j);
   const Columns seen = seen_columns(c, row, row + 1, {0, q.columns});
-  for (int64_t j = 0; j < minimum(real, seen.begin - first); ++j) s[j] = minus_infinity<T>();
-  for (int64_t j = maximum(0, seen.end - first); j < real; ++j) s[j] = minus_infinity<T>();
-  for (int64_t j = count; j < padded<T>(count); ++j) s[j] = minus_infinity<T>();
+  for (int64_t j = 0; j < minimum(real, seen.begin - first); ++j) s[j] = -kInfinity<T>;
+  for (int64_t j = maximum(0, seen.end - first); j < real; ++j) s[j] = -kInfinity<T>;
+  for (int64_t j = count; j < padded<T>(count); ++j) s[j] = -kInfinity<T>;
+}
+
+// out[j] = row[j] by for j < count; the row has whole vectors.
+template <class T, class S>
+FUSEDNN_INLINE void scale_row(const T* row, int64_t count, T by, S* out) {
+  for (int64_t j = 0; j < count; j += Vec<T>::size)
+    (Vec<T>::load(row + j) * Vec<T>(by)).store(out + j, count - j);
 }
 
 template <class T>
@@ -231,7 +222,7 @@ template <class T>
 T largest_of(const T* s, int64_t count) {  // whole vectors
   using V = Vec<T>;
   constexpr int w = V::size;
-  V a(minus_infinity<T>()), b = a;
+  V a(-kInfinity<T>), b = a;
   int64_t j = 0;
   for (; j + 2 * w <= count; j += 2 * w) {
     a = larger(V::load(s + j), a);

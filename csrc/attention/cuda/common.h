@@ -2,30 +2,29 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "attention/cuda/params.h"
 #include "attention/philox.h"
 #include "core/activations.h"
 #include "core/cuda/dtypes.h"
+#include "core/cuda/index.h"
 #include "core/cuda/launch.h"
+#include "core/cuda/reduce.h"
 #include "core/cuda/vector_access.h"
 
 namespace fusednn::cuda::attention {
 
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class T>
 constexpr int kPack = kWidestAccess / static_cast<int>(sizeof(T));
 
 // A head's rows of an operand: row j at data + j * row.
 template <class T>
-struct Rows {
+struct HeadRows {
   const T* data;
   int64_t row, column;
   bool packs;
 
-  __device__ Rows(const Operand& x, int64_t batch, int64_t head, int64_t first)
+  __device__ HeadRows(const Operand& x, int64_t batch, int64_t head, int64_t first)
       : data(static_cast<const T*>(x.data) + batch * x.strides.batch + head * x.strides.head +
              first * x.strides.row),
         row(x.strides.row),
@@ -33,21 +32,20 @@ struct Rows {
         packs(x.packs) {}
 
   // The first or the second, without a place in memory of which to take the address.
-  __device__ Rows(bool first, const Rows& a, const Rows& b)
+  __device__ HeadRows(bool first, const HeadRows& a, const HeadRows& b)
       : data(first ? a.data : b.data),
         row(first ? a.row : b.row),
         column(first ? a.column : b.column),
         packs(first ? a.packs : b.packs) {}
 
   // Dense rows of `size`, as if the first were row `first`.
-  __device__ Rows(const void* dense, int64_t offset, int size, int first)
+  __device__ HeadRows(const void* dense, int64_t offset, int size, int first)
       : data(static_cast<const T*>(dense) + offset - static_cast<int64_t>(first) * size),
         row(size),
         column(1),
         packs(false) {}
 
-  // V = kPack elements of row j from number `first` on; zeros from number `size` on. For Packs `packs` must
-  // hold.
+  // V = kPack elements of row j from number `first` on; zeros from number `size` on. Packs needs `packs`.
   template <bool Packs>
   __device__ __forceinline__ Pack<T, kPack<T>> items(int64_t j, int first, int size) const {
     constexpr int V = kPack<T>;
@@ -185,10 +183,5 @@ __device__ __forceinline__ void write_four(A* to, const A (&x)[4]) {
     *reinterpret_cast<Pack<A, N>*>(to + i) = pack;
   }
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Grids are one-dimensional: 2^31 - 1 blocks.
-inline bool grid_fits(int64_t blocks) { return blocks <= std::numeric_limits<int>::max(); }
 
 }  // namespace fusednn::cuda::attention

@@ -1,17 +1,16 @@
 // Attention of few queries to many keys: a step of a decoder over its cache, and any other number of queries.
 //
-//   s = scale q k, softcap, ALiBi, masks      l = sum exp(s - m)      out = sum exp(s - m) z v / l
-//   lse = m + log l
+//   s = scale q k, softcap, ALiBi, masks      l = sum exp(s - m)      lse = m + log l
+//   out = sum exp(s - m) z v / l
 //
 // A block takes kRows rows that share their keys, of the query heads of one key head at one or more queries,
-// and a share of the keys, kTile at a time. Scores: a thread has a key, whose head comes in chunks of 128
-// bytes through shared memory. Weights: a warp has a row and a lane
-// four keys, one draw of dropout. Sums: a thread has a pack of a value's columns at each n-th key, straight
-// from memory, and a block adds up its threads' at the end. The largest score m, the sum l and the sums are
-// those of an online softmax. Where rows are too few to fill the device, `splits` blocks share their keys,
-// and a second kernel combines what each found, in a fixed order. Bytes moved: s S (D + V) for each kRows
-// rows, s = item size; split, 8 splits (V + 2) a row more. Limits: D, V <= 256; with many queries, keys are
-// read from the caches L H / (G kRows) times.
+// and a share of the keys, kTile at a time. Scores: a thread has a key, whose head comes in chunks of 128 bytes
+// through shared memory. Weights: a warp has a row and a lane four keys, one draw of dropout. Sums: a thread has
+// a pack of a value's columns at each n-th key, straight from memory, and a block adds up its threads' at the
+// end. The largest score m, the sum l and the sums are those of an online softmax. Where rows are too few to
+// fill the device, `splits` blocks share their keys, and a second kernel combines what each found, in a fixed
+// order. Bytes moved: s S (D + V) for each kRows rows, s = item size; split, 8 splits (V + 2) a row more.
+// Limits: D, V <= 256; with many queries, keys are read from the caches L H / (G kRows) times.
 #include <algorithm>
 
 #include "attention/cuda/decode_tile.h"
@@ -36,11 +35,7 @@ __device__ void weigh_row(const Call& p, const Part& part, const Shared<T>& shar
   A largest = online.largest;
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = x[i] > largest ? x[i] : largest;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const A other = __shfl_xor_sync(0xffffffffu, largest, step);
-    largest = other > largest ? other : largest;
-  }
+  largest = warp_max(largest);
   const A shift = largest == -kInfinity<A> ? A(0) : largest;
   const A factor = math::exp(online.largest - shift);
   const Dropout<A> dropout(p, part.sample, shared.rows[r].head, shared.rows[r].query, tile.first / 4 + lane);
@@ -64,7 +59,7 @@ struct Columns {
 
   __device__ explicit Columns(int value_size) {
     const int t = static_cast<int>(threadIdx.x);
-    packs = max((value_size + kPack<T> - 1) / kPack<T>, 1);
+    packs = max(ceil_div(value_size, kPack<T>), 1);
     slices = kThreads / packs;
     slice = t / packs;
     column = t % packs * kPack<T>;
@@ -75,7 +70,7 @@ struct Columns {
 
 // Adds the tile's weighed values. A weight of 0 hides the value, NaN or not.
 template <bool Packs, class T, class A = Arithmetic<T>>
-__device__ void add_values(const Part& part, const Shared<T>& shared, const Rows<T>& values, int size,
+__device__ void add_values(const Part& part, const Shared<T>& shared, const HeadRows<T>& values, int size,
                            const Tile& tile, const Columns<T>& columns, A (&sums)[kRows][kPack<T>]) {
   constexpr int V = kPack<T>, kLoads = Packs ? 4 : 1;
   if (columns.idle()) return;
@@ -149,7 +144,7 @@ __device__ void store_softmax(const Forward& p, int64_t place, A largest, A sum)
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    attention_forward_kernel(Forward p, int64_t row_blocks) {
+    attention_decode_kernel(Forward p, int64_t row_blocks) {
   using A = Arithmetic<T>;
   const Call& call = p.call;
   const Part part(p, blockIdx.x, row_blocks);
@@ -160,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
   load_rows(call, part, shared);
   const Tile share = share_of(part, shared, p.splits);
 
-  const int tiles = (share.end - share.begin + kTile - 1) / kTile;
+  const int tiles = ceil_div(share.end - share.begin, kTile);
   const int more = call.extra > 0 && part.split == p.splits - 1 ? 1 : 0;  // the extra columns' own tile
   const Columns<T> columns(call.value_size);
   Online<A> online[kRows / kWarps];
@@ -179,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
     __syncthreads();
     const int size = call.value_size;
-    const Rows<T> values = rows_of<T>(part, call.value, call.extra_value, extra, call.extra, size);
+    const HeadRows<T> values = rows_of<T>(part, call.value, call.extra_value, extra, call.extra, size);
     if (values.packs) {
       add_values<true>(part, shared, values, size, tile, columns, sums);
     } else {
@@ -189,9 +184,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 #pragma unroll
   for (int k = 0; k < kRows / kWarps; ++k) {
-    A sum = online[k].sum;
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    const A sum = warp_sum(online[k].sum);
     if (lane == 0) {
       shared.totals[(warp + k * kWarps) * 2] = online[k].largest;
       shared.totals[(warp + k * kWarps) * 2 + 1] = sum;
@@ -227,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
 
 // A block takes a row, a warp every n-th split, a lane every 32nd column.
 template <class T>
-__global__ void __launch_bounds__(kThreads) attention_combine_kernel(Forward p, int64_t rows) {
+__global__ void __launch_bounds__(kThreads) attention_decode_combine_kernel(Forward p, int64_t rows) {
   using A = Arithmetic<T>;
   constexpr int kColumns = kMostHeadSize / 32;
   const int64_t row = blockIdx.x;
@@ -278,10 +271,10 @@ cudaError_t run(const Forward& p, cudaStream_t stream) {
                 blocks = call.batch * call.key_heads * row_blocks * p.splits;
   const int64_t rows = (call.cu_seqlens_q ? 1 : call.batch) * call.total_queries * call.heads;
   if (!grid_fits(blocks) || (p.splits > 1 && !grid_fits(rows))) return cudaErrorInvalidValue;
-  const cudaError_t error = launch(attention_forward_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+  const cudaError_t error = launch(attention_decode_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                                    dim3(kThreads), Shared<T>::bytes(call.head_size), stream, p, row_blocks);
   if (error != cudaSuccess || p.splits == 1) return error;
-  return launch(attention_combine_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kThreads),
+  return launch(attention_decode_combine_kernel<T>, dim3(static_cast<unsigned>(rows)), dim3(kThreads),
                 sizeof(A) * kWarps * (call.value_size + 1), stream, p, rows);
 }
 

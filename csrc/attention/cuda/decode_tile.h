@@ -1,6 +1,4 @@
-// The forward's block: its rows, its share of their keys, and the scores of a tile of those.
-//
-// attention_decode.cu has the tiling.
+// A block of decode.cu, where the tiling is: its rows, its share of their keys, and the scores of a tile of those.
 #pragma once
 
 #include "attention/cuda/common.h"
@@ -40,7 +38,7 @@ struct Shared {
   static_assert(key_bytes >= sizeof(A) * kRowsAdded * kThreads * kPack<T>);
 
   __host__ __device__ static int padded(int head_size) {
-    return head_size > 0 ? (head_size + kChunk<T> - 1) / kChunk<T> * kChunk<T> : kChunk<T>;
+    return head_size > 0 ? ceil_div(head_size, kChunk<T>) * kChunk<T> : kChunk<T>;
   }
   __host__ __device__ static int numbers(int width) { return kRows * (width + kTile + 3); }
   static size_t bytes(int head_size) {
@@ -84,11 +82,11 @@ struct Tile {
 
 // The key head's rows of `size` of an operand, or those of the extra columns, of which the first is row S.
 template <class T>
-__device__ Rows<T> rows_of(const Part& part, const Operand& operand, const void* extra, bool is_extra,
-                           int count, int size) {
+__device__ HeadRows<T> rows_of(const Part& part, const Operand& operand, const void* extra, bool is_extra,
+                               int count, int size) {
   if (is_extra)
-    return Rows<T>(extra, static_cast<int64_t>(part.key_head) * count * size, size, part.sequence.keys);
-  return Rows<T>(operand, part.sequence.batch, part.key_head, part.sequence.first_key);
+    return HeadRows<T>(extra, static_cast<int64_t>(part.key_head) * count * size, size, part.sequence.keys);
+  return HeadRows<T>(operand, part.sequence.batch, part.key_head, part.sequence.first_key);
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -125,7 +123,7 @@ __device__ Tile share_of(const Part& part, const Shared<T>& shared, int splits) 
   }
   begin = begin / 4 * 4;
   const int tiles = end > begin ? (end - begin - 1) / kTile + 1 : 0;
-  const int64_t share = static_cast<int64_t>((tiles + splits - 1) / splits) * kTile;
+  const int64_t share = static_cast<int64_t>(ceil_div(tiles, splits)) * kTile;
   const int64_t from = begin + part.split * share;
   const int first = static_cast<int>(from < end ? from : end);
   return {first, first, static_cast<int>(from + share < end ? from + share : end)};
@@ -133,7 +131,8 @@ __device__ Tile share_of(const Part& part, const Shared<T>& shared, int splits) 
 
 // The chunk at `c` of the tile's keys, zeros beyond them, comes into shared memory.
 template <class T>
-__device__ void load_chunk(const Shared<T>& shared, const Rows<T>& keys, const Tile& tile, int size, int c) {
+__device__ void load_chunk(const Shared<T>& shared, const HeadRows<T>& keys, const Tile& tile, int size,
+                           int c) {
   constexpr int V = kPack<T>;
   const int t = static_cast<int>(threadIdx.x);
   if (!keys.packs) {
@@ -161,7 +160,7 @@ __device__ void load_chunk(const Shared<T>& shared, const Rows<T>& keys, const T
 
 // Scores of the tile, a thread for a key.
 template <class T, class A = Arithmetic<T>>
-__device__ void score_tile(const Call& p, const Part& part, const Shared<T>& shared, const Rows<T>& keys,
+__device__ void score_tile(const Call& p, const Part& part, const Shared<T>& shared, const HeadRows<T>& keys,
                            const Tile& tile) {
   constexpr int V = kPack<T>, N = kPack<A>;
   const int t = static_cast<int>(threadIdx.x), size = p.head_size;

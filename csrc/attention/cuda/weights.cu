@@ -1,8 +1,7 @@
 // Attention weights from queries, keys and what the forward knows of each row's softmax; what
 // nn.MultiheadAttention returns with need_weights, averaged over heads without the [B, H, L, S] it averages.
 //
-//   weights[i, j] = exp(s[i, j] - m[i]) / l[i] z[i, j], or their mean over heads; s, m, l as in
-//   attention_decode.cu
+//   weights[i, j] = exp(s[i, j] - m[i]) / l[i] z[i, j], or their mean over heads; s, m, l as in decode.cu
 //
 // Not exp(s - lse): where all scores of a row are about finfo.min, lse has no room for log l.
 //
@@ -62,8 +61,8 @@ struct Tile {
 // `behind`; zeros beyond.
 template <class T>
 struct Source {
-  const Rows<T>& rows;
-  const Rows<T>& behind;
+  const HeadRows<T>& rows;
+  const HeadRows<T>& behind;
   int first, other, end;
 };
 
@@ -85,7 +84,7 @@ __device__ __forceinline__ void load_chunk(const Source<T>& source, int size, in
   for (int item = t; item < kTile * kChunk<T>; item += kThreads) {
     const int i = item / kChunk<T>, d = item % kChunk<T>, j = source.first + i;
     if (packs && (j < source.other || j >= source.end)) continue;
-    const Rows<T> rows(j < source.other, source.rows, source.behind);
+    const HeadRows<T> rows(j < source.other, source.rows, source.behind);
     put(i, d,
         j < source.end && c + d < size ? rows.data[j * rows.row + (c + d) * rows.column] : narrow<T>(0));
   }
@@ -220,9 +219,9 @@ __device__ void add_head(const Weights& p, const Tile& tile, const Place& place,
                          const A (&terms)[4], const Own<A>& sums) {
   const Call& call = p.call;
   const int key_head = head / (call.heads / call.key_heads);
-  const Rows<T> queries(call.query, tile.sample, head, 0), keys(call.key, tile.sample, key_head, 0);
-  const Rows<T> extra(call.extra_key, static_cast<int64_t>(key_head) * call.extra * call.head_size,
-                      call.head_size, tile.keys);
+  const HeadRows<T> queries(call.query, tile.sample, head, 0), keys(call.key, tile.sample, key_head, 0);
+  const HeadRows<T> extra(call.extra_key, static_cast<int64_t>(key_head) * call.extra * call.head_size,
+                          call.head_size, tile.keys);
   const Products<T> products({queries, queries, tile.row, tile.rows, tile.rows},
                              {keys, extra, tile.column, tile.keys, tile.columns}, call.head_size, place);
   const A slope = call.alibi_slopes ? A(call.alibi_slopes[head]) : A(0);

@@ -8,27 +8,6 @@
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
-// Calls f<activation>().
-template <class F>
-FUSEDNN_INLINE auto with_activation(Activation activation, const F& f) {
-  switch (activation) {
-    case Activation::relu:
-      return f.template operator()<Activation::relu>();
-    case Activation::relu6:
-      return f.template operator()<Activation::relu6>();
-    case Activation::silu:
-      return f.template operator()<Activation::silu>();
-    case Activation::hardswish:
-      return f.template operator()<Activation::hardswish>();
-    case Activation::gelu:
-      return f.template operator()<Activation::gelu>();
-    case Activation::gelu_tanh:
-      return f.template operator()<Activation::gelu_tanh>();
-    default:
-      return f.template operator()<Activation::none>();
-  }
-}
-
 FUSEDNN_INLINE float erf_of(float x) { return ::erff(x); }
 FUSEDNN_INLINE double erf_of(double x) { return ::erf(x); }
 

@@ -2,14 +2,15 @@
 //
 //   out[r, x, c] = bias[c] + sum over i, j of in[r s - p + i d, x s - p + j d, c] weight[i, j, c]
 //
-// A ring of input rows, zero-padded at both ends, holds what a strip of output rows needs: [row][C /
-// w][x][w]. Successive strips of an image share its rows, so each input row is brought in once per thread;
-// layouts, dtypes and borders are settled there, and the inner loop has no branch. Up to kPixels outputs of a
-// row stand in registers: per tap, one weight vector and kPixels products whose other operand comes from the
-// first-level cache.
+// A ring of input rows, zero-padded at both ends, holds what a strip of output rows needs: [row][C / w][x][w].
+// Successive strips of an image share its rows, so each input row is brought in once per thread; layouts, dtypes
+// and borders are settled there, and the inner loop has no branch. Up to kPixels outputs of a row stand in
+// registers: per tap, one weight vector and kPixels products whose other operand comes from the first-level
+// cache.
 #pragma once
 
 #include "conv/cpu/blocks.h"
+#include "core/cpu/carver.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
@@ -22,23 +23,7 @@ constexpr int64_t blocks_of(int64_t channels) {
 
 inline int64_t extent(int64_t kernel, int64_t dilation) { return (kernel - 1) * dilation + 1; }
 
-// Hands out parts of a workspace, each on a cache line of its own.
-struct Arena {
-  char* next;
-  template <class T>
-  FUSEDNN_INLINE T* take(int64_t count) {
-    T* r = reinterpret_cast<T*>(next);
-    next += bytes<T>(count);
-    return r;
-  }
-  template <class T>
-  static constexpr int64_t bytes(int64_t count) {
-    return ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
-  }
-};
-
-// Rows are numbered as in the source, pixels of a row from `first_x` on, zeros between them where it is
-// spread.
+// Rows are numbered as in the source, pixels of a row from `first_x` on; a spread source has zeros between them.
 template <class T>
 struct RowRing {
   static constexpr int w = Vec<T>::size;
@@ -47,19 +32,14 @@ struct RowRing {
   T *data, *zeros;
   int64_t image = -1, next = 0;  // rows of `image` below `next` were brought in
 
-  RowRing(const DepthwiseShape& s, int64_t rows, int64_t blocks_, Arena& arena)
+  RowRing(const DepthwiseShape& s, int64_t rows, int64_t blocks_, Carver& own)
       : height(s.height), source_width(s.width), spread_h(s.spread_h), spread_w(s.spread_w), blocks(blocks_) {
     const int64_t reach = (rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
     slots = minimum(height, ceil_div(reach, spread_h));
     first_x = -s.pad_left;
     width = (s.out_width - 1) * s.stride_w + extent(s.kernel_w, s.dilation_w);
-    data = arena.take<T>(slots * blocks * width * w);
-    zeros = arena.take<T>(width * w);
-  }
-  static int64_t bytes(const DepthwiseShape& s, int64_t rows, int64_t blocks) {
-    Arena measure{nullptr};
-    const RowRing ring(s, rows, blocks, measure);
-    return measure.next - static_cast<char*>(nullptr);
+    data = own.take<T>(slots * blocks * width * w);
+    zeros = own.take<T>(width * w);
   }
 
   // Columns [begin, end) of the source that lie within the ring's rows.
@@ -100,10 +80,10 @@ struct RowRing {
   // Brings in the source rows that `rows` output rows from `first` on need, by load(first_y, last_y).
   template <class F>
   FUSEDNN_INLINE void need(const DepthwiseShape& s, int64_t n, int64_t first, int64_t rows, const F& load) {
-    const int64_t low = first * s.stride_h - s.pad_top;
-    const int64_t high = (first + rows - 1) * s.stride_h - s.pad_top + extent(s.kernel_h, s.dilation_h);
-    int64_t begin = low <= 0 ? 0 : ceil_div(low, spread_h);
-    const int64_t end = high <= 0 ? 0 : minimum(height, ceil_div(high, spread_h));
+    const int64_t top = first * s.stride_h - s.pad_top;
+    const int64_t bottom = top + (rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
+    int64_t begin = top <= 0 ? 0 : ceil_div(top, spread_h);
+    const int64_t end = bottom <= 0 ? 0 : minimum(height, ceil_div(bottom, spread_h));
     if (n == image) begin = maximum(begin, next);
     if (begin < end) load(begin, end);
     next = n == image ? maximum(next, end) : end;
@@ -172,14 +152,13 @@ struct Taps {
   int64_t count;                     // rows of the kernel that meet the image
   int64_t kernel_w, step, dilation;  // elements between outputs, and between taps
 
-  Taps(const DepthwiseShape& s, Arena& arena)
-      : rows(arena.take<const T*>(s.kernel_h)),
-        weights(arena.take<const T*>(s.kernel_h)),
+  Taps(const DepthwiseShape& s, Carver& own)
+      : rows(own.take<const T*>(s.kernel_h)),
+        weights(own.take<const T*>(s.kernel_h)),
         count(0),
         kernel_w(s.kernel_w),
         step(s.stride_w * Vec<T>::size),
         dilation(s.dilation_w * Vec<T>::size) {}
-  static int64_t bytes(const DepthwiseShape& s) { return 2 * Arena::bytes<const T*>(s.kernel_h); }
 
   // With `all`, rows outside the image are zeros; without, they are left out.
   FUSEDNN_INLINE void collect(const DepthwiseShape& s, const RowRing<T>& ring, int64_t block, int64_t r,
@@ -236,23 +215,8 @@ void depthwise_row(const Taps<T>& taps, int64_t out_width, Vec<T> bias, T* out) 
   for (int64_t x = 0; x < out_width; --tiles) {
     const int64_t pixels = ceil_div(out_width - x, tiles);
     const int64_t offset = x * (step ? step * w : taps.step);
-    switch (pixels) {
-#define FUSEDNN_CASE(X)                                          \
-  case X:                                                        \
-    depthwise_tile<X, K, step>(taps, offset, bias, out + x * w); \
-    break;
-      FUSEDNN_CASE(1)
-      FUSEDNN_CASE(2)
-      FUSEDNN_CASE(3)
-      FUSEDNN_CASE(4)
-      FUSEDNN_CASE(5)
-      FUSEDNN_CASE(6)
-      FUSEDNN_CASE(7)
-      FUSEDNN_CASE(8)
-#undef FUSEDNN_CASE
-      default:
-        break;
-    }
+    with_count<kPixels>(pixels,
+                        [&]<int X>() { depthwise_tile<X, K, step>(taps, offset, bias, out + x * w); });
     x += pixels;
   }
 }

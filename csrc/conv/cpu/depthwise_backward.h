@@ -1,8 +1,8 @@
 // Gradients of a depthwise convolution from that of what it feeds.
 //
 //   input   the convolution of dz, spread by the stride, with the kernels turned by half
-//   weight  dW[i, j, c] = sum over n, r, x of dz[r, x, c] in[r s - p + i d, x s - p + j d, c];  bias: sum of
-//   dz
+//   weight  dW[i, j, c] = sum over n, r, x of dz[r, x, c] in[r s - p + i d, x s - p + j d, c]
+//   bias    sum of dz
 //
 // One pass does both: as rows of dz come into the ring that the input gradient is made of, the input's rows
 // are in another, from which z is made again (for the norm or the activation behind it) and with which dz is
@@ -95,23 +95,10 @@ void weight_gradient_strip(const DepthwiseShape& s, const RowRing<T>& ring, Taps
       T* to = const_cast<T*>(taps.weights[i]);
       const T* in = taps.rows[i];
       for (int64_t j = 0; j < s.kernel_w; j += kTapsAtOnce) {
-        switch (minimum(kTapsAtOnce, s.kernel_w - j)) {
-#define FUSEDNN_CASE(N)                                                                                    \
-  case N:                                                                                                  \
-    weight_gradient_row<N>(s.out_width, dz, in + j * taps.dilation, taps.step, taps.dilation, to + j * w); \
-    break;
-          FUSEDNN_CASE(1)
-          FUSEDNN_CASE(2)
-          FUSEDNN_CASE(3)
-          FUSEDNN_CASE(4)
-          FUSEDNN_CASE(5)
-          FUSEDNN_CASE(6)
-          FUSEDNN_CASE(7)
-          FUSEDNN_CASE(8)
-#undef FUSEDNN_CASE
-          default:
-            break;
-        }
+        with_count<kTapsAtOnce>(minimum(kTapsAtOnce, s.kernel_w - j), [&]<int N>() {
+          weight_gradient_row<N>(s.out_width, dz, in + j * taps.dilation, taps.step, taps.dilation,
+                                 to + j * w);
+        });
       }
     }
   }
@@ -141,42 +128,36 @@ struct DepthwiseBackwardPass {
   const DepthwiseBackward& p;
   const DepthwiseShape& s;
   DepthwiseBands<T> bands;
-  Arena shared;
   DepthwiseSource<T, S> source;
   T *flipped, *partial;
   Pixels<S> grad, dx;
+  ThreadParts threads;
 
-  DepthwiseBackwardPass(const DepthwiseBackward& q, int threads)
+  DepthwiseBackwardPass(const DepthwiseBackward& q, int thread_count, Carver& shared)
       : p(q),
         s(q.shape),
-        bands(s, threads),
-        shared{static_cast<char*>(q.workspace)},
+        bands(s, thread_count),
         source(s, q.input, shared),
         flipped(shared.take<T>(bands.blocks * s.kernel_h * s.kernel_w * w)),
         partial(shared.take<T>(s.batch * bands.bands * bands.blocks * bands.sums)),
         grad(q.grad, s.channels, s.out_height * s.out_width),
-        dx(q.grad_input, s.channels, s.height * s.width) {}
+        dx(q.grad_input, s.channels, s.height * s.width),
+        threads(thread_count, shared, [&](Carver& own) { Buffers(*this, own); }) {}
 
   struct Buffers {
     RowRing<T> in, dz;
     Taps<T> in_taps, dz_taps;
     T *gradient, *z, *sums, *out;
-    Buffers(const DepthwiseBackwardPass& pass, Arena arena)
-        : in(pass.s, pass.bands.rows, pass.bands.group, arena),
-          dz(pass.bands.t, pass.bands.dx_rows, pass.bands.group, arena),
-          in_taps(pass.s, arena),
-          dz_taps(pass.bands.t, arena),
-          gradient(arena.take<T>(pass.bands.rows * pass.s.out_width * w)),
-          z(arena.take<T>(pass.bands.rows * pass.s.out_width * w)),
-          sums(arena.take<T>(pass.bands.sums)),
-          out(arena.take<T>(pass.bands.group * pass.bands.dx_rows * pass.s.width * w)) {}
+    Buffers(const DepthwiseBackwardPass& pass, Carver& own)
+        : in(pass.s, pass.bands.rows, pass.bands.group, own),
+          dz(pass.bands.t, pass.bands.dx_rows, pass.bands.group, own),
+          in_taps(pass.s, own),
+          dz_taps(pass.bands.t, own),
+          gradient(own.take<T>(pass.bands.rows * pass.s.out_width * w)),
+          z(own.take<T>(pass.bands.rows * pass.s.out_width * w)),
+          sums(own.take<T>(pass.bands.sums)),
+          out(own.take<T>(pass.bands.group * pass.bands.dx_rows * pass.s.width * w)) {}
   };
-  int64_t thread_bytes() const {
-    const DepthwiseShape& t = bands.t;
-    return RowRing<T>::bytes(s, bands.rows, bands.group) + RowRing<T>::bytes(t, bands.dx_rows, bands.group) +
-           Taps<T>::bytes(s) + Taps<T>::bytes(t) + 2 * Arena::bytes<T>(bands.rows * s.out_width * w) +
-           Arena::bytes<T>(bands.sums) + Arena::bytes<T>(bands.group * bands.dx_rows * s.width * w);
-  }
   bool needs_z() const { return p.norm || p.activation != Activation::none; }
 
   // dz of `count` pixels of a block from `first` on; z is there already, where it is needed.
@@ -212,7 +193,7 @@ struct DepthwiseBackwardPass {
       for (int64_t i = 0; i < blocks; ++i) {
         if (needs_z()) {
           if (p.norm)
-            source.make_kept(b.in, b.in_taps, i, first_block + i, r, rows, b.z);
+            source.make_stored(b.in, b.in_taps, i, first_block + i, r, rows, b.z);
           else
             source.make(b.in, b.in_taps, i, first_block + i, r, rows, b.z);
         }
@@ -309,21 +290,16 @@ struct DepthwiseBackwardPass {
 };
 
 template <class T, class S>
-size_t depthwise_backward_workspace(const DepthwiseBackward& p, int threads) {
-  const DepthwiseBackwardPass<T, S> pass(p, threads);
-  return pass.shared.next - static_cast<char*>(p.workspace) + threads * pass.thread_bytes();
-}
-
-template <class T, class S>
 void depthwise_backward(const DepthwiseBackward& p, const Parallel& parallel) {
-  const DepthwiseBackwardPass<T, S> pass(p, parallel.threads);
+  Carver shared(p.workspace);
+  const DepthwiseBackwardPass<T, S> pass(p, parallel.threads, shared);
   const DepthwiseShape& s = p.shape;
   pass.source.pack(p.weight, p.bias);
   pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), pass.flipped);
   const bool worth_it = s.batch * s.height * s.width * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
   parallel(pass.bands.tasks(), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    typename DepthwiseBackwardPass<T, S>::Buffers buffers(
-        pass, Arena{pass.shared.next + thread * pass.thread_bytes()});
+    Carver own = pass.threads.of(thread);
+    typename DepthwiseBackwardPass<T, S>::Buffers buffers(pass, own);
     buffers.in.clear();
     buffers.dz.clear();
     for (int64_t task = end; task-- > begin;) pass.run_task(buffers, task);

@@ -11,43 +11,33 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 constexpr int64_t kGroup = 4;  // channel blocks in a task
 constexpr int64_t kDepthwisePixels = 192;
 
-// Strips of an image, and of all images; a matter of the shape alone, as sums are kept by strip.
 inline int64_t depthwise_rows_per_strip(const DepthwiseShape& s) {
-  const int64_t rows = maximum(1, minimum(s.out_height, kDepthwisePixels / maximum(1, s.out_width)));
-  return ceil_div(s.out_height, ceil_div(s.out_height, rows));
+  return RowStrips(s, kDepthwisePixels).rows;
 }
 
 inline int64_t depthwise_strips(const DepthwiseShape& s, int64_t* counts) {
-  const int64_t rows = depthwise_rows_per_strip(s), strips = ceil_div(s.out_height, rows);
-  for (int64_t i = 0; counts && i < s.batch * strips; ++i)
-    counts[i] = minimum(rows, s.out_height - i % strips * rows) * s.out_width;
-  return s.batch * strips;
+  return count_strips(RowStrips(s, kDepthwisePixels), counts);
 }
 
 // Tasks of one image in order: channel groups, then strips, so that strips share the ring's rows.
 template <class T>
 struct DepthwiseTasks {
-  int64_t rows, strips, groups, blocks, total;
+  RowStrips strips;
+  int64_t blocks, groups, total;
 
   explicit DepthwiseTasks(const DepthwiseShape& s)
-      : rows(depthwise_rows_per_strip(s)),
-        strips(ceil_div(s.out_height, rows)),
-        groups(ceil_div(blocks_of<T>(s.channels), kGroup)),
+      : strips(s, kDepthwisePixels),
         blocks(blocks_of<T>(s.channels)),
-        total(s.batch * groups * strips) {}
+        groups(ceil_div(blocks, kGroup)),
+        total(strips.total() * groups) {}
 
-  struct Task {
-    int64_t n, group, strip, first_block, blocks, row, rows;
+  struct Task : RowStrips::Strip {
+    int64_t group, index, first_block, blocks;  // index: of the strip in all images
   };
-  Task at(const DepthwiseShape& s, int64_t i) const {
-    const int64_t strip = i % strips, group = i / strips % groups, row = strip * rows;
-    return {i / strips / groups,
-            group,
-            strip,
-            group * kGroup,
-            minimum(kGroup, blocks - group * kGroup),
-            row,
-            minimum(rows, s.out_height - row)};
+  Task at(int64_t i) const {
+    const int64_t group = i / strips.per_image % groups;
+    const int64_t index = i / strips.per_image / groups * strips.per_image + i % strips.per_image;
+    return {strips.at(index), group, index, group * kGroup, minimum(kGroup, blocks - group * kGroup)};
   }
 };
 
@@ -60,17 +50,13 @@ struct DepthwiseSource {
   int64_t blocks, taps_per_block;
   T *weights, *bias;
 
-  DepthwiseSource(const DepthwiseShape& shape, Image input, Arena& arena)
+  DepthwiseSource(const DepthwiseShape& shape, Image input, Carver& shared)
       : s(shape),
         in(input, s.channels / s.multiplier, s.height * s.width),
         blocks(blocks_of<T>(s.channels)),
         taps_per_block(s.kernel_h * s.kernel_w * w),
-        weights(arena.take<T>(blocks * taps_per_block)),
-        bias(arena.take<T>(blocks * w)) {}
-  static int64_t bytes(const DepthwiseShape& s) {
-    const int64_t channels = blocks_of<T>(s.channels) * w;
-    return Arena::bytes<T>(channels * s.kernel_h * s.kernel_w) + Arena::bytes<T>(channels);
-  }
+        weights(shared.take<T>(blocks * taps_per_block)),
+        bias(shared.take<T>(blocks * w)) {}
   void pack(const void* weight, const void* from_bias) const {
     pack_depthwise(s.channels, s.kernel_h * s.kernel_w, false, static_cast<const S*>(weight), weights);
     pack_vector(s.channels, static_cast<const S*>(from_bias), bias);
@@ -88,67 +74,80 @@ struct DepthwiseSource {
     depthwise_rows(s, ring, taps, b, r, rows, weights + block * taps_per_block,
                    Vec<T>::load(bias + block * w), out);
   }
-  void make_kept(const RowRing<T>& ring, Taps<T>& taps, int64_t b, int64_t block, int64_t r, int64_t rows,
-                 T* out) const {
+  void make_stored(const RowRing<T>& ring, Taps<T>& taps, int64_t b, int64_t block, int64_t r, int64_t rows,
+                   T* out) const {
     make(ring, taps, b, block, r, rows, out);
     if constexpr (sizeof(S) < sizeof(T))
-      settle<1, S>(out, rows * s.out_width, static_cast<const T*>(nullptr));
+      round_to_storage<1, S>(out, rows * s.out_width, static_cast<const T*>(nullptr));
   }
   // All channels of a strip, block after block `pitch` elements apart.
   void make_strip(RowRing<T>& ring, Taps<T>& taps, int64_t n, int64_t r, int64_t rows, T* strip,
                   int64_t pitch) const {
     bring_in(ring, n, 0, blocks, r, rows);
-    for (int64_t b = 0; b < blocks; ++b) make_kept(ring, taps, b, b, r, rows, strip + b * pitch);
+    for (int64_t b = 0; b < blocks; ++b) make_stored(ring, taps, b, b, r, rows, strip + b * pitch);
   }
 };
 
-template <class T>
-int64_t depthwise_thread_bytes(const DepthwiseShape& s) {
-  const int64_t rows = depthwise_rows_per_strip(s);
-  return RowRing<T>::bytes(s, rows, kGroup) + Taps<T>::bytes(s) +
-         Arena::bytes<T>(rows * s.out_width * Vec<T>::size);
-}
-
 template <class T, class S>
-size_t depthwise_workspace(const DepthwiseForward& p, int threads) {
-  return DepthwiseSource<T, S>::bytes(p.shape) + threads * depthwise_thread_bytes<T>(p.shape);
-}
+struct DepthwiseForwardPass {
+  static constexpr int w = Vec<T>::size;
+  const DepthwiseForward& p;
+  const DepthwiseShape& s;
+  DepthwiseTasks<T> tasks;
+  DepthwiseSource<T, S> source;
+  ThreadParts threads;
+
+  struct Buffers {
+    RowRing<T> ring;
+    Taps<T> taps;
+    T* block;
+    Buffers(const DepthwiseForwardPass& pass, Carver& own)
+        : ring(pass.s, pass.tasks.strips.rows, kGroup, own),
+          taps(pass.s, own),
+          block(own.take<T>(pass.tasks.strips.pixels() * w)) {}
+  };
+
+  DepthwiseForwardPass(const DepthwiseForward& forward, int thread_count, Carver& shared)
+      : p(forward),
+        s(forward.shape),
+        tasks(s),
+        source(s, p.input, shared),
+        threads(thread_count, shared, [&](Carver& own) { Buffers(*this, own); }) {}
+};
 
 template <class T, class S>
 void depthwise_forward(const DepthwiseForward& p, const Parallel& parallel) {
   constexpr int w = Vec<T>::size;
   const DepthwiseShape& s = p.shape;
-  Arena shared{static_cast<char*>(p.workspace)};
-  const DepthwiseSource<T, S> source(s, p.input, shared);
+  Carver shared(p.workspace);
+  const DepthwiseForwardPass<T, S> pass(p, parallel.threads, shared);
+  const DepthwiseSource<T, S>& source = pass.source;
   source.pack(p.weight, p.bias);
-  const DepthwiseTasks<T> tasks(s);
+  const DepthwiseTasks<T>& tasks = pass.tasks;
   const Pixels<S> out(p.output, s.channels, s.out_height * s.out_width), none({nullptr, false}, 0, 0);
   const bool worth_it = s.batch * out.area * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
   parallel(tasks.total, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Arena arena{shared.next + thread * depthwise_thread_bytes<T>(s)};
-    RowRing<T> ring(s, tasks.rows, kGroup, arena);
-    Taps<T> taps(s, arena);
-    T* block = arena.take<T>(tasks.rows * s.out_width * w);
+    Carver own = pass.threads.of(thread);
+    auto [ring, taps, block] = typename DepthwiseForwardPass<T, S>::Buffers(pass, own);
     ring.clear();
     int64_t last_group = -1;
     for (int64_t i = begin; i < end; ++i) {
-      const auto t = tasks.at(s, i);
+      const auto t = tasks.at(i);
       if (t.group != last_group) ring.image = -1;
       last_group = t.group;
       source.bring_in(ring, t.n, t.first_block, t.blocks, t.row, t.rows);
-      const int64_t pixel = t.row * s.out_width, pixels = t.rows * s.out_width;
       for (int64_t b = 0; b < t.blocks; ++b) {
         const int64_t c = (t.first_block + b) * w;
         if (p.statistics) {
-          source.make_kept(ring, taps, b, t.first_block + b, t.row, t.rows, block);
-          strip_statistics<1>(block, pixels, static_cast<T*>(p.statistics) + c, t.n * tasks.strips + t.strip,
+          source.make_stored(ring, taps, b, t.first_block + b, t.row, t.rows, block);
+          strip_statistics<1>(block, t.count, static_cast<T*>(p.statistics) + c, t.index,
                               padded_channels(s.channels), static_cast<const T*>(nullptr));
         } else {
           source.make(ring, taps, b, t.first_block + b, t.row, t.rows, block);
         }
         if (!out.data) continue;
         with_activation(p.activation, [&]<Activation A>() {
-          write_block<1>(block, out, none, t.n, pixel, pixels, c,
+          write_block<1>(block, out, none, t.n, t.first, t.count, c,
                          [](Vec<T> x, int, int64_t)
                              __attribute__((always_inline)) { return activate<A>(x); });
         });

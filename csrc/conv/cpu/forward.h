@@ -9,8 +9,8 @@
 // shared buffer, then the product by (strip, panel of columns).
 #pragma once
 
+#include "conv/cpu/depthwise_forward.h"
 #include "conv/cpu/product.h"
-#include "conv/cpu/strip.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
 
@@ -18,42 +18,44 @@ constexpr int64_t kStripBytes = 256 << 10;  // of the depthwise result: part of 
 constexpr int64_t kStripPixelsAtMost = 192;
 constexpr int64_t kStripPixelsAtLeast = 24;  // two tiles
 
-// pack_separable's layout.
-template <class T>
+// pack_separable's layout, and the input from which the packed depthwise convolution is made.
+template <class T, class S>
 struct PackedSeparable {
-  static constexpr int w = Vec<T>::size;
-  T *depthwise, *depthwise_bias, *panels, *pointwise_bias;
-  int64_t bytes;
+  DepthwiseSource<T, S> depthwise;
+  T *panels, *bias;
 
-  PackedSeparable(const DepthwiseShape& s, int64_t out_channels, void* base) {
-    Arena arena{static_cast<char*>(base)};
-    depthwise = arena.take<T>(blocks_of<T>(s.channels) * s.kernel_h * s.kernel_w * w);
-    depthwise_bias = arena.take<T>(blocks_of<T>(s.channels) * w);
-    panels = arena.take<T>(Panels<T>::size(out_channels, s.channels));
-    pointwise_bias = arena.take<T>(blocks_of<T>(out_channels) * w);
-    bytes = arena.next - static_cast<char*>(base);
-  }
+  PackedSeparable(const DepthwiseShape& s, Image input, int64_t out_channels, Carver& packed)
+      : depthwise(s, input, packed),
+        panels(packed.take<T>(Panels<T>::size(out_channels, s.channels))),
+        bias(packed.take<T>(blocks_of<T>(out_channels) * Vec<T>::size)) {}
 };
 
 template <class T, class S>
-void pack_separable(const DepthwiseShape& s, int64_t out_channels, const S* depthwise,
-                    const S* depthwise_bias, const S* pointwise, const S* pointwise_bias, void* base,
+void pack_separable(const DepthwiseShape& s, int64_t out_channels, const void* depthwise,
+                    const void* depthwise_bias, const void* pointwise, const void* pointwise_bias, void* base,
                     const Parallel& parallel) {
-  const PackedSeparable<T> packed(s, out_channels, base);
-  pack_depthwise(s.channels, s.kernel_h * s.kernel_w, false, depthwise, packed.depthwise);
-  pack_vector(s.channels, depthwise_bias, packed.depthwise_bias);
-  pack_panels(out_channels, s.channels, pointwise, s.channels, 1, packed.panels, parallel);
-  pack_vector(out_channels, pointwise_bias, packed.pointwise_bias);
+  Carver carver(base);
+  const PackedSeparable<T, S> packed(s, {}, out_channels, carver);
+  packed.depthwise.pack(depthwise, depthwise_bias);
+  pack_panels(out_channels, s.channels, static_cast<const S*>(pointwise), s.channels, 1, packed.panels,
+              parallel);
+  pack_vector(out_channels, static_cast<const S*>(pointwise_bias), packed.bias);
 }
 
+// What a thread works with: fused, all of a strip's depthwise result; else a ring for whole images of a block.
 template <class T>
-int64_t separable_thread_bytes(const DepthwiseShape& s, int64_t rows, bool fused) {
-  constexpr int w = Vec<T>::size;
-  const int64_t blocks = fused ? blocks_of<T>(s.channels) : 1, pixels = rows * s.out_width;
-  return RowRing<T>::bytes(s, fused ? rows : s.out_height, blocks) + Taps<T>::bytes(s) +
-         (fused ? Arena::bytes<T>(blocks * strip_pitch(pixels) * w) : 0) +
-         Arena::bytes<T>(pixels * kPanel * w);
-}
+struct SeparableBuffers {
+  static constexpr int w = Vec<T>::size;
+  RowRing<T> ring;
+  Taps<T> taps;
+  T *strip, *block;
+
+  SeparableBuffers(const DepthwiseShape& s, int64_t rows, bool fused, Carver& own)
+      : ring(s, fused ? rows : s.out_height, fused ? blocks_of<T>(s.channels) : 1, own),
+        taps(s, own),
+        strip(own.take<T>(fused ? blocks_of<T>(s.channels) * strip_pitch(rows * s.out_width) * w : 0)),
+        block(own.take<T>(rows * s.out_width * kPanel * w)) {}
+};
 
 inline int64_t rows_per_strip(const DepthwiseShape& s, int64_t bytes_per_pixel, int threads) {
   const int64_t pixels =
@@ -89,8 +91,11 @@ ConvPlan separable_plan(const DepthwiseShape& s, int64_t out_channels, bool resi
   plan.fused = threads == 1 || fused_cost < 1.12;
   plan.strips = s.batch * (plan.fused ? strips : blocks);
   plan.tiles = plan.fused ? 0 : s.batch * strips * ceil_div(out_channels, kPanel * w);
-  plan.thread_bytes = separable_thread_bytes<T>(s, plan.rows, plan.fused);
-  plan.shared_bytes = plan.fused ? 0 : Arena::bytes<T>(s.batch * blocks * strip_pitch(out_area) * w);
+  Carver thread(nullptr), shared(nullptr);
+  SeparableBuffers<T>(s, plan.rows, plan.fused, thread);
+  shared.take<T>(plan.fused ? 0 : s.batch * blocks * strip_pitch(out_area) * w);
+  plan.thread_bytes = thread.bytes;
+  plan.shared_bytes = shared.bytes;
   return plan;
 }
 
@@ -109,33 +114,29 @@ struct Separable {
   static constexpr int w = Vec<T>::size;
   const SeparableForward& p;
   const DepthwiseShape& s;
-  PackedSeparable<T> packed;
-  Pixels<S> in, residual, out;
+  Carver weights;
+  PackedSeparable<T, S> packed;
+  Pixels<S> residual, out;
   Panels<T> panels;
   int64_t blocks, strips;
 
   explicit Separable(const SeparableForward& forward)
       : p(forward),
         s(forward.shape),
-        packed(s, p.out_channels, const_cast<void*>(p.packed)),
-        in(p.input, s.channels / s.multiplier, s.height * s.width),
+        weights(const_cast<void*>(p.packed)),
+        packed(s, p.input, p.out_channels, weights),
         residual(p.residual, p.out_channels, s.out_height * s.out_width),
         out(p.output, p.out_channels, s.out_height * s.out_width),
         panels{p.out_channels, blocks_of<T>(s.channels), packed.panels},
         blocks(blocks_of<T>(s.channels)),
         strips(ceil_div(s.out_height, p.plan.rows)) {}
 
-  // `count` blocks of the depthwise result from `first` on, rows [r, r + rows), each at `pitch` from the
-  // last.
+  // `count` blocks of the depthwise result from `first` on, rows [r, r + rows), each at `pitch` from the last.
   void depthwise(RowRing<T>& ring, Taps<T>& taps, int64_t n, int64_t first, int64_t count, int64_t r,
                  int64_t rows, T* strip, int64_t pitch) const {
-    ring.need(s, n, r, rows, [&](int64_t y0, int64_t y1) {
-      load_rows(ring, in, s.multiplier, s.channels, n, first, count, y0, y1);
-    });
+    packed.depthwise.bring_in(ring, n, first, count, r, rows);
     for (int64_t b = 0; b < count; ++b, strip += pitch) {
-      const T* weights = packed.depthwise + (first + b) * s.kernel_h * s.kernel_w * w;
-      depthwise_rows(s, ring, taps, b, r, rows, weights,
-                     Vec<T>::load(packed.depthwise_bias + (first + b) * w), strip);
+      packed.depthwise.make(ring, taps, b, first + b, r, rows, strip);
       activate_all(p.depthwise_activation, strip, rows * s.out_width);
     }
   }
@@ -146,7 +147,7 @@ struct Separable {
       ahead.out = lines_of(out, n, first_pixel, pixels, column, minimum(V * w, p.out_channels - column));
       product_panel<V>(pixels, blocks, strip, pitch, b, block, ahead);
       Vec<T> bias[V];
-      for (int v = 0; v < V; ++v) bias[v] = Vec<T>::load(packed.pointwise_bias + column + v * w);
+      for (int v = 0; v < V; ++v) bias[v] = Vec<T>::load(packed.bias + column + v * w);
       with_activation(p.pointwise_activation, [&]<Activation A>() {
         write_block<V>(block, out, residual, n, first_pixel, pixels, column,
                        [&](Vec<T> x, int v, int64_t)
@@ -155,12 +156,14 @@ struct Separable {
     });
   }
 
-  void fused(int64_t begin, int64_t end, Arena arena) const {
+  SeparableBuffers<T> buffers(int thread) const {
+    Carver own(static_cast<char*>(p.workspace) + thread * p.plan.thread_bytes);
+    return {s, p.plan.rows, p.plan.fused, own};
+  }
+
+  void fused(int64_t begin, int64_t end, int thread) const {
     const int64_t pitch = strip_pitch(p.plan.rows * s.out_width) * w;
-    RowRing<T> ring(s, p.plan.rows, blocks, arena);
-    Taps<T> taps(s, arena);
-    T* strip = arena.take<T>(blocks * pitch);
-    T* block = arena.take<T>(p.plan.rows * s.out_width * kPanel * w);
+    auto [ring, taps, strip, block] = buffers(thread);
     ring.clear();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / strips, r = task % strips * p.plan.rows;
@@ -168,17 +171,16 @@ struct Separable {
       depthwise(ring, taps, n, 0, blocks, r, rows, strip, pitch);
       PrefetchPair ahead;
       if (task + 1 < end)
-        look_ahead(s, in, ring, (task + 1) / strips, (task + 1) % strips * p.plan.rows, p.plan.rows,
-                   ceil_div(rows * s.out_width, kTilePixels) * panels.count(), ahead);
+        prefetch_input(s, packed.depthwise.in, ring, (task + 1) / strips, (task + 1) % strips * p.plan.rows,
+                       p.plan.rows, ceil_div(rows * s.out_width, kTilePixels) * panels.count(), ahead);
       for (int64_t i = 0; i < panels.count(); ++i)
         product(n, r * s.out_width, rows * s.out_width, strip, pitch, i, block, ahead);
     }
   }
 
-  void depthwise_blocks(int64_t begin, int64_t end, Arena arena, T* shared) const {
+  void depthwise_blocks(int64_t begin, int64_t end, int thread, T* shared) const {
     const int64_t pitch = strip_pitch(s.out_height * s.out_width) * w;
-    RowRing<T> ring(s, s.out_height, 1, arena);
-    Taps<T> taps(s, arena);
+    auto [ring, taps, strip, block] = buffers(thread);
     ring.clear();
     for (int64_t task = begin; task < end; ++task) {
       ring.image = -1;
@@ -186,9 +188,9 @@ struct Separable {
     }
   }
 
-  void product_tiles(int64_t begin, int64_t end, Arena arena, const T* shared) const {
+  void product_tiles(int64_t begin, int64_t end, int thread, const T* shared) const {
     const int64_t pitch = strip_pitch(s.out_height * s.out_width) * w;
-    T* block = arena.take<T>(p.plan.rows * s.out_width * kPanel * w);
+    T* block = buffers(thread).block;
     for (int64_t task = begin; task < end; ++task) {
       PrefetchPair ahead;
       const int64_t i = task / (s.batch * strips), strip = task % (s.batch * strips);
@@ -203,24 +205,20 @@ struct Separable {
 template <class T, class S>
 void separable_forward(const SeparableForward& p, const Parallel& parallel) {
   const Separable<T, S> kernel(p);
-  const auto arena = [&](int thread) {
-    return Arena{static_cast<char*>(p.workspace) + thread * p.plan.thread_bytes};
-  };
   const DepthwiseShape& s = p.shape;
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const bool worth_it = pixels * s.channels * (p.out_channels + s.kernel_h * s.kernel_w) > kSerialFlops;
   if (p.plan.fused) {
     parallel(p.plan.strips, worth_it,
-             [&](int64_t begin, int64_t end, int thread) { kernel.fused(begin, end, arena(thread)); });
+             [&](int64_t begin, int64_t end, int thread) { kernel.fused(begin, end, thread); });
     return;
   }
-  T* shared = reinterpret_cast<T*>(arena(parallel.threads).next);
+  T* shared = reinterpret_cast<T*>(static_cast<char*>(p.workspace) + parallel.threads * p.plan.thread_bytes);
   parallel(p.plan.strips, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    kernel.depthwise_blocks(begin, end, arena(thread), shared);
+    kernel.depthwise_blocks(begin, end, thread, shared);
   });
-  parallel(p.plan.tiles, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    kernel.product_tiles(begin, end, arena(thread), shared);
-  });
+  parallel(p.plan.tiles, worth_it,
+           [&](int64_t begin, int64_t end, int thread) { kernel.product_tiles(begin, end, thread, shared); });
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -16,18 +16,17 @@ ConvPlan plan(DType dtype, const DepthwiseShape& s, int64_t out_channels, bool r
 }
 
 size_t packed_bytes(DType dtype, const DepthwiseShape& s, int64_t out_channels) {
-  return with_types(dtype, [&]<class T, class S>() -> size_t {
-    return PackedSeparable<T>(s, out_channels, nullptr).bytes;
-  });
+  Carver count(nullptr);
+  with_types(dtype, [&]<class T, class S>() { PackedSeparable<T, S>(s, {}, out_channels, count); });
+  return count.bytes;
 }
 
 void pack(DType dtype, const DepthwiseShape& s, int64_t out_channels, const void* depthwise_weight,
           const void* depthwise_bias, const void* pointwise_weight, const void* pointwise_bias, void* packed,
           const Parallel& parallel) {
   with_types(dtype, [&]<class T, class S>() {
-    const auto as = [](const void* x) { return static_cast<const S*>(x); };
-    pack_separable<T>(s, out_channels, as(depthwise_weight), as(depthwise_bias), as(pointwise_weight),
-                      as(pointwise_bias), packed, parallel);
+    pack_separable<T, S>(s, out_channels, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias,
+                         packed, parallel);
   });
 }
 
@@ -36,7 +35,8 @@ void forward(const SeparableForward& p, const Parallel& parallel) {
 }
 
 size_t depthwise_forward_workspace(const DepthwiseForward& p, int threads) {
-  return with_types(p.dtype, [&]<class T, class S>() { return depthwise_workspace<T, S>(p, threads); });
+  return with_types(
+      p.dtype, [&]<class T, class S>() { return workspace_bytes<DepthwiseForwardPass<T, S>>(p, threads); });
 }
 
 void forward_depthwise(const DepthwiseForward& p, const Parallel& parallel) {
@@ -44,8 +44,8 @@ void forward_depthwise(const DepthwiseForward& p, const Parallel& parallel) {
 }
 
 size_t backward_depthwise_workspace(const DepthwiseBackward& p, int threads) {
-  return with_types(p.dtype,
-                    [&]<class T, class S>() { return depthwise_backward_workspace<T, S>(p, threads); });
+  return with_types(
+      p.dtype, [&]<class T, class S>() { return workspace_bytes<DepthwiseBackwardPass<T, S>>(p, threads); });
 }
 
 void backward_depthwise(const DepthwiseBackward& p, const Parallel& parallel) {
@@ -57,8 +57,8 @@ void merge(const Statistics& p, const Parallel& parallel) {
 }
 
 size_t forward_pointwise_workspace(const PointwiseForward& p, int threads) {
-  return with_types(p.dtype,
-                    [&]<class T, class S>() { return pointwise_forward_workspace<T, S>(p, threads); });
+  return with_types(
+      p.dtype, [&]<class T, class S>() { return workspace_bytes<PointwiseForwardPass<T, S>>(p, threads); });
 }
 
 void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
@@ -66,13 +66,10 @@ void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
 }
 
 // One block of pixels per thread.
-size_t block_workspace(DType dtype, int64_t pixels, int threads) {
-  return with_types(
-      dtype, [&]<class T, class S>() -> size_t { return threads * Arena::bytes<T>(pixels * Vec<T>::size); });
-}
+size_t block_workspace(int64_t pixels, int threads) { return threads * pixels * FUSEDNN_VECTOR_BYTES; }
 
 size_t norm_activation_bytes(const NormActivation& p, int threads) {
-  return block_workspace(p.dtype, Strips(p.batch, p.area, kElementwisePixels).pixels, threads);
+  return block_workspace(Strips(p.batch, p.area, kElementwisePixels).pixels, threads);
 }
 
 void activate_norm(const NormActivation& p, const Parallel& parallel) {
@@ -80,7 +77,7 @@ void activate_norm(const NormActivation& p, const Parallel& parallel) {
 }
 
 size_t norm_sums_bytes(const NormSums& p, int threads) {
-  return block_workspace(p.dtype, RowStrips(p.shape).pixels(), threads);
+  return block_workspace(RowStrips(p.shape).pixels(), threads);
 }
 
 void sum_norm(const NormSums& p, const Parallel& parallel) {
@@ -92,8 +89,8 @@ void coefficients(const NormCoefficients& p, const Parallel& parallel) {
 }
 
 size_t backward_pointwise_workspace(const PointwiseBackward& p, int threads) {
-  return with_types(p.dtype,
-                    [&]<class T, class S>() { return pointwise_backward_workspace<T, S>(p, threads); });
+  return with_types(
+      p.dtype, [&]<class T, class S>() { return workspace_bytes<PointwiseBackwardPass<T, S>>(p, threads); });
 }
 
 void backward_pointwise(const PointwiseBackward& p, const Parallel& parallel) {

@@ -1,9 +1,9 @@
-// CPU kernels of the conv family: depthwise convolution, and the depthwise-separable block in one pass. No
-// torch here.
+// CPU kernels of the conv family: depthwise convolution, and the depthwise-separable block in one pass.
+// No torch here.
 //
 // N = batch, C = channels of the depthwise result, O = channels of the pointwise result. Images are dense,
-// either [N, C, H, W] or [N, H, W, C]. `dtype` is that of images and weights; arithmetic is float, or double
-// for f64.
+// either [N, C, H, W] or [N, H, W, C]. `dtype` is that of images and weights.
+// Arithmetic is float, or double for f64.
 #pragma once
 
 #include <cstddef>

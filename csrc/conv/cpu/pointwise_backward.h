@@ -5,8 +5,7 @@
 //   da1 = (dz2 W) act1'(norm1(z1))                                         [P, O] [O, C]
 //
 // Both products take dz2 from the same buffer. dW is summed per thread and then in the threads' order: each
-// thread's strips are fixed by the number of threads, so results repeat bitwise for a given number of
-// threads.
+// thread's strips are fixed by the number of threads, so results repeat bitwise for a given number.
 #pragma once
 
 #include "conv/cpu/train.h"
@@ -19,10 +18,7 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
                 bool accumulate) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[M][V];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
+  set_zero(acc);
   prefetch_tile<M, V>(c, c_stride);
   for (int64_t i = 0; i < count; ++i) {
     __builtin_prefetch(a + b_block + i * w);
@@ -36,13 +32,7 @@ void outer_tile(int64_t count, const T* a, const T* b, int64_t b_block, T* c, in
       for (int v = 0; v < V; ++v) acc[m][v] = acc[m][v] + x * y[v];
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      T* to = c + m * c_stride + v * w;
-      (accumulate ? Vec<T>::load(to) + acc[m][v] : acc[m][v]).store(to);
-    }
+  store_tile(acc, c, c_stride, accumulate);
 }
 
 // c [O padded][C padded] (+)= a^T b, both by blocks.
@@ -57,12 +47,9 @@ void outer_product(int64_t count, const T* a, int64_t a_blocks, const T* b, int6
     for (int64_t i = 0; i < a_blocks * w; i += M) {
       const T* rows = a + i / w * pitch + i % w;
       T* to = c + i * stride + j * w;
-      if (b_blocks - j >= 3)
-        outer_tile<M, 3>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
-      else if (b_blocks - j == 2)
-        outer_tile<M, 2>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
-      else
-        outer_tile<M, 1>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
+      with_count<V>(minimum(V, b_blocks - j), [&]<int N>() {
+        outer_tile<M, N>(count, rows, b + j * pitch, pitch, to, stride, accumulate);
+      });
     }
   }
 }
@@ -76,11 +63,12 @@ struct PointwiseBackwardPass {
   int64_t channels, area, blocks1, blocks2, pitch, partial_size, bias_size;
   Pixels<S> grad;
   Pixels<const S> z2;
-  Arena shared;
   DepthwiseSource<T, S> source;
   T* packed;
+  char* worked;  // of each thread: whether it had work
+  ThreadParts threads;
 
-  explicit PointwiseBackwardPass(const PointwiseBackward& q)
+  PointwiseBackwardPass(const PointwiseBackward& q, int thread_count, Carver& shared)
       : p(q),
         s(q.shape),
         strips(s),
@@ -93,16 +81,26 @@ struct PointwiseBackwardPass {
         bias_size(blocks2 * w),
         grad(q.grad, q.out_channels, area),
         z2(channels_last<S>(q.z2, q.out_channels, area)),
-        shared{static_cast<char*>(q.workspace)},
         source(s, q.input, shared),
-        packed(shared.take<T>(Panels<T>::size(channels, q.out_channels))) {}
+        packed(shared.take<T>(Panels<T>::size(channels, q.out_channels))),
+        worked(shared.take<char>(thread_count)),
+        threads(thread_count, shared, [&](Carver& own) { Buffers(*this, own); }) {}
 
-  int64_t thread_bytes() const {
-    return Arena::bytes<T>(partial_size) + Arena::bytes<T>(bias_size) +
-           RowRing<T>::bytes(s, strips.rows, blocks1) + Taps<T>::bytes(s) +
-           2 * Arena::bytes<T>(blocks1 * pitch) + Arena::bytes<T>(blocks2 * pitch) +
-           Arena::bytes<T>(strips.pixels() * kPanel * w);
-  }
+  struct Buffers {
+    T *partial, *bias;  // sums of dW and of its bias
+    RowRing<T> ring;
+    Taps<T> taps;
+    T *z1, *y1, *dz2, *block;
+    Buffers(const PointwiseBackwardPass& pass, Carver& own)
+        : partial(own.take<T>(pass.partial_size)),
+          bias(own.take<T>(pass.bias_size)),
+          ring(pass.s, pass.strips.rows, pass.blocks1, own),
+          taps(pass.s, own),
+          z1(own.take<T>(pass.blocks1 * pass.pitch)),
+          y1(own.take<T>(pass.blocks1 * pass.pitch)),
+          dz2(own.take<T>(pass.blocks2 * pass.pitch)),
+          block(own.take<T>(pass.strips.pixels() * kPanel * w)) {}
+  };
 
   // dz2 of V blocks of channels from c on, to [V][pitch][w]; their sums to bias [O].
   template <Activation A, int V, class G>
@@ -110,8 +108,7 @@ struct PointwiseBackwardPass {
                    T* bias) const {
     const int64_t O = p.out_channels, left = O - c;
     Vec<T> total[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) total[v] = Vec<T>(T(0));
+    set_zero(total);
     for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
@@ -169,53 +166,51 @@ struct PointwiseBackwardPass {
     return static_cast<T*>(p.da1) + ((t.n * blocks1 + c / w) * area + t.first) * w;
   }
 
-  void run(int64_t begin, int64_t end, Arena arena) const {
-    T* partial = arena.take<T>(partial_size);
-    T* bias = arena.take<T>(bias_size);
-    RowRing<T> ring(s, strips.rows, blocks1, arena);
-    Taps<T> taps(s, arena);
-    T* z1 = arena.take<T>(blocks1 * pitch);
-    T* y1 = arena.take<T>(blocks1 * pitch);
-    T* dz2 = arena.take<T>(blocks2 * pitch);
-    T* block = arena.take<T>(strips.pixels() * kPanel * w);
+  void run(int64_t begin, int64_t end, int thread) const {
+    worked[thread] = 1;
+    Carver own = threads.of(thread);
+    Buffers b(*this, own);
     const Panels<T> panels{channels, blocks2, packed};
-    std::memset(bias, 0, bias_size * sizeof(T));
-    ring.clear();
+    std::memset(b.bias, 0, bias_size * sizeof(T));
+    b.ring.clear();
     for (int64_t task = begin; task < end; ++task) {
       const auto t = strips.at(task);
-      load_dz2(t, dz2, bias);
-      source.make_strip(ring, taps, t.n, t.row, t.rows, z1, pitch);
-      activate_strip(p.activation1, p.norm1, channels, t.count, pitch, z1, y1);
-      outer_product(t.count, dz2, blocks2, y1, blocks1, pitch, partial, task > begin);
+      load_dz2(t, b.dz2, b.bias);
+      source.make_strip(b.ring, b.taps, t.n, t.row, t.rows, b.z1, pitch);
+      activate_strip(p.activation1, p.norm1, channels, t.count, pitch, b.z1, b.y1);
+      outer_product(t.count, b.dz2, blocks2, b.y1, blocks1, pitch, b.partial, task > begin);
       PrefetchPair ahead;
       if (task + 1 < end)
-        look_ahead(s, source.in, ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
-                   ceil_div(t.count, kTilePixels) * panels.count(), ahead);
+        prefetch_input(s, source.in, b.ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
+                       ceil_div(t.count, kTilePixels) * panels.count(), ahead);
       for (int64_t i = 0; i < panels.count(); ++i) {
-        panels.with_panel(i, [&]<int V>(int64_t column, const T* b) {
+        panels.with_panel(i, [&]<int V>(int64_t column, const T* panel) {
           ahead.out = {reinterpret_cast<const char*>(da1(t, column)), area * int64_t{sizeof(Vec<T>)},
                        t.count * int64_t{sizeof(Vec<T>)}, minimum(V, blocks1 - column / w)};
-          product_panel<V>(t.count, blocks2, dz2, pitch, b, block, ahead);
-          finish<V>(t, task, column, block, z1);
+          product_panel<V>(t.count, blocks2, b.dz2, pitch, panel, b.block, ahead);
+          finish<V>(t, task, column, b.block, b.z1);
         });
       }
     }
   }
 
-  // Threads' sums of dW and of the bias, added up in order; `used` threads had work.
-  void add_up(const char* threads, int64_t used, const Parallel& parallel) const {
+  // Threads' sums of dW and of the bias, added up in order.
+  void add_up(const Parallel& parallel) const {
     T *weight = static_cast<T*>(p.grad_weight), *bias = static_cast<T*>(p.grad_bias);
-    const auto of = [&](int64_t t) { return reinterpret_cast<const T*>(threads + t * thread_bytes()); };
-    const int64_t bias_at = Arena::bytes<T>(partial_size) / sizeof(T);
+    const auto partial = [&](int t) { return reinterpret_cast<const T*>(threads.base + t * threads.bytes); };
+    Carver own = threads.of(0);
+    const int64_t bias_at = Buffers(*this, own).bias - partial(0);
+    int used = 0;
+    while (used < parallel.threads && worked[used]) ++used;
     parallel(p.out_channels, partial_size > 16384, [&](int64_t begin, int64_t end, int) {
       for (int64_t o = begin; o < end; ++o) {
         for (int64_t c = 0; c < channels; c += w) {
           Vec<T> total(T(0));
-          for (int64_t t = 0; t < used; ++t) total = total + Vec<T>::load(of(t) + o * blocks1 * w + c);
+          for (int t = 0; t < used; ++t) total = total + Vec<T>::load(partial(t) + o * blocks1 * w + c);
           total.store(weight + o * channels + c, channels - c);
         }
         T total(0);
-        for (int64_t t = 0; t < used; ++t) total += of(t)[bias_at + o];
+        for (int t = 0; t < used; ++t) total += partial(t)[bias_at + o];
         bias[o] = total;
       }
     });
@@ -223,27 +218,16 @@ struct PointwiseBackwardPass {
 };
 
 template <class T, class S>
-size_t pointwise_backward_workspace(const PointwiseBackward& p, int threads) {
-  const PointwiseBackwardPass<T, S> pass(p);
-  return pass.shared.next - static_cast<char*>(p.workspace) + threads * (pass.thread_bytes() + 64);
-}
-
-template <class T, class S>
 void pointwise_backward(const PointwiseBackward& p, const Parallel& parallel) {
-  const PointwiseBackwardPass<T, S> pass(p);
+  Carver shared(p.workspace);
+  const PointwiseBackwardPass<T, S> pass(p, parallel.threads, shared);
   const int64_t C = p.shape.channels;
   pass.source.pack(p.depthwise_weight, p.depthwise_bias);
   pack_panels(C, p.out_channels, static_cast<const S*>(p.weight), 1, C, pass.packed, parallel);
-  char* const threads = pass.shared.next;
-  char* const worked = threads + parallel.threads * pass.thread_bytes();
-  std::memset(worked, 0, parallel.threads);
-  parallel(pass.strips.total(), true, [&](int64_t begin, int64_t end, int thread) {
-    worked[thread] = 1;
-    pass.run(begin, end, Arena{threads + thread * pass.thread_bytes()});
-  });
-  int64_t used = 0;
-  while (used < parallel.threads && worked[used]) ++used;
-  pass.add_up(threads, used, parallel);
+  std::memset(pass.worked, 0, parallel.threads);
+  parallel(pass.strips.total(), true,
+           [&](int64_t begin, int64_t end, int thread) { pass.run(begin, end, thread); });
+  pass.add_up(parallel);
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,7 +1,7 @@
 // The pointwise product on blocks of channels.
 //
-//   out[P, O] = a[P, K] b[K, O]      a by blocks [K / w][P][w], b packed in panels of 2 w columns [O /
-//   2w][K][2w]
+//   out[P, O] = a[P, K] b[K, O]      a by blocks [K / w][P][w]
+//                                    b packed in panels of 2 w columns, [O / 2w][K][2w]
 //
 // A tile holds M pixels by 2 w columns in registers. The elements of a that it broadcasts lie at fixed
 // distances from one pointer, thanks to the blocks. kBlockK rows of a panel stay in the first-level cache
@@ -53,15 +53,14 @@ struct PrefetchPair {
   int64_t in_lines = 0;  // per tile
 };
 
-// The input rows that output rows [r, r + rows) of image n will bring into the ring, spread over `tiles`
-// tiles.
+// The input rows that output rows [r, r + rows) of image n will bring into the ring, spread over `tiles` tiles.
 template <class T, class S>
-void look_ahead(const DepthwiseShape& s, const Pixels<S>& in, const RowRing<T>& ring, int64_t n, int64_t r,
-                int64_t rows, int64_t tiles, PrefetchPair& ahead) {
-  const int64_t low = r * s.stride_h - s.pad_top;
-  const int64_t high = low + (rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
-  const int64_t begin = maximum(maximum(0, low), n == ring.image ? ring.next : 0);
-  const int64_t end = minimum(s.height, high);
+void prefetch_input(const DepthwiseShape& s, const Pixels<S>& in, const RowRing<T>& ring, int64_t n,
+                    int64_t r, int64_t rows, int64_t tiles, PrefetchPair& ahead) {
+  const int64_t top = r * s.stride_h - s.pad_top;
+  const int64_t bottom = top + (rows - 1) * s.stride_h + extent(s.kernel_h, s.dilation_h);
+  const int64_t begin = maximum(maximum(0, top), n == ring.image ? ring.next : 0);
+  const int64_t end = minimum(s.height, bottom);
   if (begin >= end) return;
   ahead.in = lines_of(in, n, begin * s.width, (end - begin) * s.width, 0, in.channels);
   ahead.in_lines = ceil_div(ahead.in.lines(), tiles);
@@ -71,10 +70,7 @@ template <int M, int V, class T>
 void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c, bool accumulate) {
   constexpr int w = Vec<T>::size;
   Vec<T> acc[M][V];
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) acc[m][v] = Vec<T>(T(0));
+  set_zero(acc);
   for (int64_t k = 0; k < blocks; ++k, a += a_block) {
 #pragma GCC unroll 4
     for (int i = 0; i < w; ++i, b += V * w) {
@@ -89,13 +85,7 @@ void product_tile(int64_t blocks, const T* a, int64_t a_block, const T* b, T* c,
       }
     }
   }
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      T* to = c + (m * V + v) * w;
-      (accumulate ? Vec<T>::load(to) + acc[m][v] : acc[m][v]).store(to);
-    }
+  store_tile(acc, c, V * w, accumulate);
 }
 
 // c[P][V w] = a b for one panel; tiles of nearly equal height.
@@ -117,28 +107,9 @@ void product_panel(int64_t pixels, int64_t blocks, const T* a, int64_t a_block, 
       ahead.out.some(out_lines);
       ahead.in.some(ahead.in_lines);
       next.some(next_lines);
-      switch (rows) {
-#define FUSEDNN_CASE(M)                                                                                     \
-  case M:                                                                                                   \
-    if constexpr (M <= kTilePixels)                                                                         \
-      product_tile<M, V>(depth, a + k * a_block + p * w, a_block, b + k * V * w * w, c + p * V * w, k > 0); \
-    break;
-        FUSEDNN_CASE(1)
-        FUSEDNN_CASE(2)
-        FUSEDNN_CASE(3)
-        FUSEDNN_CASE(4)
-        FUSEDNN_CASE(5)
-        FUSEDNN_CASE(6)
-        FUSEDNN_CASE(7)
-        FUSEDNN_CASE(8)
-        FUSEDNN_CASE(9)
-        FUSEDNN_CASE(10)
-        FUSEDNN_CASE(11)
-        FUSEDNN_CASE(12)
-#undef FUSEDNN_CASE
-        default:
-          break;
-      }
+      with_count<kTilePixels>(rows, [&]<int M>() {
+        product_tile<M, V>(depth, a + k * a_block + p * w, a_block, b + k * V * w * w, c + p * V * w, k > 0);
+      });
       p += rows;
     }
   }
@@ -164,25 +135,6 @@ struct Panels {
   }
 };
 
-// At most w columns of b to rows of `width`: vectors as they lie, or transposed.
-template <class T, class S>
-void pack_columns(int64_t columns, int64_t K, const S* weight, int64_t column_stride, int64_t k_stride,
-                  int64_t width, T* panel) {
-  constexpr int w = Vec<T>::size;
-  if (column_stride == 1) {
-    for (int64_t k = 0; k < K; ++k) Vec<T>::load(weight + k * k_stride, columns).store(panel + k * width);
-    return;
-  }
-  read_planes<T>(weight, column_stride, columns, K,
-                 [&](int64_t at, const Vec<T>(&v)[w], int64_t rows) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                   for (int i = 0; i < w; ++i) {
-                     if (i >= rows) break;
-                     v[i].store(panel + (at + i) * width);
-                   }
-                 });
-}
-
 // b[k][j] = weight[j * column_stride + k * k_stride] into panels, zeros beyond K and the last column; one of
 // the strides is 1.
 template <class T, class S>
@@ -197,8 +149,8 @@ void pack_panels(int64_t columns, int64_t K, const S* weight, int64_t column_str
       T* panel = packed + first * depth;
       std::memset(panel, 0, depth * width * sizeof(T));
       for (int64_t j = 0; j < width; j += w)
-        pack_columns(minimum(w, columns - first - j), K, weight + (first + j) * column_stride, column_stride,
-                     k_stride, width, panel + j);
+        load_columns(weight + (first + j) * column_stride, column_stride, k_stride,
+                     minimum(w, columns - first - j), K, panel + j, width);
     }
   });
 }

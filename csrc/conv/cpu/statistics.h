@@ -14,16 +14,16 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kMergeChannels = 16;  // in a task
 
-// Statistics are those of the values that are kept: block [count][V w] as elements of S, `bias` added.
+// Block [count][V w] plus `bias`, rounded to elements of S: statistics are those of the values that are stored.
 template <int V, class S, class T>
-void settle(T* block, int64_t count, const T* bias) {
+void round_to_storage(T* block, int64_t count, const T* bias) {
   constexpr int w = Vec<T>::size;
   for (int v = 0; v < V; ++v, block += w) {
     const Vec<T> add = bias ? Vec<T>::load(bias + v * w) : Vec<T>(T(0));
     for (int64_t i = 0; i < count; ++i) {
-      S kept[w];
-      (Vec<T>::load(block + i * V * w) + add).store(kept);
-      Vec<T>::load(kept).store(block + i * V * w);
+      S stored[w];
+      (Vec<T>::load(block + i * V * w) + add).store(stored);
+      Vec<T>::load(stored).store(block + i * V * w);
     }
   }
 }

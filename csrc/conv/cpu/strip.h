@@ -1,5 +1,5 @@
-// Runs of pixels: in from an image to [C / w][pixels][w] in a buffer, and what a norm or
-// its gradient makes of them on the way.
+// Runs of pixels: in from an image to [C / w][pixels][w] in a buffer, and what a norm or its gradient makes of
+// them on the way.
 #pragma once
 
 #include "conv/cpu/activation.h"
@@ -49,21 +49,8 @@ struct NormGradient {
 // Pixels [first, first + count) of image n, channels [c, c + w), to block [count][w].
 template <class T, class S>
 void load_block(const Pixels<S>& in, int64_t n, int64_t first, int64_t count, int64_t c, T* block) {
-  constexpr int w = Vec<T>::size;
-  const S* from = in.at(n, first, c);
-  const int64_t left = in.channels - c;
-  if (in.channels_last) {
-    for (int64_t i = 0; i < count; ++i) Vec<T>::load(from + i * in.channels, left).store(block + i * w);
-    return;
-  }
-  read_planes<T>(from, in.area, left, count,
-                 [&](int64_t at, const Vec<T>(&v)[w], int64_t pixels) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-                   for (int i = 0; i < w; ++i) {
-                     if (i >= pixels) break;
-                     v[i].store(block + (at + i) * w);
-                   }
-                 });
+  load_columns(in.at(n, first, c), in.channels_last ? 1 : in.area, in.channels, in.channels - c, count, block,
+               Vec<T>::size);
 }
 
 // Strips of at most `pixels` of each image.
@@ -84,13 +71,14 @@ struct Strips {
   }
 };
 
-// Training's strips: whole rows of an image, a matter of the shape alone, as sums are kept by strip.
 constexpr int64_t kTrainPixels = 128;
 
+// Strips of whole rows of an image, a matter of the shape alone, as sums are kept by strip.
 struct RowStrips {
   int64_t batch, height, width, rows, per_image;
-  explicit RowStrips(const DepthwiseShape& s) : batch(s.batch), height(s.out_height), width(s.out_width) {
-    rows = maximum(1, minimum(height, kTrainPixels / width));
+  explicit RowStrips(const DepthwiseShape& s, int64_t most_pixels = kTrainPixels)
+      : batch(s.batch), height(s.out_height), width(s.out_width) {
+    rows = maximum(1, minimum(height, most_pixels / maximum(1, width)));
     rows = ceil_div(height, ceil_div(height, rows));
     per_image = ceil_div(height, rows);
   }
@@ -105,10 +93,13 @@ struct RowStrips {
   }
 };
 
-inline int64_t train_strips(const DepthwiseShape& s, int64_t* counts) {
-  const RowStrips strips(s);
+// The number of strips, and, if `counts` is not null, the pixels of each.
+inline int64_t count_strips(const RowStrips& strips, int64_t* counts) {
   for (int64_t i = 0; counts && i < strips.total(); ++i) counts[i] = strips.at(i).count;
   return strips.total();
+}
+inline int64_t train_strips(const DepthwiseShape& s, int64_t* counts) {
+  return count_strips(RowStrips(s), counts);
 }
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -1,13 +1,12 @@
 // Training of the depthwise-separable block: the passes that batch statistics force, each with as much fused
-// into it as they allow. z2 lies [N, H, W, O]; z1 is made again in every pass that needs it, and never
-// written.
+// into it as they allow. z2 lies [N, H, W, O]; z1 is made again in every pass that needs it, never written.
 //
-//   forward   statistics of z1 = depthwise(x)                            (conv_depthwise_forward.h)
+//   forward   statistics of z1 = depthwise(x)                            (depthwise_forward.h)
 //             z2 = act1(norm1(z1)) W^T + b       statistics on the way out
 //             out = act2(norm2(z2)) + residual
 //   backward  sums of da2, da2 (z2 - mean2)      da2 = dout act2'(norm2(z2))
 //             dz2; dW += dz2^T y1; da1 = dz2 W act1'(norm1(z1)); sums of da1, da1 (z1 - mean1)
-//             dz1 from da1 and z1 into the depthwise backward            (conv_depthwise_backward.h)
+//             dz1 from da1 and z1 into the depthwise backward            (depthwise_backward.h)
 //
 // Bytes per pixel, elements, at stride 1: forward 2C + 3O, backward 5C + 4O.
 #pragma once
@@ -45,30 +44,34 @@ struct PointwiseForwardPass {
   const DepthwiseShape& s;
   RowStrips strips;
   int64_t pitch;
-  Arena shared;
   DepthwiseSource<T, S> source;
   T *packed, *bias;
+  ThreadParts threads;
 
-  explicit PointwiseForwardPass(const PointwiseForward& q)
+  PointwiseForwardPass(const PointwiseForward& q, int thread_count, Carver& shared)
       : p(q),
         s(q.shape),
         strips(s),
         pitch(strip_pitch(strips.pixels()) * w),
-        shared{static_cast<char*>(q.workspace)},
         source(s, q.input, shared),
         packed(shared.take<T>(Panels<T>::size(q.out_channels, s.channels))),
-        bias(shared.take<T>(padded_channels(q.out_channels))) {}
+        bias(shared.take<T>(padded_channels(q.out_channels))),
+        threads(thread_count, shared, [&](Carver& own) { Buffers(*this, own); }) {}
 
-  int64_t thread_bytes() const {
-    return RowRing<T>::bytes(s, strips.rows, source.blocks) + Taps<T>::bytes(s) +
-           Arena::bytes<T>(source.blocks * pitch) + Arena::bytes<T>(strips.pixels() * kPanel * w);
-  }
+  struct Buffers {
+    RowRing<T> ring;
+    Taps<T> taps;
+    T *y1, *block;
+    Buffers(const PointwiseForwardPass& pass, Carver& own)
+        : ring(pass.s, pass.strips.rows, pass.source.blocks, own),
+          taps(pass.s, own),
+          y1(own.take<T>(pass.source.blocks * pass.pitch)),
+          block(own.take<T>(pass.strips.pixels() * kPanel * w)) {}
+  };
 
-  void run(int64_t begin, int64_t end, Arena arena) const {
-    RowRing<T> ring(s, strips.rows, source.blocks, arena);
-    Taps<T> taps(s, arena);
-    T* y1 = arena.take<T>(source.blocks * pitch);
-    T* block = arena.take<T>(strips.pixels() * kPanel * w);
+  void run(int64_t begin, int64_t end, int thread) const {
+    Carver own = threads.of(thread);
+    auto [ring, taps, y1, block] = Buffers(*this, own);
     const Panels<T> panels{p.out_channels, source.blocks, packed};
     ring.clear();
     for (int64_t task = begin; task < end; ++task) {
@@ -77,8 +80,8 @@ struct PointwiseForwardPass {
       activate_strip(p.activation, p.norm, s.channels, t.count, pitch, y1, y1);
       PrefetchPair ahead;
       if (task + 1 < end)
-        look_ahead(s, source.in, ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
-                   ceil_div(t.count, kTilePixels) * panels.count(), ahead);
+        prefetch_input(s, source.in, ring, strips.at(task + 1).n, strips.at(task + 1).row, strips.rows,
+                       ceil_div(t.count, kTilePixels) * panels.count(), ahead);
       for (int64_t i = 0; i < panels.count(); ++i) product(t, task, panels, i, y1, block, ahead);
     }
   }
@@ -91,7 +94,7 @@ struct PointwiseForwardPass {
       ahead.out = lines_of(z2, t.n, t.first, t.count, column, minimum(V * w, p.out_channels - column));
       product_panel<V>(t.count, source.blocks, y1, pitch, b, block, ahead);
       constexpr bool narrow_storage = sizeof(S) < sizeof(T);
-      if constexpr (narrow_storage) settle<V, S>(block, t.count, bias + column);
+      if constexpr (narrow_storage) round_to_storage<V, S>(block, t.count, bias + column);
       if (p.statistics)
         strip_statistics<V>(block, t.count, static_cast<T*>(p.statistics) + column, task,
                             padded_channels(p.out_channels), narrow_storage ? nullptr : bias + column);
@@ -104,14 +107,9 @@ struct PointwiseForwardPass {
 };
 
 template <class T, class S>
-size_t pointwise_forward_workspace(const PointwiseForward& p, int threads) {
-  const PointwiseForwardPass<T, S> pass(p);
-  return pass.shared.next - static_cast<char*>(p.workspace) + threads * pass.thread_bytes();
-}
-
-template <class T, class S>
 void pointwise_forward(const PointwiseForward& p, const Parallel& parallel) {
-  const PointwiseForwardPass<T, S> pass(p);
+  Carver shared(p.workspace);
+  const PointwiseForwardPass<T, S> pass(p, parallel.threads, shared);
   const DepthwiseShape& s = p.shape;
   pass.source.pack(p.depthwise_weight, p.depthwise_bias);
   pack_panels(p.out_channels, s.channels, static_cast<const S*>(p.weight), s.channels, 1, pass.packed,
@@ -119,12 +117,17 @@ void pointwise_forward(const PointwiseForward& p, const Parallel& parallel) {
   pack_vector(p.out_channels, static_cast<const S*>(p.bias), pass.bias);
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const bool worth_it = pixels * s.channels * (p.out_channels + s.kernel_h * s.kernel_w) > kSerialFlops;
-  parallel(pass.strips.total(), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    pass.run(begin, end, Arena{pass.shared.next + thread * pass.thread_bytes()});
-  });
+  parallel(pass.strips.total(), worth_it,
+           [&](int64_t begin, int64_t end, int thread) { pass.run(begin, end, thread); });
 }
 
 constexpr int64_t kElementwisePixels = 64;
+
+// A thread's block of pixels.
+template <class T>
+T* thread_block(void* workspace, int64_t pixels, int thread) {
+  return static_cast<T*>(workspace) + thread * pixels * Vec<T>::size;
+}
 
 // Whole pixels, channels last throughout: memory in order.
 template <Activation A, class T, class S>
@@ -146,11 +149,9 @@ void norm_activation(const NormActivation& p, const Parallel& parallel) {
   const Strips strips(p.batch, p.area, kElementwisePixels);
   const Pixels<S> z({const_cast<void*>(p.z), true}, p.channels, p.area), out(p.output, p.channels, p.area),
       residual(p.residual, p.channels, p.area);
-  const int64_t bytes = Arena::bytes<T>(strips.pixels * w);
   parallel(
       strips.total(), p.batch * p.area * p.channels > 32768, [&](int64_t begin, int64_t end, int thread) {
-        Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
-        T* block = mine.take<T>(strips.pixels * w);
+        T* block = thread_block<T>(p.workspace, strips.pixels, thread);
         with_activation(p.activation, [&]<Activation A>() {
           for (int64_t task = end; task-- > begin;) {
             const auto [n, first, count] = strips.at(task);
@@ -178,8 +179,8 @@ FUSEDNN_INLINE void sum_columns(const void* norm, int64_t channels, int64_t c, c
                                 const G* grad, int64_t grad_stride, int64_t count, T* record) {
   constexpr int w = Vec<T>::size;
   Vec<T> plain[V], centred[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) plain[v] = centred[v] = Vec<T>(T(0));
+  set_zero(plain);
+  set_zero(centred);
   for (int64_t i = 0; i < count; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -204,11 +205,9 @@ void norm_sums(const NormSums& p, const Parallel& parallel) {
   const int64_t area = strips.height * strips.width;
   const Pixels<S> grad(p.grad, p.channels, area);
   const Pixels<const S> z = channels_last<S>(p.z, p.channels, area);
-  const int64_t bytes = Arena::bytes<T>(strips.pixels() * w);
   parallel(strips.total(), strips.batch * area * p.channels > 32768,
            [&](int64_t begin, int64_t end, int thread) {
-             Arena mine{static_cast<char*>(p.workspace) + thread * bytes};
-             T* block = mine.take<T>(strips.pixels() * w);
+             T* block = thread_block<T>(p.workspace, strips.pixels(), thread);
              with_activation(p.activation, [&]<Activation A>() {
                for (int64_t task = end; task-- > begin;) {
                  const auto t = strips.at(task);

@@ -1,11 +1,15 @@
-// What the kernels of the conv family share: strides of an image, index arithmetic, the epilogue.
+// What the kernels of the conv family share: strides of an image, index arithmetic, the epilogue, the choice of a
+// kernel's size.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "conv/activations.h"
+#include "conv/cuda/params.h"
 #include "core/activation.h"
+#include "core/cuda/dtypes.h"
+#include "core/cuda/index.h"
+#include "core/cuda/launch.h"
 #include "core/cuda/vector_access.h"
 
 namespace fusednn::cuda {
@@ -27,24 +31,20 @@ struct ImageStrides {
   }
 };
 
+template <class I>
 struct Division {
-  int64_t quotient;
+  I quotient;
   int remainder;
 };
 
 // 64-bit division costs a subroutine call; nearly every problem fits 32 bits.
-__device__ __forceinline__ Division divide(int64_t a, int b) {
+__device__ __forceinline__ Division<int64_t> divide(int64_t a, int b) {
   const int64_t quotient =
       a <= UINT32_MAX ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
   return {quotient, static_cast<int>(a - quotient * b)};
 }
 
-struct Division32 {
-  unsigned quotient;
-  int remainder;
-};
-
-__device__ __forceinline__ Division32 divide(unsigned a, int b) {
+__device__ __forceinline__ Division<unsigned> divide(unsigned a, int b) {
   const unsigned quotient = a / static_cast<unsigned>(b);
   return {quotient, static_cast<int>(a - quotient * b)};
 }
@@ -70,83 +70,39 @@ __device__ __forceinline__ ImagePlace image_place(int64_t item, int channels, in
   return {image, c, y, x};
 }
 
-template <class A>
-__host__ __device__ constexpr A ceil_divide(A a, A b) {
-  return (a + b - 1) / b;
-}
-
 __device__ __forceinline__ bool inside(int i, int size) {
   return static_cast<unsigned>(i) < static_cast<unsigned>(size);
 }
 
-// Calls apply(constant) with the activation as a compile-time constant: one branch for many elements.
-template <class Apply>
-__device__ __forceinline__ void by_activation(Activation activation, Apply&& apply) {
-  switch (activation) {
-    case Activation::none:
-      return apply(std::integral_constant<Activation, Activation::none>{});
-    case Activation::relu:
-      return apply(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::relu6:
-      return apply(std::integral_constant<Activation, Activation::relu6>{});
-    case Activation::silu:
-      return apply(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::hardswish:
-      return apply(std::integral_constant<Activation, Activation::hardswish>{});
-    case Activation::gelu:
-      return apply(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::gelu_tanh:
-      return apply(std::integral_constant<Activation, Activation::gelu_tanh>{});
-  }
+// Calls known<K, S>() for a square kernel of 3, 5 or 7 with stride 1 or 2, undilated; any() for the others.
+template <class Known, class Any>
+cudaError_t by_kernel_size(const DepthwiseShape& s, Known&& known, Any&& any) {
+  const bool regular = s.kernel_h == s.kernel_w && s.stride_h == s.stride_w && s.stride_h <= 2 &&
+                       s.dilation_h == 1 && s.dilation_w == 1;
+  const auto by_stride = [&]<int K>() {
+    return s.stride_h == 1 ? known.template operator()<K, 1>() : known.template operator()<K, 2>();
+  };
+  if (regular && s.kernel_h == 3) return by_stride.template operator()<3>();
+  if (regular && s.kernel_h == 5) return by_stride.template operator()<5>();
+  if (regular && s.kernel_h == 7) return by_stride.template operator()<7>();
+  return any();
 }
 
 template <class A, int N>
 __device__ __forceinline__ void activate(Activation activation, A (&z)[N]) {
-  by_activation(activation, [&](auto constant) {
+  with_activation(activation, [&]<Activation F>() {
 #pragma unroll
-    for (int j = 0; j < N; ++j) z[j] = math::activated(decltype(constant)::value, z[j]);
+    for (int j = 0; j < N; ++j) z[j] = math::activated(F, z[j]);
   });
 }
 
 // z becomes the gradient of z, given that of the activated z.
 template <class A, int N>
 __device__ __forceinline__ void activate_backward(Activation activation, const A (&grad)[N], A (&z)[N]) {
-  by_activation(activation, [&](auto constant) {
+  with_activation(activation, [&]<Activation F>() {
 #pragma unroll
-    for (int j = 0; j < N; ++j) z[j] = math::activation_gradient(decltype(constant)::value, grad[j], z[j]);
+    for (int j = 0; j < N; ++j) z[j] = math::activation_gradient(F, grad[j], z[j]);
   });
-}
-
-// N neighbours, as one aligned pack or the first `count` of them one by one; the others become 0.
-template <class T, int N>
-__device__ __forceinline__ void load_values(const void* data, int64_t offset, bool packed, int count,
-                                            Arithmetic<T> (&values)[N]) {
-  if (packed) {
-    const Pack<T, N> pack = load<T, N>(data, offset);
-#pragma unroll
-    for (int j = 0; j < N; ++j) values[j] = pack.get(j);
-  } else {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      values[j] = j < count ? widen(static_cast<const T*>(data)[offset + j]) : Arithmetic<T>(0);
-    }
-  }
-}
-
-template <class T, int N>
-__device__ __forceinline__ void store_values(void* data, int64_t offset, bool packed, int count,
-                                             const Arithmetic<T> (&values)[N]) {
-  Pack<T, N> pack;
-#pragma unroll
-  for (int j = 0; j < N; ++j) pack.set(j, values[j]);
-  if (packed) {
-    store(data, offset, pack);
-  } else {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (j < count) static_cast<T*>(data)[offset + j] = pack.items[j];
-    }
-  }
 }
 
 }  // namespace fusednn::cuda

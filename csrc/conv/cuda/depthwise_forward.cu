@@ -5,15 +5,13 @@
 // With a gradient of out given, the result is that of z: grad act'(z).
 //
 // Three tilings; in each, a thread reads an element of a row once for all the outputs that it makes of it:
-//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread slides down 4 columns of one plane, holds
-//   the
+//   rows     [N, C, H, W], kernel 3, 5, 7, stride 1, 2: a thread slides down 4 columns of one plane, holds the
 //            weights in registers, and the sums of the output rows that the current input row reaches; each
 //            input row is read once, one ahead. Where the padding is that of "same" and widths are multiples
 //            of 4, rows are read in packs of 4.
 //   columns  [N, H, W, C], the same kernels: a thread makes 4 (stride 2: 2) neighbouring outputs of the
 //            channels that 16 bytes hold. The block's weights lie in shared memory, [taps, channels].
-//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier,
-//   float64.
+//   any      one output, or one pack of channels, a thread; any kernel, stride, dilation, multiplier, float64.
 // Rows shared by threads one above the other come from the L1 cache. Activations are chosen at run time by
 // a branch that all threads share, in one place of each kernel: a choice at compile time makes 14 of each.
 // Bytes moved: s (in + out) + s |w|, plus s out if a gradient is given; s = item size.
@@ -23,8 +21,6 @@
 
 #include "conv/cuda/common.h"
 #include "conv/cuda/depthwise.h"
-#include "core/cuda/dtypes.h"
-#include "core/cuda/launch.h"
 
 namespace fusednn::cuda {
 namespace {
@@ -214,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         }
       }
     }
-    // Not unrolled, lest there be as many copies of all activations: the next one moves up to z[0].
+    // Not unrolled: there would be as many copies of all activations. The next one moves up to z[0].
 #pragma unroll 1
     for (int t = 0; t < outputs && x0 + t < s.out_width; ++t) {
       finish<T>(p, (row * s.out_width + x0 + t) * C + c, z[0]);
@@ -257,11 +253,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(Depthw
   finish<T>(p, out.offset(image, c, y, x), z);
 }
 
-bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(ceil_divide<int64_t>(threads, kThreads));
-}
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
 template <class T, int V>
 cudaError_t launch_any(const DepthwiseProduct& p, cudaStream_t stream) {
@@ -274,19 +266,18 @@ template <class T, int K, int S>
 cudaError_t launch_rows(const DepthwiseProduct& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   RowsTiling tiling;
-  tiling.tiles_x = ceil_divide(s.out_width, kTile);
+  tiling.tiles_x = ceil_div(s.out_width, kTile);
   const int64_t columns = s.batch * s.channels * tiling.tiles_x;
   int rows = kMostRows;
-  while (rows > kFewRows && columns * ceil_divide(s.out_height, rows) < kWantedThreads) rows /= 2;
-  tiling.tiles_y = ceil_divide(s.out_height, rows);
-  tiling.rows = ceil_divide(s.out_height, tiling.tiles_y);
+  while (rows > kFewRows && columns * ceil_div(s.out_height, rows) < kWantedThreads) rows /= 2;
+  tiling.tiles_y = ceil_div(s.out_height, rows);
+  tiling.rows = ceil_div(s.out_height, tiling.tiles_y);
   const int64_t tiles = columns * tiling.tiles_y;
   if (tiles > kMostTiles) return launch_any<T, 1>(p, stream);
   tiling.tiles = static_cast<unsigned>(tiles);
   constexpr size_t pack_bytes = kTile * sizeof(T);
-  tiling.packed_output =
-      s.out_width % kTile == 0 && aligned(p.output, pack_bytes) && aligned(p.grad_output, pack_bytes);
-  tiling.packed_input = s.pad_left == K / 2 && s.width % kTile == 0 && aligned(p.input, pack_bytes);
+  tiling.packed_output = s.out_width % kTile == 0 && aligned(pack_bytes, p.output, p.grad_output);
+  tiling.packed_input = s.pad_left == K / 2 && s.width % kTile == 0 && aligned(pack_bytes, p.input);
   return launch(depthwise_rows_kernel<T, K, S>, dim3(blocks_for(tiling.tiles)), dim3(kThreads), 0, stream, p,
                 tiling);
 }
@@ -297,7 +288,7 @@ cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   ColumnsTiling tiling;
   tiling.packs = static_cast<int>(s.channels / V);
-  tiling.strips_x = ceil_divide(s.out_width, columns_outputs<S>);
+  tiling.strips_x = ceil_div(s.out_width, columns_outputs<S>);
   const int64_t strips = s.batch * s.out_height * tiling.strips_x;
   if (strips > kMostTiles) return launch_any<T, V>(p, stream);
   tiling.strips = static_cast<unsigned>(strips);
@@ -307,8 +298,8 @@ cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
   // A block that makes several strips reads its weights once for all of them.
   const int64_t repeats = strips * tiling.packs / kWantedThreads;
   tiling.repeats = static_cast<int>(std::clamp<int64_t>(repeats, 1, 8));
-  const int64_t blocks = ceil_divide<int64_t>(strips, static_cast<int64_t>(rows) * tiling.repeats);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_divide(tiling.packs, lanes)));
+  const int64_t blocks = ceil_div(strips, static_cast<int64_t>(rows) * tiling.repeats);
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(ceil_div(tiling.packs, lanes)));
   return launch(depthwise_columns_kernel<T, K, S>, grid, dim3(lanes, rows), K * K * lanes * kWidestAccess,
                 stream, p, tiling);
 }
@@ -319,28 +310,19 @@ cudaError_t launch_known(const DepthwiseProduct& p, bool packs, cudaStream_t str
   return packs ? launch_columns<T, K, S>(p, stream) : launch_any<T, 1>(p, stream);
 }
 
-template <class T, int K>
-cudaError_t launch_kernel_size(const DepthwiseProduct& p, bool packs, cudaStream_t stream) {
-  return p.shape.stride_h == 1 ? launch_known<T, K, 1>(p, packs, stream)
-                               : launch_known<T, K, 2>(p, packs, stream);
-}
-
 template <class T>
 cudaError_t launch_dtype(const DepthwiseProduct& p, cudaStream_t stream) {
   constexpr int V = sizeof(T) <= sizeof(float) ? kWidestAccess / sizeof(T) : 1;  // pairs of doubles spill
   const DepthwiseShape& s = p.shape;
   const bool packs = s.channels_last && s.multiplier == 1 && s.channels % V == 0 &&
-                     s.channels / V / 32 < 65535 && aligned(p.input, kWidestAccess) &&
-                     aligned(p.output, kWidestAccess) && aligned(p.bias, kWidestAccess) &&
-                     aligned(p.grad_output, kWidestAccess);
-  const bool regular = s.kernel_h == s.kernel_w && s.stride_h == s.stride_w && s.stride_h <= 2 &&
-                       s.dilation_h == 1 && s.dilation_w == 1;
-  if constexpr (sizeof(T) <= sizeof(float)) {
-    if (regular && s.kernel_h == 3) return launch_kernel_size<T, 3>(p, packs, stream);
-    if (regular && s.kernel_h == 5) return launch_kernel_size<T, 5>(p, packs, stream);
-    if (regular && s.kernel_h == 7) return launch_kernel_size<T, 7>(p, packs, stream);
+                     s.channels / V / 32 < 65535 &&
+                     aligned(kWidestAccess, p.input, p.output, p.bias, p.grad_output);
+  const auto any = [&] { return packs ? launch_any<T, V>(p, stream) : launch_any<T, 1>(p, stream); };
+  if constexpr (sizeof(T) > sizeof(float)) {
+    return any();
+  } else {
+    return by_kernel_size(s, [&]<int K, int S>() { return launch_known<T, K, S>(p, packs, stream); }, any);
   }
-  return packs ? launch_any<T, V>(p, stream) : launch_any<T, 1>(p, stream);
 }
 
 }  // namespace

@@ -1,16 +1,14 @@
 // The input gradient of a depthwise convolution, from the gradient d of its result before the activation.
 //
-//   grad_in[n, c, y, x] = sum_{j < m} sum_{u, v} w[c m + j, u, v] d[n, c m + j, (y + p - d u) / s, (x + p - d
-//   v) / s]
+//   grad_in[n, c, y, x] = sum_{j < m} sum_{u, v} w[c m + j, u, v] d[n, c m + j, Y, X]
+//   Y = (y + p - d u) / s,  X = (x + p - d v) / s
 //
 // over the taps that divide without remainder. Stride 1 and multiplier 1: a convolution with the flipped
-// kernel and padding d (k - 1) - p (conv_depthwise_forward.cu). Otherwise each thread gathers one element, or
-// a pack of channels of [N, H, W, C]. Bytes moved: s (grad_in + d) + s |w|, s = item size; taps that overlap
-// come from the L1 cache.
+// kernel and padding d (k - 1) - p (depthwise_forward.cu). Otherwise each thread gathers one element, or a pack
+// of channels of [N, H, W, C]. Bytes moved: s (grad_in + d) + s |w|, s = item size; taps that overlap come from
+// the L1 cache.
 #include "conv/cuda/common.h"
 #include "conv/cuda/depthwise.h"
-#include "core/cuda/dtypes.h"
-#include "core/cuda/launch.h"
 
 namespace fusednn::cuda {
 namespace {
@@ -69,8 +67,8 @@ cudaError_t launch_gather(const DepthwiseGradInput& p, cudaStream_t stream) {
   const int64_t items = s.batch * (s.channels / s.multiplier / V) * s.height * s.width;
   const bool twos = s.stride_h == 2 && s.stride_w == 2;
   const auto kernel = twos ? depthwise_gather_kernel<T, V, 2> : depthwise_gather_kernel<T, V, 0>;
-  return launch(kernel, dim3(static_cast<unsigned>(ceil_divide<int64_t>(items, kThreads))), dim3(kThreads), 0,
-                stream, p, items);
+  return launch(kernel, dim3(static_cast<unsigned>(ceil_div(items, kThreads))), dim3(kThreads), 0, stream, p,
+                items);
 }
 
 // The gradient as a convolution of its own, whose input is grad_z.
@@ -93,11 +91,10 @@ cudaError_t depthwise_grad_input(const DepthwiseGradInput& p, cudaStream_t strea
         {p.dtype, flipped(s), Activation::none, p.grad_z, p.weight, nullptr, nullptr, p.grad_input, true},
         stream);
   }
-  const auto addresses = reinterpret_cast<uintptr_t>(p.grad_z) | reinterpret_cast<uintptr_t>(p.grad_input);
   return visit_dtype(p.dtype, [&]<class T>(TypeTag<T>) {
     constexpr int V = sizeof(T) <= sizeof(float) ? kWidestAccess / sizeof(T) : 1;
-    const bool packs =
-        s.channels_last && s.multiplier == 1 && s.channels % V == 0 && addresses % kWidestAccess == 0;
+    const bool packs = s.channels_last && s.multiplier == 1 && s.channels % V == 0 &&
+                       aligned(kWidestAccess, p.grad_z, p.grad_input);
     return packs ? launch_gather<T, V>(p, stream) : launch_gather<T, 1>(p, stream);
   });
 }

@@ -1,5 +1,4 @@
-// Weight and bias gradients of a depthwise convolution, from the gradient d of its result before the
-// activation.
+// Weight and bias gradients of a depthwise convolution, from the gradient d of its result before the activation.
 //
 //   grad_w[c, u, v] = sum_{n, y, x} d[n, c, y, x] in[n, c / m, s y + d u - p, s x + d v - p]
 //   grad_b[c]       = sum_{n, y, x} d[n, c, y, x]
@@ -15,9 +14,6 @@
 #include <algorithm>
 
 #include "conv/cuda/common.h"
-#include "conv/cuda/params.h"
-#include "core/cuda/dtypes.h"
-#include "core/cuda/launch.h"
 
 namespace fusednn::cuda {
 namespace {
@@ -203,27 +199,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 int most_splits(const DepthwiseShape& s) {
   constexpr int64_t wanted_blocks = 2048, most = 512;
-  const int64_t channel_blocks = s.channels_last ? ceil_divide<int64_t>(s.channels, 64) : s.channels;
+  const int64_t channel_blocks = s.channels_last ? ceil_div(s.channels, 64) : s.channels;
   return static_cast<int>(std::min(std::max<int64_t>(wanted_blocks / channel_blocks, 1), most));
 }
 
 // A split takes enough rows to give each thread several strips.
 int rows_per_split(const DepthwiseShape& s) {
   const int64_t rows = s.batch * s.out_height;
-  const int64_t strips_x = ceil_divide(s.out_width, kOutputs);
-  const int64_t few = ceil_divide<int64_t>(s.channels_last ? 32 : 512, strips_x);
-  return static_cast<int>(std::min(rows, std::max(ceil_divide<int64_t>(rows, most_splits(s)), few)));
+  const int64_t strips_x = ceil_div(s.out_width, kOutputs);
+  const int64_t few = ceil_div(s.channels_last ? 32 : 512, strips_x);
+  return static_cast<int>(std::min(rows, std::max(ceil_div(rows, most_splits(s)), few)));
 }
 
 GradWeightTiling tiling_of(const DepthwiseShape& s, int channels_of_lane, int outputs) {
   GradWeightTiling t;
   t.lanes = 1;
-  const int64_t packs = ceil_divide<int64_t>(s.channels, channels_of_lane);
+  const int64_t packs = ceil_div(s.channels, channels_of_lane);
   while (s.channels_last && t.lanes < 32 && t.lanes < packs) t.lanes *= 2;
-  t.channel_blocks = static_cast<int>(ceil_divide<int64_t>(packs, t.lanes));
+  t.channel_blocks = static_cast<int>(ceil_div(packs, t.lanes));
   t.rows = static_cast<int>(s.batch * s.out_height);
   t.rows_per_split = rows_per_split(s);
-  t.strips_x = ceil_divide(s.out_width, outputs);
+  t.strips_x = ceil_div(s.out_width, outputs);
   return t;
 }
 
@@ -234,7 +230,7 @@ unsigned blocks_of(const DepthwiseGradWeight& p, const GradWeightTiling& t) {
 template <class T>
 cudaError_t launch_any(const DepthwiseGradWeight& p, cudaStream_t stream) {
   const GradWeightTiling tiling = tiling_of(p.shape, 1, 1);
-  const int groups = ceil_divide(p.shape.kernel_h * p.shape.kernel_w, kTapGroup);
+  const int groups = ceil_div(p.shape.kernel_h * p.shape.kernel_w, kTapGroup);
   const size_t shared = sizeof(Arithmetic<T>) * kThreads * (kTapGroup + 1);
   return launch(depthwise_grad_weight_any_kernel<T>, dim3(blocks_of(p, tiling), groups), dim3(kThreads),
                 shared, stream, p, tiling);
@@ -244,44 +240,33 @@ template <class T, int K, int S, bool Last>
 cudaError_t launch_known(const DepthwiseGradWeight& p, cudaStream_t stream) {
   constexpr int V = channels_of_pack<K, Last>;
   const DepthwiseShape& s = p.shape;
-  const auto addresses = reinterpret_cast<uintptr_t>(p.grad_z) | reinterpret_cast<uintptr_t>(p.input);
-  if (V > 1 && (s.multiplier != 1 || s.channels % V != 0 || addresses % (V * sizeof(T)) != 0)) {
-    return launch_any<T>(p, stream);
-  }
+  const bool packs = s.multiplier == 1 && s.channels % V == 0 && aligned(V * sizeof(T), p.grad_z, p.input);
+  if (V > 1 && !packs) return launch_any<T>(p, stream);
   const GradWeightTiling tiling = tiling_of(s, V, kOutputs);
   const size_t shared = sizeof(Arithmetic<T>) * kThreads * (K * K + 1) * V;
   return launch(depthwise_grad_weight_kernel<T, K, S, Last>, dim3(blocks_of(p, tiling)), dim3(kThreads),
                 shared, stream, p, tiling);
 }
 
-template <class T, int K>
-cudaError_t launch_kernel_size(const DepthwiseGradWeight& p, cudaStream_t stream) {
-  if (p.shape.stride_h == 1) {
-    return p.shape.channels_last ? launch_known<T, K, 1, true>(p, stream)
-                                 : launch_known<T, K, 1, false>(p, stream);
-  }
-  return p.shape.channels_last ? launch_known<T, K, 2, true>(p, stream)
-                               : launch_known<T, K, 2, false>(p, stream);
-}
-
 template <class T>
 cudaError_t launch_partials(const DepthwiseGradWeight& p, cudaStream_t stream) {
-  const DepthwiseShape& s = p.shape;
-  const bool regular = s.kernel_h == s.kernel_w && s.stride_h == s.stride_w && s.stride_h <= 2 &&
-                       s.dilation_h == 1 && s.dilation_w == 1;
-  if constexpr (sizeof(T) <= sizeof(float)) {
-    if (regular && s.kernel_h == 3) return launch_kernel_size<T, 3>(p, stream);
-    if (regular && s.kernel_h == 5) return launch_kernel_size<T, 5>(p, stream);
-    if (regular && s.kernel_h == 7) return launch_kernel_size<T, 7>(p, stream);
+  const auto any = [&] { return launch_any<T>(p, stream); };
+  if constexpr (sizeof(T) > sizeof(float)) {
+    return any();
+  } else {
+    const auto known = [&]<int K, int S>() {
+      return p.shape.channels_last ? launch_known<T, K, S, true>(p, stream)
+                                   : launch_known<T, K, S, false>(p, stream);
+    };
+    return by_kernel_size(p.shape, known, any);
   }
-  return launch_any<T>(p, stream);
 }
 
 }  // namespace
 
 int depthwise_grad_weight_splits(const DepthwiseShape& s) {
   const int64_t rows = s.batch * s.out_height;
-  return rows == 0 || s.channels == 0 ? 0 : static_cast<int>(ceil_divide<int64_t>(rows, rows_per_split(s)));
+  return rows == 0 || s.channels == 0 ? 0 : static_cast<int>(ceil_div(rows, rows_per_split(s)));
 }
 
 cudaError_t depthwise_grad_weight(const DepthwiseGradWeight& p, cudaStream_t stream) {
@@ -292,9 +277,8 @@ cudaError_t depthwise_grad_weight(const DepthwiseGradWeight& p, cudaStream_t str
       if (error != cudaSuccess) return error;
     }
     const int64_t sums = (static_cast<int64_t>(p.shape.kernel_h) * p.shape.kernel_w + 1) * p.shape.channels;
-    return launch(depthwise_add_splits_kernel<T>,
-                  dim3(static_cast<unsigned>(ceil_divide<int64_t>(sums, kThreads))), dim3(kThreads), 0,
-                  stream, p, sums);
+    return launch(depthwise_add_splits_kernel<T>, dim3(static_cast<unsigned>(ceil_div(sums, kThreads))),
+                  dim3(kThreads), 0, stream, p, sums);
   });
 }
 

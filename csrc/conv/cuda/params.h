@@ -82,9 +82,8 @@ struct SeparableForward {
   bool allow_tf32;               // float32 products may be rounded to TF32 on tensor cores
 };
 
-// What separable_forward can take; it returns cudaErrorInvalidValue beyond. The depthwise result is never
-// made twice, so a block keeps the sums of all O channels, and registers limit O; shared memory limits the
-// taps.
+// What separable_forward can take; it returns cudaErrorInvalidValue beyond. The depthwise result is never made
+// twice, so a block keeps the sums of all O channels, and registers limit O; shared memory limits the taps.
 constexpr int kSeparableMostTaps = 49;
 constexpr int separable_most_outputs(DType dtype) {
   return dtype == DType::f64 ? 0 : (dtype == DType::f32 ? 256 : 512);

@@ -7,8 +7,8 @@
 // output channel. It makes y for a chunk of 32 channels in shared memory, multiplies it into the sums of all
 // O channels, which stay in registers, and drops it: y is never made twice and never leaves the
 // multiprocessor. Products: 16-bit types on tensor cores with float sums, y rounded to the type; float32 by
-// fused multiply-adds, or as TF32 where the caller allows it. Bytes moved: s (in + out + residual) + s
-// |weights| a block (L2), s = item size; unfused adds 2 s N C H' W'. Limits: O <= 512 (float32: 256), at most
+// fused multiply-adds, or as TF32 where the caller allows it. Bytes moved: s (in + out + residual), and
+// s |weights| a block (L2), s = item size; unfused adds 2 s N C H' W'. Limits: O <= 512 (float32: 256), at most
 // 49 taps, no float64, dense images.
 #include "conv/cuda/separable_mma.h"
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
   const int64_t out_c =
       p.shape.channels_last ? 1 : static_cast<int64_t>(p.shape.out_height) * p.shape.out_width;
   const bool packed = tiling.packed_output && !p.shape.channels_last;
-  // Not unrolled, lest there be as many copies of all activations: the next sums move up to sums[0].
+  // Not unrolled: there would be as many copies of all activations. The next sums move up to sums[0].
 #pragma unroll 1
   for (int o = thread_o; o < p.out_channels; o += 16) {
     const float bias = output_bias<float>(p, o);
@@ -102,24 +102,21 @@ template <class T>
 SeparableTiling tiling_of(const SeparableForward& p) {
   constexpr int V = kWidestAccess / sizeof(T);
   const DepthwiseShape& s = p.shape;
-  const auto aligned = [](const void* a, const void* b = nullptr) {
-    return ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) & (kWidestAccess - 1)) == 0;
-  };
   SeparableTiling t;
   t.positions = s.batch * s.out_height * s.out_width;
-  t.packed_input =
-      s.channels_last && s.multiplier == 1 && s.channels % V == 0 && aligned(p.input, p.depthwise_bias);
-  t.packed_weight = s.channels % V == 0 && aligned(p.pointwise_weight);
+  t.packed_input = s.channels_last && s.multiplier == 1 && s.channels % V == 0 &&
+                   aligned(kWidestAccess, p.input, p.depthwise_bias);
+  t.packed_weight = s.channels % V == 0 && aligned(kWidestAccess, p.pointwise_weight);
   const int64_t neighbours =
       s.channels_last ? p.out_channels : static_cast<int64_t>(s.out_height) * s.out_width;
-  t.packed_output = neighbours % V == 0 && aligned(p.output, p.residual);
+  t.packed_output = neighbours % V == 0 && aligned(kWidestAccess, p.output, p.residual);
   return t;
 }
 
 template <class Kernel>
 cudaError_t launch_blocks(Kernel kernel, const SeparableForward& p, const SeparableTiling& tiling,
                           int positions, size_t shared, cudaStream_t stream) {
-  const int64_t blocks = ceil_divide<int64_t>(tiling.positions, positions);
+  const int64_t blocks = ceil_div(tiling.positions, positions);
   return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kSeparableThreads), shared, stream, p,
                 tiling);
 }

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kSeparableThreads, 1)
 
   float* stage = reinterpret_cast<float*>(shared) + warp * 16 * Shape::stage_row;
   const wmma::layout_t layout = p.shape.channels_last ? wmma::mem_col_major : wmma::mem_row_major;
-  // Not unrolled, lest there be as many copies of all activations.
+  // Not unrolled: there would be as many copies of all activations.
 #pragma unroll 1
   for (int f = 0; f < OF * PF; ++f) {
     const int o = first_o + f / PF * 16, position = first_position + f % PF * 16;

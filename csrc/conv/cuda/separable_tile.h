@@ -3,9 +3,6 @@
 #pragma once
 
 #include "conv/cuda/common.h"
-#include "conv/cuda/params.h"
-#include "core/cuda/dtypes.h"
-#include "core/cuda/launch.h"
 
 namespace fusednn::cuda {
 

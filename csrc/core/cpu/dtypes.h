@@ -20,4 +20,10 @@ auto with_types(DType dtype, const F& f) {
   }
 }
 
+// Calls f<T>() with an accumulator's type: double if `wide`, else float.
+template <class F>
+auto with_accumulator(bool wide, const F& f) {
+  return wide ? f.template operator()<double>() : f.template operator()<float>();
+}
+
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -2,7 +2,7 @@
 // serves SSE2, AVX2, AVX-512 and, elsewhere, whatever the compiler makes of 16 bytes.
 #pragma once
 
-#include "core/cpu/isa.h"
+#include "core/cpu/integer.h"
 #include "core/dtype.h"
 
 #if defined(__x86_64__)
@@ -52,8 +52,7 @@ struct Vec {
     return r;
   }
   FUSEDNN_INLINE void store(T* p) const { std::memcpy(p, &v, sizeof(v)); }
-  // Past the caches, to memory that nobody reads soon; p is a multiple of the vector. Ends with
-  // stream_fence().
+  // Past the caches, to memory that nobody reads soon; p is a multiple of the vector. stream_fence() follows.
   FUSEDNN_INLINE void stream(T* p) const;
 
   static FUSEDNN_INLINE Vec load(const BFloat16* p) {
@@ -96,6 +95,8 @@ struct Vec {
   friend FUSEDNN_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
   friend FUSEDNN_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
   friend FUSEDNN_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+  friend FUSEDNN_INLINE Vec operator&(Vec a, Vec b) { return Vec((Native)(a.bits() & b.bits())); }
+  friend FUSEDNN_INLINE Vec operator|(Vec a, Vec b) { return Vec((Native)(a.bits() | b.bits())); }
   friend FUSEDNN_INLINE NativeInt operator<(Vec a, Vec b) { return a.v < b.v; }
   friend FUSEDNN_INLINE NativeInt operator>(Vec a, Vec b) { return a.v > b.v; }
   friend FUSEDNN_INLINE Vec select(NativeInt mask, Vec a, Vec b) {
@@ -249,6 +250,43 @@ FUSEDNN_INLINE void stream_fence() {
   _mm_sfence();
 #endif
 }
+
+template <class T>
+FUSEDNN_INLINE const T* typed(const void* p, int64_t offset = 0) {
+  return p ? static_cast<const T*>(p) + offset : nullptr;
+}
+template <class T>
+FUSEDNN_INLINE T* typed(void* p, int64_t offset = 0) {
+  return p ? static_cast<T*>(p) + offset : nullptr;
+}
+
+template <class T, class S>
+FUSEDNN_INLINE Vec<T> load_or_zero(const S* p, int64_t i, int64_t n) {
+  return p ? Vec<T>::load(p + i, n) : Vec<T>(T(0));
+}
+
+// Accumulators, one by one: an initialised array would be written to memory first.
+template <int V, class T>
+FUSEDNN_INLINE void set_zero(Vec<T> (&acc)[V]) {
+#pragma GCC unroll 24
+  for (int v = 0; v < V; ++v) acc[v] = Vec<T>(T(0));
+}
+template <int M, int V, class T>
+FUSEDNN_INLINE void set_zero(Vec<T> (&acc)[M][V]) {
+#pragma GCC unroll 24
+  for (int m = 0; m < M; ++m) set_zero(acc[m]);
+}
+
+// n rounded up to whole vectors.
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return ceil_div(n, Vec<T>::size) * Vec<T>::size;
+}
+
+template <class T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+template <class T>
+constexpr T kLargest = static_cast<T>(sizeof(T) == 4 ? __FLT_MAX__ : __DBL_MAX__);
 
 // The accumulator of a storage type.
 template <class S>

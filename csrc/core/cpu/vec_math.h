@@ -83,12 +83,7 @@ FUSEDNN_INLINE Vec<T> exp(Vec<T> x) {
 
 template <class T>
 FUSEDNN_INLINE Vec<T> sign_of(Vec<T> x) {
-  return Vec<T>((typename Vec<T>::Native)(x.bits() & Vec<T>(T(-0.0)).bits()));
-}
-
-template <class T>
-FUSEDNN_INLINE Vec<T> bit_or(Vec<T> a, Vec<T> b) {
-  return Vec<T>((typename Vec<T>::Native)(a.bits() | b.bits()));
+  return x & Vec<T>(T(-0.0));
 }
 
 template <class T>
@@ -106,14 +101,14 @@ FUSEDNN_INLINE Vec<T> tanh(Vec<T> x) {
   const ExpParts<T> e = exp_parts(a);
   const V scale = power_of_two<T>(e.n);
   const V t = scale * (e.r + e.r2q) + (scale - V(T(1)));
-  return bit_or(t / (t + V(T(2))), sign_of(x));
+  return t / (t + V(T(2))) | sign_of(x);
 }
 
 template <class T>
 FUSEDNN_INLINE Vec<T> sigmoid(Vec<T> x) {
   using V = Vec<T>;
   const V one(T(1));
-  const V e = exp(bit_or(abs(x), V(T(-0.0))));
+  const V e = exp(abs(x) | V(T(-0.0)));
   return select(x < V(T(0)), e, one) / (one + e);
 }
 

@@ -41,28 +41,11 @@ struct alignas(sizeof(T) * N) Pack {
   __device__ void set(int i, Arithmetic<T> x) { items[i] = narrow<T>(x); }
 };
 
-// The built-in vector type of a size.
-template <int Bytes>
-struct RawOf;
-template <>
-struct RawOf<2> {
-  using type = unsigned short;
-};
-template <>
-struct RawOf<4> {
-  using type = unsigned int;
-};
-template <>
-struct RawOf<8> {
-  using type = uint2;
-};
-template <>
-struct RawOf<16> {
-  using type = uint4;
-};
-
-template <class T, int N>
-using RawPack = typename RawOf<sizeof(Pack<T, N>)>::type;
+// The built-in vector type of a pack's size.
+template <class T, int N, int bytes = sizeof(Pack<T, N>)>
+using RawPack = std::conditional_t<
+    bytes == 2, unsigned short,
+    std::conditional_t<bytes == 4, unsigned int, std::conditional_t<bytes == 8, uint2, uint4>>>;
 
 template <class T, int N>
 __device__ inline Pack<T, N> from_raw(const RawPack<T, N>& raw) {
@@ -99,7 +82,39 @@ __device__ inline void store(void* data, int64_t offset, const Pack<T, N>& pack)
   __stwb(reinterpret_cast<RawPack<T, N>*>(static_cast<T*>(data) + offset), to_raw(pack));
 }
 
-// The same in shared memory, on which those intrinsics fault.
+// N neighbours, as one aligned pack or the first `count` of them one by one; the others become 0.
+template <class T, int N>
+__device__ __forceinline__ void load_values(const void* data, int64_t offset, bool packed, int count,
+                                            Arithmetic<T> (&values)[N]) {
+  if (packed) {
+    const Pack<T, N> pack = load<T, N>(data, offset);
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] = pack.get(j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      values[j] = j < count ? widen(static_cast<const T*>(data)[offset + j]) : Arithmetic<T>(0);
+    }
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store_values(void* data, int64_t offset, bool packed, int count,
+                                             const Arithmetic<T> (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int j = 0; j < N; ++j) pack.set(j, values[j]);
+  if (packed) {
+    store(data, offset, pack);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (j < count) static_cast<T*>(data)[offset + j] = pack.items[j];
+    }
+  }
+}
+
+// Packs in shared memory, on which those intrinsics fault.
 template <class T, int N>
 __device__ inline Pack<T, N> load_shared(const T* data, int offset) {
   return from_raw<T, N>(*reinterpret_cast<const RawPack<T, N>*>(data + offset));

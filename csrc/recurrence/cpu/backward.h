@@ -1,6 +1,6 @@
 // The steps of the backward, in reverse, from the saved maps, states and gates.
 //
-//   d x, d r                     math/gates.h; d c goes on to the step before
+//   d x, d r                     rnn/gates.h; d c goes on to the step before
 //   d map[p] = G_t[p] d x        hoisted: G made again, chunk by chunk
 //            = sum over c of f_t[c, p] (weight_ih^T d x)[c, p]
 //   d z = map (d map - sum of map d map)      z = scores / temperature
@@ -16,31 +16,19 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 template <class T>
-class BackwardPass {
- public:
-  static size_t projection_bytes(const AttentionLstm& q) {
-    return ceil_div(Projections<T>::bytes(q), 64) * 64;
-  }
-  static int64_t sample_elements(const AttentionLstm& q) {
-    return padded<T>(q.positions) + padded<T>(q.channels) + padded<T>(q.terms());
-  }
-  static size_t sample_bytes(const AttentionLstm& q) {
-    return ceil_div(q.batch * sample_elements(q) * sizeof(T), 64) * 64;
-  }
-  static size_t thread_bytes(const AttentionLstm& q) {
-    return ceil_div(Projections<T>::thread_bytes(q), 64) * 64;
-  }
-  static size_t workspace_bytes(const AttentionLstm& q, int threads) {
-    return projection_bytes(q) + sample_bytes(q) + threads * thread_bytes(q);
-  }
+class BackwardPass : public SequencePass<T> {
+  using Base = SequencePass<T>;
+  using Base::w, Base::q_, Base::projections_, Base::threads_;
 
-  BackwardPass(const AttentionLstmBackward& p, const Parallel& parallel)
-      : p_(p),
-        q_(p.q),
-        parallel_(parallel),
-        projections_(q_, p.workspace),
-        samples_(reinterpret_cast<T*>(static_cast<char*>(p.workspace) + projection_bytes(q_))),
-        threads_(static_cast<char*>(p.workspace) + projection_bytes(q_) + sample_bytes(q_)) {}
+ public:
+  BackwardPass(const AttentionLstmBackward& p, const Parallel& parallel, Carver& shared)
+      : Base(layout(p.q, parallel.threads, shared)), p_(p), parallel_(parallel) {}
+
+  // A sample keeps [d map | d attended | term].
+  static Base layout(const AttentionLstm& q, int threads, Carver& shared) {
+    const int64_t elements = padded<T>(q.positions) + padded<T>(q.channels) + padded<T>(q.terms());
+    return {q, elements, 0, threads, shared};
+  }
 
   void run() {
     const int64_t steps = Projections<T>::steps_per_chunk(q_);
@@ -48,33 +36,26 @@ class BackwardPass {
       const int64_t count = minimum(steps, last);
       const Chunk<T> chunk{q_, last - count, count};
       if (q_.hoisted || q_.additive) projections_.make(chunk, threads_, parallel_);
-      shares_weight(q_) ? together(chunk) : each_alone(chunk);
+      this->shares_weight() ? together(chunk) : each_alone(chunk);
     }
   }
 
  private:
-  static constexpr int w = Vec<T>::size;
-
-  bool worth_it(int64_t products) const { return products > kSerialProducts; }
-  int64_t products_per_step() const {
-    return q_.batch * (q_.hidden_size * (q_.gate_rows() + q_.terms()) +
-                       q_.positions * (q_.energies + q_.channels + (q_.hoisted ? q_.gate_rows() : 0)));
-  }
-
   void each_alone(const Chunk<T>& chunk) {
-    parallel_(q_.batch, worth_it(chunk.count * products_per_step()), [&](int64_t begin, int64_t end, int) {
-      for (int64_t b = begin; b < end; ++b)
-        for (int64_t t = chunk.first + chunk.count - 1; t >= chunk.first; --t) {
-          gates_gradient(b, t);
-          map_gradient(b, t, chunk);
-        }
-    });
+    parallel_(q_.batch, this->worth_it(chunk.count * this->products_per_step()),
+              [&](int64_t begin, int64_t end, int) {
+                for (int64_t b = begin; b < end; ++b)
+                  for (int64_t t = chunk.first + chunk.count - 1; t >= chunk.first; --t) {
+                    gates_gradient(b, t);
+                    map_gradient(b, t, chunk);
+                  }
+              });
   }
 
   void together(const Chunk<T>& chunk) {
     const int64_t last = chunk.first + chunk.count - 1;
     for (int64_t t = last; t >= chunk.first - 1; --t) {
-      parallel_(q_.batch, worth_it(products_per_step()), [&](int64_t begin, int64_t end, int) {
+      parallel_(q_.batch, this->worth_it(this->products_per_step()), [&](int64_t begin, int64_t end, int) {
         for (int64_t b = begin; b < end; ++b) {
           if (t < last) map_gradient(b, t + 1, chunk);
           if (t >= chunk.first) gates_gradient(b, t);
@@ -84,12 +65,11 @@ class BackwardPass {
     }
   }
 
-  // d x and d r of sample b at step t; leaves in grad_h what passes by both, in grad_c that of the step
-  // before.
+  // d x and d r of sample b at step t; leaves in grad_h what passes by both, in grad_c that of the step before.
   void gates_gradient(int64_t b, int64_t t) {
     const int64_t J = q_.gate_rows(), at = b * q_.steps + t;
     T *d_x = typed<T>(p_.grad_x, at * J), *d_r = typed<T>(p_.grad_r, at * J);
-    if (ended(q_, b, t)) {
+    if (this->ended(b, t)) {
       std::memset(d_x, 0, J * sizeof(T));
       if (d_r) std::memset(d_r, 0, J * sizeof(T));
       return;
@@ -107,7 +87,7 @@ class BackwardPass {
     const int64_t H = q_.hidden_size, at = b * q_.steps + t, n = H - u;
     const T* gates = typed<T>(p_.gates, at * 4 * H + u);
     T *d_h = typed<T>(p_.grad_h, b * H + u), *d_c = typed<T>(p_.grad_c, b * H + u);
-    const Vec<T> d_now = Vec<T>::load(d_h, n) + load_or_zero(typed<T>(p_.grad_hidden), at * H + u, n);
+    const Vec<T> d_now = Vec<T>::load(d_h, n) + load_or_zero<T>(typed<T>(p_.grad_hidden), at * H + u, n);
     const auto gate = [&](int64_t i) { return Vec<T>::load(gates + i * H, n); };
     const auto d = math::lstm_backward(d_now, Vec<T>::load(d_c, n), gate(0), gate(1), gate(2), gate(3),
                                        Vec<T>::load(previous(p_.c0, p_.cells, b, t) + u, n),
@@ -124,7 +104,7 @@ class BackwardPass {
     const int64_t H = q_.hidden_size, at = b * q_.steps + t, n = H - u;
     const T* gates = typed<T>(p_.gates, at * 4 * H + u);
     T* d_h = typed<T>(p_.grad_h, b * H + u);
-    const Vec<T> d_now = Vec<T>::load(d_h, n) + load_or_zero(typed<T>(p_.grad_hidden), at * H + u, n);
+    const Vec<T> d_now = Vec<T>::load(d_h, n) + load_or_zero<T>(typed<T>(p_.grad_hidden), at * H + u, n);
     const auto gate = [&](int64_t i) { return Vec<T>::load(gates + i * H, n); };
     const auto d = math::gru_backward(d_now, gate(0), gate(1), gate(2), gate(3),
                                       Vec<T>::load(previous(p_.h0, p_.hidden, b, t) + u, n));
@@ -142,7 +122,7 @@ class BackwardPass {
     const int64_t J = q_.gate_rows(), N = q_.inputs();
     const Strided<T> d{typed<T>(p_.grad_x, t * J), q_.steps * J, 1};
     T* out = typed<T>(p_.grad_attended, t * N);
-    parallel_(ceil_div(N, 4 * w), worth_it(q_.batch * J * N), [&](int64_t begin, int64_t end, int) {
+    parallel_(ceil_div(N, 4 * w), this->worth_it(q_.batch * J * N), [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i * 4 * w;
         const T* weight = typed<T>(q_.weight_ih, column);
@@ -162,14 +142,14 @@ class BackwardPass {
     T* d_scaled = typed<T>(p_.grad_scaled, at * P);
     T* d_products = typed<T>(p_.grad_products, at * q_.energies * P);
     T* d_term = q_.additive ? typed<T>(p_.grad_terms, at * q_.energies) : d_products;
-    if (ended(q_, b, t)) {
+    if (this->ended(b, t)) {
       std::memset(d_scaled, 0, P * sizeof(T));
       std::memset(d_products, 0, q_.energies * P * sizeof(T));
       std::memset(d_term, 0, q_.terms() * sizeof(T));
       return;
     }
     const int64_t frame = b * chunk.count + t - chunk.first;
-    T* space = samples_ + b * sample_elements(q_);
+    T* space = this->sample(b);
     map_from_input(at, chunk.frame(frame), frame, space);
     softmax_gradient(typed<T>(p_.maps, at * P), typed<T>(p_.grad_maps, at * P), space, d_scaled);
     const Vec<T> temperature(static_cast<T>(q_.temperature));
@@ -208,7 +188,7 @@ class BackwardPass {
   void softmax_gradient(const T* map, const T* grad_map, const T* d_map, T* d_scaled) const {
     const int64_t P = q_.positions;
     const auto d_at = [&](int64_t p) __attribute__((always_inline)) {
-      return Vec<T>::load(d_map + p, P - p) + load_or_zero(grad_map, p, P - p);
+      return Vec<T>::load(d_map + p, P - p) + load_or_zero<T>(grad_map, p, P - p);
     };
     Vec<T> products(T(0));
     for (int64_t p = 0; p < P; p += w) products = products + d_at(p) * Vec<T>::load(map + p, P - p);
@@ -220,7 +200,7 @@ class BackwardPass {
   // Additive scores v tanh(e): the gradients of e [A, P], of its sums over positions [A] and of v.
   void energies_gradient(int64_t b, int64_t t, int64_t frame, const T* d_scores, T* d_products, T* d_term) {
     const int64_t P = q_.positions, A = q_.energies, H = q_.hidden_size, stride = padded<T>(P);
-    T* term = samples_ + b * sample_elements(q_) + stride + padded<T>(q_.channels);
+    T* term = this->sample(b) + stride + padded<T>(q_.channels);
     rows_times(A, H, typed<T>(q_.hidden_weight), H, previous(p_.h0, p_.hidden, b, t),
                typed<T>(q_.hidden_bias), term);
     const T* products = projections_.products + frame * A * stride;
@@ -241,11 +221,7 @@ class BackwardPass {
   }
 
   const AttentionLstmBackward& p_;
-  const AttentionLstm& q_;
   const Parallel& parallel_;
-  Projections<T> projections_;
-  T* samples_;
-  char* threads_;
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

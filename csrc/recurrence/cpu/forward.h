@@ -1,11 +1,11 @@
 // The forward of attention inside an LSTM or a GRU.
 //
 //   a_t = softmax((score_weight f_t, hidden_weight h_{t-1}) / temperature)
-//   gates = weight_ih (f_t a_t) + weight_hh h_{t-1} + biases, then math/gates.h
+//   gates = weight_ih (f_t a_t) + weight_hh h_{t-1} + biases, then rnn/gates.h
 //
 // Hoisted:       weight_ih (f_t a_t) = sum over p of a_t[p] G_t[p]; a thread takes whole sequences, chunk by
-//                chunk of steps (attention_lstm_project.h). Bytes: G once, weight_hh and hidden_weight from
-//                the second-level cache.
+//                chunk of steps (project.h). Bytes: G once, weight_hh and hidden_weight from the second-level
+//                cache.
 // Direct, sum:   the same, from the frame and weight_ih.
 // Direct, frame: weight_ih once a step for all samples, by blocks of its rows; two parallel regions a step.
 #pragma once
@@ -37,59 +37,41 @@ struct StepSpace {
 };
 
 template <class T>
-class ForwardPass {
- public:
-  // The workspace: projections, the samples' spaces, partial sums and panels of each thread.
-  static size_t projection_bytes(const AttentionLstm& q) {
-    return ceil_div(Projections<T>::bytes(q), 64) * 64;
-  }
-  static size_t sample_bytes(const AttentionLstm& q) {
-    return ceil_div(q.batch * StepSpace<T>::elements(q) * sizeof(T), 64) * 64;
-  }
-  static size_t dot_bytes(const AttentionLstm& q) {
-    return ceil_div(q.batch, kDotSamples) * kDotSamples * kDotRows * FUSEDNN_VECTOR_BYTES;
-  }
-  static size_t thread_bytes(const AttentionLstm& q) {
-    const size_t projections = Projections<T>::thread_bytes(q), dots = dot_bytes(q);
-    return ceil_div(projections > dots ? projections : dots, 64) * 64;
-  }
-  static size_t workspace_bytes(const AttentionLstm& q, int threads) {
-    return projection_bytes(q) + sample_bytes(q) + threads * thread_bytes(q);
-  }
+class ForwardPass : public SequencePass<T> {
+  using Base = SequencePass<T>;
+  using Base::w, Base::q_, Base::projections_, Base::threads_;
 
-  ForwardPass(const AttentionLstmForward& p, const Parallel& parallel)
-      : p_(p),
-        q_(p.q),
-        parallel_(parallel),
-        projections_(q_, p.workspace),
-        samples_(reinterpret_cast<T*>(static_cast<char*>(p.workspace) + projection_bytes(q_))),
-        threads_(static_cast<char*>(p.workspace) + projection_bytes(q_) + sample_bytes(q_)) {}
+ public:
+  ForwardPass(const AttentionLstmForward& p, const Parallel& parallel, Carver& shared)
+      : Base(layout(p.q, parallel.threads, shared)), p_(p), parallel_(parallel) {}
+
+  static Base layout(const AttentionLstm& q, int threads, Carver& shared) {
+    return {q, StepSpace<T>::elements(q), dot_elements(q), threads, shared};
+  }
 
   void run() {
     const int64_t steps = Projections<T>::steps_per_chunk(q_);
     for (int64_t t = 0; t < q_.steps; t += steps) {
       const Chunk<T> chunk{q_, t, minimum(steps, q_.steps - t)};
       projections_.make(chunk, threads_, parallel_);
-      shares_weight(q_) ? together(chunk) : each_alone(chunk);
+      this->shares_weight() ? together(chunk) : each_alone(chunk);
     }
   }
 
  private:
-  static constexpr int w = Vec<T>::size;
-
-  StepSpace<T> space(int64_t b) const { return {q_, samples_ + b * StepSpace<T>::elements(q_)}; }
-  bool worth_it(int64_t products) const { return products > kSerialProducts; }
-  int64_t products_per_step() const {
-    return q_.batch * (q_.hidden_size * (q_.gate_rows() + q_.terms()) +
-                       q_.positions * (q_.energies + q_.channels + (q_.hoisted ? q_.gate_rows() : 0)));
+  // Of a thread's partial sums in multiply_inputs.
+  static int64_t dot_elements(const AttentionLstm& q) {
+    return ceil_div(q.batch, kDotSamples) * kDotSamples * kDotRows * w;
   }
+  StepSpace<T> space(int64_t b) const { return {q_, this->sample(b)}; }
 
   void each_alone(const Chunk<T>& chunk) {
-    parallel_(q_.batch, worth_it(chunk.count * products_per_step()), [&](int64_t begin, int64_t end, int) {
-      int64_t b = begin;
-      for (; b + kTogether <= end; b += kTogether) some_alone<kTogether>(b, chunk);
-      for (; b < end; ++b) some_alone<1>(b, chunk);
-    });
+    parallel_(q_.batch, this->worth_it(chunk.count * this->products_per_step()),
+              [&](int64_t begin, int64_t end, int) {
+                int64_t b = begin;
+                for (; b + kTogether <= end; b += kTogether) some_alone<kTogether>(b, chunk);
+                for (; b < end; ++b) some_alone<1>(b, chunk);
+              });
   }
 
   // All steps of M sequences, which share reads of the state's weights.
@@ -107,7 +89,7 @@ class ForwardPass {
   void together(const Chunk<T>& chunk) {
     const int64_t last = chunk.first + chunk.count;
     for (int64_t t = chunk.first; t <= last; ++t) {
-      parallel_(q_.batch, worth_it(products_per_step()), [&](int64_t begin, int64_t end, int) {
+      parallel_(q_.batch, this->worth_it(this->products_per_step()), [&](int64_t begin, int64_t end, int) {
         for (int64_t b = begin; b < end; ++b) {
           if (t > chunk.first) update(b, t - 1);
           if (t < last) {
@@ -123,24 +105,18 @@ class ForwardPass {
   // The products of the states of samples [b, b + M): the scores' term and that of the gates.
   template <int M>
   void multiply_states(int64_t b) {
-    const int64_t H = q_.hidden_size;
-    const T* h[M];
-    T *terms[M], *r[M];
-    for (int m = 0; m < M; ++m) {
-      const StepSpace<T> s = space(b + m);
-      h[m] = typed<T>(p_.h, (b + m) * H);
-      terms[m] = s.term;
-      r[m] = s.r;
-    }
-    rows_times<M, T>(q_.terms(), H, typed<T>(q_.hidden_weight), H, h, typed<T>(q_.hidden_bias), terms);
-    rows_times<M, T>(q_.gate_rows(), H, typed<T>(q_.weight_hh), H, h, typed<T>(p_.bias_hh), r);
+    const int64_t H = q_.hidden_size, next = this->sample_elements_;
+    const StepSpace<T> s = space(b);
+    const T* h = typed<T>(p_.h, b * H);
+    rows_times<M, T>(q_.terms(), H, typed<T>(q_.hidden_weight), H, h, H, typed<T>(q_.hidden_bias), s.term,
+                     next);
+    rows_times<M, T>(q_.gate_rows(), H, typed<T>(q_.weight_hh), H, h, H, typed<T>(p_.bias_hh), s.r, next);
   }
 
-  // The map of sample b at step t, and its input's product (where samples share reads of weight_ih: its
-  // input).
+  // The map of sample b at step t, and its input's product, or, where samples share reads of weight_ih, input.
   void attend(int64_t b, int64_t t, const Chunk<T>& chunk) {
     T* map = typed<T>(p_.maps, (b * q_.steps + t) * q_.positions);
-    if (ended(q_, b, t)) {
+    if (this->ended(b, t)) {
       std::memset(map, 0, q_.positions * sizeof(T));
       return;
     }
@@ -148,7 +124,7 @@ class ForwardPass {
     const int64_t J = q_.gate_rows(), P = q_.positions, stride = padded<T>(P);
     const int64_t frame = b * chunk.count + t - chunk.first;
     scores(q_, projections_.products + frame * q_.energies * stride, s.term, s.map);
-    softmax(P, static_cast<T>(q_.temperature), s.map);
+    softmax_row<T>(P, nullptr, static_cast<T>(q_.temperature), s.map);
     copy(P, s.map, map);
     const T* bias = typed<T>(p_.bias_ih);
     if (q_.hoisted) {
@@ -172,9 +148,9 @@ class ForwardPass {
   // x[b, j] = bias[j] + weight_ih[j] attended[b] for all samples.
   void multiply_inputs() {
     const int64_t J = q_.gate_rows();
-    const bool worth = worth_it(q_.batch * J * q_.inputs());
-    parallel_(ceil_div(J, kDotRows), worth, [&](int64_t begin, int64_t end, int thread) {
-      T* partial = reinterpret_cast<T*>(threads_ + thread * thread_bytes(q_));
+    const bool worth_it = this->worth_it(q_.batch * J * q_.inputs());
+    parallel_(ceil_div(J, kDotRows), worth_it, [&](int64_t begin, int64_t end, int thread) {
+      T* partial = threads_.of(thread).template take<T>(dot_elements(q_));
       for (int64_t i = begin; i < end; ++i)
         for (int64_t j = i * kDotRows; j < minimum(J, (i + 1) * kDotRows);)
           j += j + kDotRows <= J ? input_rows<kDotRows>(j, partial) : input_rows<1>(j, partial);
@@ -184,11 +160,11 @@ class ForwardPass {
   template <int R>
   int64_t input_rows(int64_t j, T* partial) {
     constexpr int64_t chunk = kDotBytes / sizeof(T);
-    const int64_t K = q_.inputs(), stride = StepSpace<T>::elements(q_),
+    const int64_t K = q_.inputs(), stride = this->sample_elements_,
                   whole = q_.batch / kDotSamples * kDotSamples;
     const T* weight = typed<T>(q_.weight_ih, j * K);
     const T* attended = space(0).attended;
-    std::memset(partial, 0, dot_bytes(q_));
+    std::memset(partial, 0, dot_elements(q_) * sizeof(T));
     for (int64_t k = 0; k < K; k += chunk) {
       const int64_t n = minimum(chunk, K - k);
       for (int64_t b = 0; b < whole; b += kDotSamples)
@@ -207,24 +183,11 @@ class ForwardPass {
   template <int M, int R>
   static void dots(int64_t K, const T* a, int64_t a_stride, const T* weight, int64_t stride, T* partial) {
     Vec<T> acc[M][R];
-    const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-      Vec<T> x[M];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) x[m] = Vec<T>::load(a + m * a_stride + k, n);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> row = Vec<T>::load(weight + r * stride + k, n);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) acc[m][r] = acc[m][r] + x[m] * row;
-      }
-    };
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[m][r] = Vec<T>::load(partial + (m * R + r) * w);
-    int64_t k = 0;
-    for (; k + w <= K; k += w) step(k, w);
-    if (k < K) step(k, K - k);
+    dot_accumulate<M, R>(acc, K, a, a_stride, weight, stride);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -236,7 +199,7 @@ class ForwardPass {
     const int64_t H = q_.hidden_size, at = (b * q_.steps + t) * H;
     T *h = typed<T>(p_.h, b * H), *c = typed<T>(p_.c, b * H), *hidden = typed<T>(p_.hidden, at);
     T *gates = typed<T>(p_.gates, 4 * at), *cells = typed<T>(p_.cells, at);
-    if (ended(q_, b, t)) {
+    if (this->ended(b, t)) {
       std::memset(hidden, 0, H * sizeof(T));
       if (gates) std::memset(gates, 0, 4 * H * sizeof(T));
     } else {
@@ -278,11 +241,7 @@ class ForwardPass {
   }
 
   const AttentionLstmForward& p_;
-  const AttentionLstm& q_;
   const Parallel& parallel_;
-  Projections<T> projections_;
-  T* samples_;
-  char* threads_;
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

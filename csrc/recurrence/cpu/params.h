@@ -50,8 +50,8 @@ struct AttentionLstmForward {
   void* workspace;
 };
 
-// Steps in reverse. What no step waits for is left to the caller: products over all steps of what this
-// writes.
+// Steps in reverse. The caller makes what no step waits for: products over all steps
+// of what this writes.
 struct AttentionLstmBackward {
   AttentionLstm q;
   const void* h0;           // [B, H]

@@ -1,7 +1,7 @@
-// What of a sequence waits for no state: weights times frames, for a chunk of steps.
+// What needs no state: weights times frames, for a chunk of the steps.
 //
-//   shared      out[frame, r, p] = sum over c of weight[r, c] f[frame, c, p]        scores; G where x is a
-//   sum positioned  G[frame, j, p] = sum over c of weight_ih[j, c, p] f[frame, c, p]    G where x is a frame
+//   shared      out[frame, r, p] = sum over c of weight[r, c] f[frame, c, p]       scores; G where x is a sum
+//   positioned  G[frame, j, p] = sum over c of weight_ih[j, c, p] f[frame, c, p]   G where x is a frame
 //
 // `positioned` is P small products, one for each position; with vectors along p both operands are read as
 // they lie. A tile is kRows rows of the weight times kFrames frames: 24 accumulators of 11 loads (AVX-512),
@@ -12,8 +12,8 @@
 // Bytes: weight_ih once a chunk, G written once, in whole cache lines: its rows are padded to vectors.
 #pragma once
 
+#include "core/cpu/carver.h"
 #include "core/cpu/gemm.h"
-#include "core/cpu/integer.h"
 #include "recurrence/cpu/params.h"
 
 namespace fusednn::cpu::FUSEDNN_ISA {
@@ -25,12 +25,6 @@ constexpr int kFrames = 3;
 constexpr int kRows = kAccumulators / kFrames;
 constexpr int64_t kStrip = 4;                  // vectors, at most
 constexpr int64_t kSerialProducts = 64 << 10;  // products below which threads cost more than they save
-
-// Positions with the padding of a row of G, products or map.
-template <class T>
-constexpr int64_t padded(int64_t n) {
-  return ceil_div(n, Vec<T>::size) * Vec<T>::size;
-}
 
 // Steps [first, first + count) of every sequence; frame i is that of sequence i / count.
 template <class T>
@@ -55,11 +49,6 @@ void single_vectors(int64_t rows, int64_t K, Strided<T> a, const T* b, int64_t b
     tile<1, 1>(K, a.at(m, 0), b, b_stride, c + m * c_stride, c_stride, 0, Into::overwrite);
 }
 
-template <class T>
-size_t shared_workspace_bytes(const AttentionLstm& q) {
-  return q.channels * 4 * Vec<T>::size * sizeof(T);
-}
-
 // out[R, padded P] = weight[R, C] f[C, P]; zeros beyond P.
 template <class T>
 void project_frame(const AttentionLstm& q, int64_t R, const T* weight, const T* f, T* panel, T* out) {
@@ -79,12 +68,11 @@ void project_frame(const AttentionLstm& q, int64_t R, const T* weight, const T* 
 
 // out[frame, R, padded P] for frames [begin, end) of the chunk, by one thread.
 template <class T>
-void project_shared(const Chunk<T>& chunk, int64_t R, const void* weight, T* out, void* workspace,
-                    int64_t begin, int64_t end) {
+void project_shared(const Chunk<T>& chunk, int64_t R, const void* weight, T* out, T* panel, int64_t begin,
+                    int64_t end) {
   const int64_t size = R * padded<T>(chunk.q.positions);
   for (int64_t i = begin; i < end; ++i)
-    project_frame(chunk.q, R, static_cast<const T*>(weight), chunk.frame(i), static_cast<T*>(workspace),
-                  out + i * size);
+    project_frame(chunk.q, R, static_cast<const T*>(weight), chunk.frame(i), panel, out + i * size);
 }
 
 // acc[r][n] = sum over c of weights[c][r] frames[c][n], lane by lane: a lane is a position. `ask()` asks for
@@ -93,10 +81,7 @@ template <class T, class Ask>
 FUSEDNN_INLINE void positioned_tile(int64_t C, const T* weights, const T* frames,
                                     Vec<T> (&acc)[kRows][kFrames], Ask&& ask) {
   constexpr int w = Vec<T>::size;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int n = 0; n < kFrames; ++n) acc[r][n] = Vec<T>(T(0));
+  set_zero(acc);
   for (int64_t c = 0; c < C; ++c) {
     ask();
     Vec<T> x[kFrames];
@@ -128,7 +113,7 @@ void pack_positions(int64_t C, int64_t P, int64_t count, int64_t n, const RowOf&
 struct Cut {
   int64_t vectors, strips, group, rows;
 
-  // Frames, of one vector of positions, that a thread has room for.
+  // Frames, of one vector of positions, that fit a thread's panels.
   template <class T>
   static int64_t fit(const AttentionLstm& q) {
     const int64_t bytes = q.channels * Vec<T>::size * static_cast<int64_t>(sizeof(T));
@@ -143,11 +128,6 @@ struct Cut {
   }
   int64_t first(int64_t strip) const { return strip * vectors / strips; }
 };
-
-template <class T>
-size_t positioned_workspace_bytes(const AttentionLstm& q) {
-  return (Cut::fit<T>(q) + kRows) * q.channels * Vec<T>::size * sizeof(T);
-}
 
 template <class T>
 const T* weight_row(const AttentionLstm& q, int64_t j, int64_t p) {
@@ -186,12 +166,12 @@ void pack_weight(const AttentionLstm& q, T* packed, const Parallel& parallel) {
 template <class T>
 class Positioned {
  public:
-  Positioned(const Chunk<T>& chunk, const Cut& cut, T* out, void* workspace)
+  Positioned(const Chunk<T>& chunk, const Cut& cut, T* out, T* workspace)
       : chunk_(chunk),
         q_(chunk.q),
         cut_(cut),
         out_(out),
-        weights_(static_cast<T*>(workspace)),
+        weights_(workspace),
         frames_(weights_ + kRows * q_.channels * w) {}
 
   // Tiles' rows [begin, end) of G for one strip.
@@ -279,20 +259,14 @@ class Positioned {
       positioned_tile(C, panel_of_rows, panel(v) + i * C * w, acc, [&] { next.ask(); });
       T* const to = out_ + ((first + i) * J + j) * stride + p;
       if (count == kRows && i + kFrames <= frames)
-        store(acc, to, J * stride, stride);
+        store(acc, to, J * stride, stride, kFrames, kRows);
       else
-        store_some(acc, to, J * stride, stride, frames - i, count);
+        store(acc, to, J * stride, stride, frames - i, count);
     }
   }
 
-  static FUSEDNN_INLINE void store(const Vec<T> (&acc)[kRows][kFrames], T* to, int64_t frame, int64_t row) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kFrames; ++n)
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r][n].stream(to + n * frame + r * row);
-  }
-  static FUSEDNN_INLINE void store_some(const Vec<T> (&acc)[kRows][kFrames], T* to, int64_t frame,
-                                        int64_t row, int64_t frames, int64_t rows) {
+  static FUSEDNN_INLINE void store(const Vec<T> (&acc)[kRows][kFrames], T* to, int64_t frame, int64_t row,
+                                   int64_t frames, int64_t rows) {
 #pragma GCC unroll 4
     for (int n = 0; n < kFrames; ++n)
 #pragma GCC unroll 8
@@ -309,7 +283,7 @@ class Positioned {
 
 // A thread's part, units [begin, end), of G. Strips differ in length: units are vectors times tiles' rows.
 template <class T>
-void project_positioned(const Chunk<T>& chunk, const Cut& cut, T* out, void* workspace, int64_t begin,
+void project_positioned(const Chunk<T>& chunk, const Cut& cut, T* out, T* workspace, int64_t begin,
                         int64_t end) {
   Positioned<T> work(chunk, cut, out, workspace);
   for (int64_t strip = 0; strip < cut.strips; ++strip) {
@@ -332,31 +306,28 @@ struct Projections {
     const int64_t bytes = q.batch * rows(q) * padded<T>(q.positions) * static_cast<int64_t>(sizeof(T));
     return minimum(q.steps, maximum(kChunkBytes / bytes, 1));
   }
-  static size_t bytes(const AttentionLstm& q) {
-    return steps_per_chunk(q) * q.batch * rows(q) * padded<T>(q.positions) * sizeof(T);
-  }
-  static size_t thread_bytes(const AttentionLstm& q) {
-    const size_t shared = shared_workspace_bytes<T>(q);
-    if (!q.hoisted || !q.flatten) return shared;
-    const size_t positioned = positioned_workspace_bytes<T>(q);
-    return shared > positioned ? shared : positioned;
+  // Elements that a thread needs: a panel of a frame, or those of Positioned.
+  static int64_t thread_elements(const AttentionLstm& q) {
+    const int64_t vectors = q.hoisted && q.flatten ? maximum(4, Cut::fit<T>(q) + kRows) : 4;
+    return vectors * q.channels * Vec<T>::size;
   }
 
-  Projections(const AttentionLstm& q, void* memory)
-      : products(static_cast<T*>(memory)),
-        gates(products + steps_per_chunk(q) * q.batch * q.energies * padded<T>(q.positions)) {}
+  Projections(const AttentionLstm& q, Carver& shared) {
+    const int64_t row = steps_per_chunk(q) * q.batch * padded<T>(q.positions);
+    products = shared.take<T>(row * q.energies);
+    gates = shared.take<T>(q.hoisted ? row * q.gate_rows() : 0);
+  }
 
   // One parallel region for both products, which don't need each other.
-  void make(const Chunk<T>& chunk, char* workspaces, const Parallel& parallel) const {
+  void make(const Chunk<T>& chunk, const ThreadParts& threads, const Parallel& parallel) const {
     const AttentionLstm& q = chunk.q;
     const int64_t frames = chunk.frames();
     const bool positioned = q.hoisted && q.flatten;
     const Cut cut = Cut::of<T>(q, frames);
     const int64_t units = positioned ? cut.vectors * cut.rows : frames;
-    const int64_t rows = q.energies + (q.hoisted ? q.gate_rows() : 0);
-    const bool worth_it = frames * rows * q.channels * q.positions > kSerialProducts;
+    const bool worth_it = frames * rows(q) * q.channels * q.positions > kSerialProducts;
     parallel(units, worth_it, [&](int64_t begin, int64_t end, int thread) {
-      void* const workspace = workspaces + thread * thread_bytes(q);
+      T* const workspace = threads.of(thread).template take<T>(thread_elements(q));
       const int64_t first = begin * frames / units, last = end * frames / units;
       project_shared(chunk, q.energies, q.score_weight, products, workspace, first, last);
       if (positioned)

@@ -1,6 +1,6 @@
 // The steps of the backward in reverse, from the saved maps, states and gates: one block a sequence.
 //
-//   d x, d r    math/gates.h; d c goes on to the step before
+//   d x, d r    rnn/gates.h; d c goes on to the step before
 //   d a[p]      = G_t[p] d x, or f_t[:, p] (W_ih^T d x)
 //   d z         = a (d a - sum_p a d a)      z = s / T      d term = d z / T, or sum_p of d e, e = tanh(.)
 //   d h        += [W_hh; W_hidden]^T [d r; d term]
@@ -21,24 +21,12 @@ struct BackwardStep {
   const AttentionLstm& q;
   const int64_t b;
   const A temperature;
-  A *d_h, *d_c, *d_x, *d_map, *attended;
-  A* d_r;  // [J + Q]: of the state's product, and its term in the scores
+  const StepVectors<A> d;
 
   __device__ BackwardStep(const AttentionLstmBackward& p, int64_t sequence)
-      : p(p), q(p.q), b(sequence), temperature(temperature_of<A>(p.q)) {
-    Carver<A> shared{dynamic_shared<A>() + kStepSums<A>};
-    d_h = shared.take(q.hidden_size);
-    d_c = shared.take(q.hidden_size);
-    d_x = shared.take(q.gate_rows());
-    d_r = shared.take(q.gate_rows() + q.terms());
-    d_map = shared.take(q.positions);
-    attended = shared.take(q.channels);
-  }
+      : p(p), q(p.q), b(sequence), temperature(temperature_of<A>(p.q)), d(p.q) {}
 
   __device__ int64_t frame(int t) const { return b * q.steps + t; }
-  __device__ A* wide(void* tensor, int64_t row, int64_t width) const {
-    return tensor ? static_cast<A*>(tensor) + row * width : nullptr;
-  }
   // The state before step t.
   template <class X>
   __device__ A previous(const void* first, const void* all, int t, int u) const {
@@ -47,61 +35,44 @@ struct BackwardStep {
                   : A(widen(static_cast<const X*>(all)[(frame(t) - 1) * H + u]));
   }
 
-  __device__ void load_state() {
-    const int H = q.hidden_size;
-    each(H, [&](int u) {
-      d_h[u] = wide(p.d_h, b, H)[u];
-      if (p.d_c) d_c[u] = wide(p.d_c, b, H)[u];
-    });
-    __syncthreads();
-  }
-
-  __device__ void store_state() const {
-    const int H = q.hidden_size;
-    each(H, [&](int u) {
-      wide(p.d_h, b, H)[u] = d_h[u];
-      if (p.d_c) wide(p.d_c, b, H)[u] = d_c[u];
-    });
-  }
-
   // d x and d r of a step; leaves in d h what passes by both, in d c that of the step before.
   __device__ void gates_gradient(int t) {
     const int H = q.hidden_size;
     each(H, [&](int u) {
-      const A d = d_h[u] + element_or_zero<T>(p.grad_hidden, frame(t) * H + u);
+      const A d_now = d.h[u] + element_or_zero<T>(p.grad_hidden, frame(t) * H + u);
       const A* saved = static_cast<const A*>(p.gates) + frame(t) * 4 * H + u;
-      q.lstm ? lstm(t, u, d, saved) : gru(t, u, d, saved);
+      q.lstm ? lstm(t, u, d_now, saved) : gru(t, u, d_now, saved);
     });
     __syncthreads();
-    A *x = wide(p.d_x, frame(t), q.gate_rows()), *r = wide(p.d_r, frame(t), q.gate_rows());
+    A *x = wide<A>(p.d_x, frame(t), q.gate_rows()), *r = wide<A>(p.d_r, frame(t), q.gate_rows());
     each(q.gate_rows(), [&](int j) {
-      x[j] = d_x[j];
-      if (r) r[j] = d_r[j];
+      x[j] = d.x[j];
+      if (r) r[j] = d.r[j];
     });
   }
 
-  __device__ void lstm(int t, int u, A d, const A* saved) {
+  __device__ void lstm(int t, int u, A d_now, const A* saved) {
     const int H = q.hidden_size;
-    const math::LstmGradients<A> g = math::lstm_backward(d, d_c[u], saved[0], saved[H], saved[2 * H],
+    const math::LstmGradients<A> g = math::lstm_backward(d_now, d.c[u], saved[0], saved[H], saved[2 * H],
                                                          saved[3 * H], previous<A>(p.c0, p.cells, t, u),
                                                          static_cast<const A*>(p.cells)[frame(t) * H + u]);
-    d_x[u] = d_r[u] = g.i;
-    d_x[H + u] = d_r[H + u] = g.f;
-    d_x[2 * H + u] = d_r[2 * H + u] = g.g;
-    d_x[3 * H + u] = d_r[3 * H + u] = g.o;
-    d_c[u] = g.c_prev;
-    d_h[u] = 0;
+    d.x[u] = d.r[u] = g.i;
+    d.x[H + u] = d.r[H + u] = g.f;
+    d.x[2 * H + u] = d.r[2 * H + u] = g.g;
+    d.x[3 * H + u] = d.r[3 * H + u] = g.o;
+    d.c[u] = g.c_prev;
+    d.h[u] = 0;
   }
 
-  __device__ void gru(int t, int u, A d, const A* saved) {
+  __device__ void gru(int t, int u, A d_now, const A* saved) {
     const int H = q.hidden_size;
-    const math::GruGradients<A> g = math::gru_backward(d, saved[0], saved[H], saved[2 * H], saved[3 * H],
+    const math::GruGradients<A> g = math::gru_backward(d_now, saved[0], saved[H], saved[2 * H], saved[3 * H],
                                                        previous<T>(p.h0, p.hidden, t, u));
-    d_x[u] = d_r[u] = g.r;
-    d_x[H + u] = d_r[H + u] = g.z;
-    d_x[2 * H + u] = g.x_n;
-    d_r[2 * H + u] = g.h_n;
-    d_h[u] = g.h_prev;
+    d.x[u] = d.r[u] = g.r;
+    d.x[H + u] = d.r[H + u] = g.z;
+    d.x[2 * H + u] = g.x_n;
+    d.r[2 * H + u] = g.h_n;
+    d.h[u] = g.h_prev;
   }
 
   // From d x through the map to the scores, and on to the state before.
@@ -109,36 +80,37 @@ struct BackwardStep {
     const int J = q.gate_rows(), H = q.hidden_size;
     if (q.input == CellInput::between) {  // another launch made it
       const A* r = static_cast<const A*>(p.d_r ? p.d_r : p.d_x) + frame(t) * J;
-      each(J, [&](int j) { d_r[j] = r[j]; });
+      each(J, [&](int j) { d.r[j] = r[j]; });
     }
     map_from_input(t);
     __syncthreads();
     softmax_gradient(t);
     if (q.additive) energies_gradient(t);
-    times_rows(J + q.terms(), H, d_r, static_cast<const T*>(p.weight), H,
-               [&](int u, A sum) { d_h[u] += sum; });
+    times_rows(J + q.terms(), H, d.r, static_cast<const T*>(p.weight), H,
+               [&](int u, A sum) { d.h[u] += sum; });
   }
 
   __device__ void map_from_input(int t) {
     const int J = q.gate_rows(), P = q.positions, C = q.channels;
-    const auto take = [&](int i, A sum) { d_map[i] = sum; };
+    const auto take = [&](int i, A sum) { d.map[i] = sum; };
     const T* f = frame_of<T>(q, b, t);
     if (q.input == CellInput::projected) {
-      rows_times(P, J, static_cast<const A*>(q.projected) + frame(t) * q.frame_stride, q.position_stride, d_x,
+      rows_times(P, J, static_cast<const A*>(q.projected) + frame(t) * q.frame_stride, q.position_stride, d.x,
                  take);
     } else if (q.input == CellInput::sum) {
-      times_rows(J, C, d_x, static_cast<const T*>(p.weight_ih), C, [&](int i, A sum) { attended[i] = sum; });
+      times_rows(J, C, d.x, static_cast<const T*>(p.weight_ih), C,
+                 [&](int i, A sum) { d.attended[i] = sum; });
       if (q.channels_last)
-        rows_times(P, C, f, C, attended, take);
+        rows_times(P, C, f, C, d.attended, take);
       else
-        times_rows(C, P, attended, f, P, take);
+        times_rows(C, P, d.attended, f, P, take);
     } else {
-      const A* d = static_cast<const A*>(p.d_attended) + b * C * P;
+      const A* d_attended = static_cast<const A*>(p.d_attended) + b * C * P;
       column_sums<1, A>(
           C, P,
           [&](int k, int i, A(&sums)[1]) {
             const int64_t at = static_cast<int64_t>(k) * P + i;
-            sums[0] += d[at] * widen(f[at]);
+            sums[0] += d_attended[at] * widen(f[at]);
           },
           take);
     }
@@ -150,16 +122,16 @@ struct BackwardStep {
     const T* map = static_cast<const T*>(p.maps) + first;
     A dot = 0;
     each(q.positions, [&](int i) {
-      d_map[i] += element_or_zero<T>(p.grad_maps, first + i);
-      dot += d_map[i] * widen(map[i]);
+      d.map[i] += element_or_zero<T>(p.grad_maps, first + i);
+      dot += d.map[i] * widen(map[i]);
     });
     dot = block_sum<kStepWarps>(dot);
     each(q.positions, [&](int i) {
-      const A d_z = widen(map[i]) * (d_map[i] - dot), d_s = d_z / temperature;
+      const A d_z = widen(map[i]) * (d.map[i] - dot), d_s = d_z / temperature;
       static_cast<A*>(p.d_scaled)[first + i] = d_z;
-      d_map[i] = d_s;
+      d.map[i] = d_s;
       if (q.additive) return;
-      d_r[q.gate_rows() + i] = d_s;
+      d.r[q.gate_rows() + i] = d_s;
       static_cast<A*>(p.d_products)[first + i] = d_s;
     });
     __syncthreads();
@@ -170,25 +142,21 @@ struct BackwardStep {
   __device__ void energies_gradient(int t) {
     const int P = q.positions, K = q.energies, lane = threadIdx.x % 32;
     const int64_t first = frame(t) * K;
-    const auto warp_sum = [](A sum) {
-      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-      return sum;
-    };
     for (int k = threadIdx.x / 32; k < K; k += kStepWarps) {
       const A* products = static_cast<const A*>(q.products) + (first + k) * P;
       A* d_products = static_cast<A*>(p.d_products) + (first + k) * P;
       const A term = static_cast<const A*>(p.terms)[first + k], v = widen(static_cast<const T*>(q.v)[k]);
       A of_term = 0, of_v = 0;
       for (int i = lane; i < P; i += 32) {
-        const A e = math::tanh(products[i] + term), d_e = v * d_map[i] * (1 - e * e);
+        const A e = math::tanh(products[i] + term), d_e = v * d.map[i] * (1 - e * e);
         d_products[i] = d_e;
         of_term += d_e;
-        of_v += d_map[i] * e;
+        of_v += d.map[i] * e;
       }
       of_term = warp_sum(of_term);
       of_v = warp_sum(of_v);
       if (lane != 0) continue;
-      d_r[q.gate_rows() + k] = of_term;
+      d.r[q.gate_rows() + k] = of_term;
       static_cast<A*>(p.d_terms)[first + k] = of_term;
       static_cast<A*>(p.d_v)[first + k] = of_v;
     }
@@ -201,14 +169,15 @@ __global__ void __launch_bounds__(kStepThreads, 1) attention_lstm_backward_kerne
   const bool between = p.q.input == CellInput::between;
   BackwardStep<T> step(p, blockIdx.x);
   const int length = length_of(p.q, blockIdx.x);
-  step.load_state();
+  step.d.load_state(p.d_h, p.d_c, blockIdx.x, p.q.hidden_size);
+  __syncthreads();
   for (int t = min(p.q.last, length + (between ? 1 : 0)) - 1; t >= p.q.first; --t) {
     if (!between) step.gates_gradient(t);
     if (t < length) step.map_gradient(t);
     if (between && t > 0) step.gates_gradient(t - 1);
   }
   __syncthreads();
-  step.store_state();
+  step.d.store_state(p.d_h, p.d_c, blockIdx.x, p.q.hidden_size);
 }
 
 }  // namespace

@@ -17,23 +17,12 @@ constexpr int kStepThreads = 512, kStepWarps = kStepThreads / 32;
 template <class A>
 constexpr int kStepSums = kStepThreads * kPack<A>;
 
-// Consecutive parts of shared memory.
-template <class A>
-struct Carver {
-  A* next;
-  __device__ A* take(int count) {
-    A* part = next;
-    next += count;
-    return part;
-  }
-};
-
 // sum over k < K of what add(k, n, sums) adds to the sums of columns n ... n + V - 1, for N columns. A thread
 // takes V columns and every groups-th k; write(n, sum). Begins and ends with all threads in step.
 template <int V, class A, class Add, class Write>
 __device__ void column_sums(int K, int N, Add&& add, Write&& write) {
   A* shared = dynamic_shared<A>();
-  const int packs = (N + V - 1) / V, thread = static_cast<int>(threadIdx.x);
+  const int packs = ceil_div(N, V), thread = static_cast<int>(threadIdx.x);
   for (int first = 0; first < packs; first += kStepThreads) {
     const int columns = min(packs - first, kStepThreads), groups = kStepThreads / columns;
     const int lane = thread % columns, group = thread / columns;
@@ -93,7 +82,7 @@ __device__ void rows_times(int N, int K, const M* matrix, int64_t stride, const 
       for (int i = 0; i < V; ++i)
         if (k + i < K) sum += m[i] * x[k + i];
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    sum = warp_sum(sum);
     if (lane == 0) write(n, sum);
   }
 }
@@ -108,6 +97,45 @@ template <class X>
 __device__ Arithmetic<X> element_or_zero(const void* tensor, int64_t i) {
   return tensor ? widen(static_cast<const X*>(tensor)[i]) : Arithmetic<X>(0);
 }
+
+// Row `row` of a wide tensor, or null.
+template <class A>
+__device__ A* wide(void* tensor, int64_t row, int64_t width) {
+  return tensor ? static_cast<A*>(tensor) + row * width : nullptr;
+}
+
+// What a block keeps of a step, behind the sums in its shared memory; in the backward, gradients.
+template <class A>
+struct StepVectors {
+  A *h, *c;     // [H]
+  A* x;         // [J]: of the input's product
+  A* r;         // [J + Q]: of the state's product, and its term in the scores
+  A* map;       // [P]
+  A* attended;  // [C]
+
+  __device__ explicit StepVectors(const AttentionLstm& q) {
+    h = dynamic_shared<A>() + kStepSums<A>;
+    c = h + q.hidden_size;
+    x = c + q.hidden_size;
+    r = x + q.gate_rows();
+    map = r + q.gate_rows() + q.terms();
+    attended = map + q.positions;
+  }
+
+  // The state of sequence b from and to wide [B, H]; without a cell `to_c` is null.
+  __device__ void load_state(void* from_h, void* from_c, int64_t b, int H) const {
+    each(H, [&](int u) {
+      h[u] = wide<A>(from_h, b, H)[u];
+      if (from_c) c[u] = wide<A>(from_c, b, H)[u];
+    });
+  }
+  __device__ void store_state(void* to_h, void* to_c, int64_t b, int H) const {
+    each(H, [&](int u) {
+      wide<A>(to_h, b, H)[u] = h[u];
+      if (to_c) wide<A>(to_c, b, H)[u] = c[u];
+    });
+  }
+};
 
 // Steps of sequence b.
 __device__ inline int length_of(const AttentionLstm& q, int64_t b) {

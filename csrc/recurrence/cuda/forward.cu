@@ -1,8 +1,7 @@
 // Attention inside an LSTM or a GRU, a whole sequence in one launch: one block a sequence.
 //
-//   s = products_t + W_hidden h + b, or v tanh(.)        a = softmax(s / T)      over positions, in shared
-//   memory x = sum_p a[p] G_t[p], or W_ih sum_p a[p] f_t[p]     r = W_hh h + b_hh       h, c = cell(x, r, h,
-//   c)
+//   s = products_t + W_hidden h + b, or v tanh(.)      a = softmax(s / T)   over positions, in shared memory
+//   x = sum_p a[p] G_t[p], or W_ih sum_p a[p] f_t[p]   r = W_hh h + b_hh    h, c = cell(x, r, h, c)
 //
 // products = score_weight f and G[p] = W_ih[:, p] f[:, p] of all steps are the caller's. A step reads
 // [W_hh; W_hidden] from the second-level cache, (J + Q) H numbers for one product, and G_t, J P numbers (or
@@ -25,69 +24,49 @@ struct ForwardStep {
   const AttentionLstm& q;
   const int64_t b;
   const A temperature;
-  A *h, *c, *x, *map, *attended;
-  A* r;  // [J + Q]: of the state's product, and its term in the scores
+  const StepVectors<A> s;
 
   __device__ ForwardStep(const AttentionLstmForward& p, int64_t sequence)
-      : p(p), q(p.q), b(sequence), temperature(temperature_of<A>(p.q)) {
-    Carver<A> shared{dynamic_shared<A>() + kStepSums<A>};
-    h = shared.take(q.hidden_size);
-    c = shared.take(q.hidden_size);
-    x = shared.take(q.gate_rows());
-    r = shared.take(q.gate_rows() + q.terms());
-    map = shared.take(q.positions);
-    attended = shared.take(q.channels);
-  }
+      : p(p), q(p.q), b(sequence), temperature(temperature_of<A>(p.q)), s(p.q) {}
 
-  __device__ A* wide(void* tensor, int64_t row, int64_t width) const {
-    return tensor ? static_cast<A*>(tensor) + row * width : nullptr;
-  }
   __device__ int64_t frame(int t) const { return b * q.steps + t; }
 
-  __device__ void load_state() {
-    const int H = q.hidden_size;
-    each(H, [&](int u) {
-      h[u] = wide(p.h, b, H)[u];
-      if (p.c) c[u] = wide(p.c, b, H)[u];
-    });
+  __device__ void load_state() const {
+    s.load_state(p.h, p.c, b, q.hidden_size);
     if (q.input == CellInput::between)
-      each(q.gate_rows(), [&](int j) { r[j] = wide(p.r, b, q.gate_rows())[j]; });
+      each(q.gate_rows(), [&](int j) { s.r[j] = wide<A>(p.r, b, q.gate_rows())[j]; });
     __syncthreads();
   }
 
   __device__ void store_state() const {
-    const int H = q.hidden_size;
-    each(H, [&](int u) {
-      wide(p.h, b, H)[u] = h[u];
-      if (p.c) wide(p.c, b, H)[u] = c[u];
-    });
+    s.store_state(p.h, p.c, b, q.hidden_size);
     if (q.input == CellInput::between)
-      each(q.gate_rows(), [&](int j) { wide(p.r, b, q.gate_rows())[j] = r[j]; });
+      each(q.gate_rows(), [&](int j) { wide<A>(p.r, b, q.gate_rows())[j] = s.r[j]; });
   }
 
   // The step up to its map, and the attended frame if that is the caller's to multiply.
   __device__ void attend(int t) {
     const int J = q.gate_rows(), P = q.positions, N = J + q.terms();
-    times_rows(q.hidden_size, N, h, static_cast<const T*>(p.weight), N, [&](int n, A sum) {
-      r[n] = sum + (n < J ? element_or_zero<T>(p.bias_hh, n) : element_or_zero<T>(p.hidden_bias, n - J));
+    times_rows(q.hidden_size, N, s.h, static_cast<const T*>(p.weight), N, [&](int n, A sum) {
+      s.r[n] = sum + (n < J ? element_or_zero<T>(p.bias_hh, n) : element_or_zero<T>(p.hidden_bias, n - J));
     });
     score(t);
     softmax();
     T* to = static_cast<T*>(p.maps) + frame(t) * P;
-    each(P, [&](int i) { to[i] = narrow<T>(map[i]); });
+    each(P, [&](int i) { to[i] = narrow<T>(s.map[i]); });
     if (q.input != CellInput::between) return;
     const T* f = frame_of<T>(q, b, t);
-    A* scaled = wide(p.attended, b, int64_t{q.channels} * P);
+    A* scaled = wide<A>(p.attended, b, int64_t{q.channels} * P);
     for (int64_t i = threadIdx.x; i < int64_t{q.channels} * P; i += kStepThreads)
-      scaled[i] = widen(f[i]) * map[i % P];
+      scaled[i] = widen(f[i]) * s.map[i % P];
   }
 
   __device__ void score(int t) {
     const int P = q.positions;
     const A* products = static_cast<const A*>(q.products) + frame(t) * q.energies * P;
-    const A* term = r + q.gate_rows();
+    const A* term = s.r + q.gate_rows();
     if (!q.additive) {
-      each(P, [&](int i) { map[i] = products[i] + term[i]; });
+      each(P, [&](int i) { s.map[i] = products[i] + term[i]; });
       __syncthreads();
       return;
     }
@@ -97,41 +76,41 @@ struct ForwardStep {
           const A e = math::tanh(products[static_cast<int64_t>(k) * P + i] + term[k]);
           sums[0] += widen(static_cast<const T*>(q.v)[k]) * e;
         },
-        [&](int i, A sum) { map[i] = sum; });
+        [&](int i, A sum) { s.map[i] = sum; });
   }
 
   // Scores become the map. Each thread touches its own positions alone.
   __device__ void softmax() {
     A largest = -kInfinity<A>, sum = 0;
-    each(q.positions, [&](int i) { largest = map[i] > largest ? map[i] : largest; });
+    each(q.positions, [&](int i) { largest = s.map[i] > largest ? s.map[i] : largest; });
     largest = block_max<kStepWarps>(largest);
     const A origin = largest == -kInfinity<A> ? A(0) : largest;
     each(q.positions, [&](int i) {
-      map[i] = softmax_weight(map[i] - origin, temperature);
-      sum += map[i];
+      s.map[i] = softmax_weight(s.map[i] - origin, temperature);
+      sum += s.map[i];
     });
     sum = block_sum<kStepWarps>(sum);
-    each(q.positions, [&](int i) { map[i] /= sum == A(0) ? A(1) : sum; });
+    each(q.positions, [&](int i) { s.map[i] /= sum == A(0) ? A(1) : sum; });
     __syncthreads();
   }
 
   // The rest of the step.
   __device__ void recur(int t) {
     const int J = q.gate_rows(), P = q.positions, C = q.channels;
-    const auto write = [&](int j, A sum) { x[j] = sum + element_or_zero<T>(p.bias_ih, j); };
+    const auto write = [&](int j, A sum) { s.x[j] = sum + element_or_zero<T>(p.bias_ih, j); };
     if (q.input == CellInput::projected) {
-      times_rows(P, J, map, static_cast<const A*>(q.projected) + frame(t) * q.frame_stride, q.position_stride,
-                 write);
+      times_rows(P, J, s.map, static_cast<const A*>(q.projected) + frame(t) * q.frame_stride,
+                 q.position_stride, write);
     } else if (q.input == CellInput::sum) {
       const T* f = frame_of<T>(q, b, t);
-      const auto take = [&](int i, A sum) { attended[i] = sum; };
+      const auto take = [&](int i, A sum) { s.attended[i] = sum; };
       if (q.channels_last) {
-        times_rows(P, C, map, f, C, take);
+        times_rows(P, C, s.map, f, C, take);
       } else {
-        rows_times(C, P, f, P, map, take);
+        rows_times(C, P, f, P, s.map, take);
         __syncthreads();
       }
-      times_rows(C, J, attended, static_cast<const T*>(p.weight_ih), J, write);
+      times_rows(C, J, s.attended, static_cast<const T*>(p.weight_ih), J, write);
     } else {
       each(J, [&](int j) { write(j, static_cast<const A*>(p.x)[b * J + j]); });
       __syncthreads();
@@ -142,26 +121,27 @@ struct ForwardStep {
 
   __device__ void lstm(int t, int u) {
     const int H = q.hidden_size;
-    const auto gate = [&](int i) { return x[i * H + u] + r[i * H + u]; };
-    const math::LstmStep<A> s = math::lstm_forward(gate(0), gate(1), gate(2), gate(3), c[u]);
-    c[u] = s.c;
-    if (p.cells) wide(p.cells, frame(t), H)[u] = s.c;
-    keep(t, u, s.i, s.f, s.g, s.o, s.h);
+    const auto gate = [&](int i) { return s.x[i * H + u] + s.r[i * H + u]; };
+    const math::LstmStep<A> now = math::lstm_forward(gate(0), gate(1), gate(2), gate(3), s.c[u]);
+    s.c[u] = now.c;
+    if (p.cells) wide<A>(p.cells, frame(t), H)[u] = now.c;
+    keep(t, u, now.i, now.f, now.g, now.o, now.h);
   }
 
   __device__ void gru(int t, int u) {
     const int H = q.hidden_size;
-    const A h_n = r[2 * H + u];
-    const math::GruStep<A> s = math::gru_forward(x[u] + r[u], x[H + u] + r[H + u], x[2 * H + u], h_n, h[u]);
-    keep(t, u, s.r, s.z, s.n, h_n, s.h);
+    const A h_n = s.r[2 * H + u];
+    const math::GruStep<A> now =
+        math::gru_forward(s.x[u] + s.r[u], s.x[H + u] + s.r[H + u], s.x[2 * H + u], h_n, s.h[u]);
+    keep(t, u, now.r, now.z, now.n, h_n, now.h);
   }
 
   __device__ void keep(int t, int u, A g0, A g1, A g2, A g3, A state) {
     const int H = q.hidden_size;
-    h[u] = state;
+    s.h[u] = state;
     static_cast<T*>(p.hidden)[frame(t) * H + u] = narrow<T>(state);
     if (!p.gates) return;
-    A* gates = wide(p.gates, frame(t), 4 * int64_t{H}) + u;
+    A* gates = wide<A>(p.gates, frame(t), 4 * int64_t{H}) + u;
     gates[0] = g0, gates[H] = g1, gates[2 * H] = g2, gates[3 * H] = g3;
   }
 };

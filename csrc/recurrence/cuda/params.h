@@ -2,8 +2,8 @@
 //
 // B = batch, T = steps, C = channels, P = positions of a frame, H = hidden size, J = 4 H (LSTM) or 3 H (GRU)
 // rows of weight_ih; K = 1 (positional scores) or A (additive) rows of score_weight, Q = P or A of
-// hidden_weight. Tensors are dense and on the stream's device; "wide" is float, or double for f64. What no
-// step waits for is the caller's: products over all steps before and after.
+// hidden_weight. Tensors are dense and on the stream's device; "wide" is float, or double for f64. The caller
+// makes what no step waits for: products over all steps before and after.
 #pragma once
 
 #include <cuda_runtime_api.h>

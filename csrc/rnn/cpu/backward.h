@@ -168,8 +168,7 @@ struct ProductBuffers {
         rows(edge + kRowsAtMost * kColumns * Vec<T>::size) {}
 };
 
-// Rows of a that pass by the panels together: a panel is fetched to the first-level cache once for all of
-// them.
+// Rows of a that pass by the panels together, so that a panel is fetched to the first-level cache once for all.
 inline int64_t rows_per_step(int64_t depth) {
   if (depth <= kFewRows) return 2 * kRowStep;  // writing is all there is to do: few rows, written far along
   const int64_t fit = kGathered / depth / kRowStep * kRowStep;
@@ -221,10 +220,10 @@ void multiply_columns(const Product& p, Range columns, void* workspace) {
         continue;
       }
       tile<first, kColumns>(depth, a.at(0, k), b, p.b.stride, out, p.N, kColumns - 1, into,
-                            Copy<T>{buffers.panels, p.b.stride});
+                            CopyPanel<T>{buffers.panels, p.b.stride});
       const bool more = j + 2 * width <= columns.end;
       tiles<kColumns>(p.M - first, depth, a.at(first, k), buffers.panels, width, out + first * p.N, p.N,
-                      kColumns - 1, into, more ? ahead_of(b + width, p.b.stride) : Ahead{});
+                      kColumns - 1, into, more ? prefetch_next(b + width, p.b.stride) : PrefetchNext{});
     }
   }
 }
@@ -283,19 +282,8 @@ void multiply_stripes(const Product& p, Range columns, void* workspace) {
     const int64_t n = minimum(kStripe, columns.end - j);
     const S* b = static_cast<const S*>(p.b.data) + j;
     T* out = static_cast<T*>(p.out) + j;
-    switch (p.M) {
-      case 1:
-        multiply_few_rows<1>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-        break;
-      case 2:
-        multiply_few_rows<2>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-        break;
-      case 3:
-        multiply_few_rows<3>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-        break;
-      default:
-        multiply_few_rows<4>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part);
-    }
+    with_count<kFewRows>(
+        p.M, [&]<int M>() { multiply_few_rows<M>(n, p.K, a, b, p.b.stride, out, p.N, p.accumulate, part); });
   }
 }
 

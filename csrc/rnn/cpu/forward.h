@@ -1,6 +1,6 @@
 // The forward of LSTM and GRU cells.
 //
-//   gates[B, G H] = input[B, I] weight_ih^T + hx[B, H] weight_hh^T + biases, then math/gates.h
+//   gates[B, G H] = input[B, I] weight_ih^T + hx[B, H] weight_hh^T + biases, then rnn/gates.h
 //
 // Work is cut into blocks of w hidden units (w = vector width) and of rows. A block gathers all its gates for
 // those units in a buffer [rows, 4 w] that stays in the first-level cache, and the pointwise half runs on it
@@ -64,41 +64,12 @@ struct State {
   }
 };
 
-template <class S, class T>
-FUSEDNN_INLINE Vec<T> load_or_zero(const void* p, int64_t i, int64_t n) {
-  return p ? Vec<T>::load(static_cast<const S*>(p) + i, n) : Vec<T>(T(0));
-}
-
-// Adds dot products of M rows of a with R rows of w over [0, K), lane by lane.
-template <int M, int R, class T, class S>
-FUSEDNN_INLINE void dot_accumulate(Vec<T> (&acc)[M][R], int64_t K, const T* a, int64_t a_stride, const S* w,
-                                   int64_t w_stride) {
-  constexpr int width = Vec<T>::size;
-  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    Vec<T> x[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) x[m] = Vec<T>::load(a + m * a_stride + k, n);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> weight = Vec<T>::load(w + r * w_stride + k, n);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][r] = acc[m][r] + x[m] * weight;
-    }
-  };
-  int64_t k = 0;
-  for (; k + width <= K; k += width) step(k, width);
-  if (k < K) step(k, K - k);
-}
-
 template <int M, int R, class T, class S>
 void dot_tile(int64_t K, const T* a, int64_t a_stride, const S* w, int64_t w_stride, T* partial, int last) {
   constexpr int width = Vec<T>::size;
   Vec<T> acc[M][R];
   const auto at = [&](int m, int r) { return partial + (m * 4 + (r < R - 1 ? r : last)) * width; };
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[m][r] = Vec<T>(T(0));
+  set_zero(acc);
   dot_accumulate<M, R>(acc, K, a, a_stride, w, w_stride);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -115,24 +86,9 @@ void dot_tiles(int64_t rows, int64_t K, const T* a, int64_t a_stride, const S* w
   int64_t m = 0;
   for (; m + M <= rows; m += M)
     dot_tile<M, R>(K, a + m * a_stride, a_stride, w, w_stride, partial + m * step, last);
-  const T* rest = a + m * a_stride;
-  T* to = partial + m * step;
-  switch (rows - m) {
-#define FUSEDNN_CASE(N)                                                            \
-  case N:                                                                          \
-    if constexpr (N < M) dot_tile<N, R>(K, rest, a_stride, w, w_stride, to, last); \
-    break;
-    FUSEDNN_CASE(1)
-    FUSEDNN_CASE(2)
-    FUSEDNN_CASE(3)
-    FUSEDNN_CASE(4)
-    FUSEDNN_CASE(5)
-    FUSEDNN_CASE(6)
-    FUSEDNN_CASE(7)
-#undef FUSEDNN_CASE
-    default:
-      break;
-  }
+  with_count<M - 1>(rows - m, [&]<int N>() {
+    dot_tile<N, R>(K, a + m * a_stride, a_stride, w, w_stride, partial + m * step, last);
+  });
 }
 
 template <Cell cell, class T, class S>
@@ -262,7 +218,7 @@ void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t
       const int64_t depth = minimum(kBlockK, K - k);
       if (packed) {
         tiles<G>(rows, depth, x.at(0, k), packed, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add,
-                 ahead_of(packed + kBlockK * G * w, G * w));
+                 prefetch_next(packed + kBlockK * G * w, G * w));
         packed += depth * G * w;
       } else {
         pack_units<G, w>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
@@ -291,8 +247,7 @@ void pack(const CellWeights& q, void* packed, const Parallel& parallel) {
   });
 }
 
-// ---- the pointwise half, on one unit block ----
-
+// The pointwise half of one unit block.
 template <class T, class S>
 struct Block {
   const CellForward& p;
@@ -308,7 +263,7 @@ struct Block {
         c{forward.c, forward.wide_state} {}
 
   FUSEDNN_INLINE Vec<T> bias(const void* bias, int gate) const {
-    return load_or_zero<S, T>(bias, gate * p.weights.hidden_size + unit, units);
+    return load_or_zero<T>(static_cast<const S*>(bias), gate * p.weights.hidden_size + unit, units);
   }
   FUSEDNN_INLINE Vec<T> both_biases(int gate) const {
     return bias(p.weights.bias_ih, gate) + bias(p.weights.bias_hh, gate);

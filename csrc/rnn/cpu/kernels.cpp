@@ -45,7 +45,7 @@ void backward(const GatesBackward& p, const Parallel& parallel) {
 }
 
 size_t gradient_workspace(bool wide) {
-  return wide ? product_workspace_bytes<double>() : product_workspace_bytes<float>();
+  return with_accumulator(wide, []<class T>() { return product_workspace_bytes<T>(); });
 }
 
 void gradient_sums(const GradientSums& p, const Parallel& parallel) {
@@ -62,25 +62,19 @@ void gradient_sums(const GradientSums& p, const Parallel& parallel) {
         with_types(p.weights[i].weight_dtype,
                    [&]<class T, class S>() { weight_gradients<T, S>(p.weights[i], part, parts, workspace); });
       for (int i = 0; i < p.row_sum_count; ++i)
-        p.wide ? sum_rows<double>(p.row_sums[i], part, parts) : sum_rows<float>(p.row_sums[i], part, parts);
+        with_accumulator(p.wide, [&]<class T>() { sum_rows<T>(p.row_sums[i], part, parts); });
     }
   });
 }
 
-template <class T>
-void apply(int function, int64_t n, const T* x, T* out) {
-  for (int64_t i = 0; i < n; i += Vec<T>::size) {
-    const Vec<T> v = Vec<T>::load(x + i, n - i);
-    const Vec<T> y = function == 0 ? exp(v) : function == 1 ? tanh(v) : sigmoid(v);
-    y.store(out + i, n - i);
-  }
-}
-
 void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
-  if (wide)
-    apply(function, n, static_cast<const double*>(x), static_cast<double*>(out));
-  else
-    apply(function, n, static_cast<const float*>(x), static_cast<float*>(out));
+  with_accumulator(wide, [&]<class T>() {
+    for (int64_t i = 0; i < n; i += Vec<T>::size) {
+      const Vec<T> v = Vec<T>::load(static_cast<const T*>(x) + i, n - i);
+      const Vec<T> y = function == 0 ? exp(v) : function == 1 ? tanh(v) : sigmoid(v);
+      y.store(static_cast<T*>(out) + i, n - i);
+    }
+  });
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // Forward gates of the LSTM and the GRU cell: everything of a step but its two matrix products.
 //
-//   LSTM  [i|f|g|o] = gates + bias_ih + bias_hh;  c' = sigmoid(f) c + sigmoid(i) tanh(g);  h' = sigmoid(o)
-//   tanh(c') GRU   r, z = sigmoid(x + b_ih + h + b_hh);    n = tanh(x_n + b_in + r (h_n + b_hn));   h' = n +
-//   z (h - n)
+//   LSTM  [i | f | g | o] = gates + bias_ih + bias_hh
+//         c' = sigmoid(f) c + sigmoid(i) tanh(g)      h' = sigmoid(o) tanh(c')
+//   GRU   r, z = sigmoid(x + b_ih + h + b_hh)         n = tanh(x_n + b_in + r (h_n + b_hn))
+//         h' = n + z (h - n)
 //
-// Tiling: one thread per pack of neighbouring hidden units (rnn_tiling.h); nothing is shared between threads,
+// Tiling: one thread per pack of neighbouring hidden units (tiling.h); nothing is shared between threads,
 // so the biases come from the caches. Bytes moved per hidden unit, s = item size: LSTM 7 s, and 4 s more to
 // save the activated gates; GRU 8 s, and 4 s more. The kernels are bound by memory once the state outgrows a
 // few blocks per multiprocessor, by latency below. Limits: contiguous tensors; widths are 16, 8, 4, ... bytes
@@ -17,24 +18,6 @@
 
 namespace fusednn::cuda {
 namespace {
-
-// Loads of all gates are issued before any is used, the biases' (zero if null) among them: one latency, not
-// one for each gate.
-template <class T, int N, int K>
-struct GatePacks {
-  Pack<T, N> at[K];
-
-  __device__ void load_row(const void* data, int64_t offset, int64_t stride) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) at[k] = load<T, N>(data, offset + k * stride);
-  }
-
-  __device__ void load_bias(const void* data, int64_t offset, int64_t stride) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) at[k] = Pack<T, N>{};
-    if (data != nullptr) load_row(data, offset, stride);
-  }
-};
 
 template <class T, int N>
 __global__ void __launch_bounds__(kGateThreads) lstm_forward_kernel(LstmGatesForward p, GateTiling tiling) {
@@ -59,24 +42,22 @@ __global__ void __launch_bounds__(kGateThreads) lstm_forward_kernel(LstmGatesFor
       }
     }
 
-    Pack<T, N> gates[4], h, c;
+    GatePacks<T, N, 4> gates;
+    Pack<T, N> h, c;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const auto step = math::lstm_forward(sum[0][j], sum[1][j], sum[2][j], sum[3][j], cx.get(j));
       h.set(j, step.h);
       c.set(j, step.c);
-      gates[0].set(j, step.i);
-      gates[1].set(j, step.f);
-      gates[2].set(j, step.g);
-      gates[3].set(j, step.o);
+      gates.at[0].set(j, step.i);
+      gates.at[1].set(j, step.f);
+      gates.at[2].set(j, step.g);
+      gates.at[3].set(j, step.o);
     }
 
     store(p.h, state, h);
     store(p.c, state, c);
-    if (p.save_gates) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) store(p.gates, gate_row + k * H, gates[k]);
-    }
+    if (p.save_gates) gates.store_row(p.gates, gate_row, H);
   }
 }
 
@@ -105,46 +86,34 @@ __global__ void __launch_bounds__(kGateThreads) gru_forward_kernel(GruGatesForwa
       }
     }
 
-    Pack<T, N> next, saved[4];
+    GatePacks<T, N, 4> saved;
+    Pack<T, N> next;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const auto step = math::gru_forward(input[0][j] + recurrent[0][j], input[1][j] + recurrent[1][j],
                                           input[2][j], recurrent[2][j], hx.get(j));
       next.set(j, step.h);
-      saved[0].set(j, step.r);
-      saved[1].set(j, step.z);
-      saved[2].set(j, step.n);
-      saved[3].set(j, recurrent[2][j]);
+      saved.at[0].set(j, step.r);
+      saved.at[1].set(j, step.z);
+      saved.at[2].set(j, step.n);
+      saved.at[3].set(j, recurrent[2][j]);
     }
 
     store(p.h, state, next);
-    if (p.gates != nullptr) {
-      const int64_t saved_row = 4 * row * H + column;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) store(p.gates, saved_row + k * H, saved[k]);
-    }
+    if (p.gates != nullptr) saved.store_row(p.gates, 4 * row * H + column, H);
   }
 }
 
 }  // namespace
 
 cudaError_t lstm_gates_forward(const LstmGatesForward& p, cudaStream_t stream) {
-  if (p.batch == 0 || p.hidden == 0) return cudaSuccess;
-  const auto run = [&]<class T, int N>(TypeTag<T>, PackWidth<N>) {
-    const GateTiling tiling = gate_tiling<N>(p.batch, p.hidden);
-    return launch(lstm_forward_kernel<T, N>, gate_blocks(tiling), dim3(kGateThreads), 0, stream, p, tiling);
-  };
-  return visit_packs(p.dtype, p.batch, p.hidden, run, p.gates, p.bias_ih, p.bias_hh, p.cx, p.h, p.c);
+  const auto kernel = []<class T, int N>() { return lstm_forward_kernel<T, N>; };
+  return launch_gates(p, stream, kernel, p.gates, p.bias_ih, p.bias_hh, p.cx, p.h, p.c);
 }
 
 cudaError_t gru_gates_forward(const GruGatesForward& p, cudaStream_t stream) {
-  if (p.batch == 0 || p.hidden == 0) return cudaSuccess;
-  const auto run = [&]<class T, int N>(TypeTag<T>, PackWidth<N>) {
-    const GateTiling tiling = gate_tiling<N>(p.batch, p.hidden);
-    return launch(gru_forward_kernel<T, N>, gate_blocks(tiling), dim3(kGateThreads), 0, stream, p, tiling);
-  };
-  return visit_packs(p.dtype, p.batch, p.hidden, run, p.gates_x, p.gates_h, p.bias_ih, p.bias_hh, p.hx, p.h,
-                     p.gates);
+  const auto kernel = []<class T, int N>() { return gru_forward_kernel<T, N>; };
+  return launch_gates(p, stream, kernel, p.gates_x, p.gates_h, p.bias_ih, p.bias_hh, p.hx, p.h, p.gates);
 }
 
 }  // namespace fusednn::cuda

@@ -38,6 +38,29 @@ struct GateTiling {
 __device__ inline int64_t first_pack() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ inline int64_t pack_stride() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// Packs of K gates. Loads of all are issued before any is used, the biases' (zero if null) among them: one
+// latency, not one for each gate.
+template <class T, int N, int K>
+struct GatePacks {
+  Pack<T, N> at[K];
+
+  __device__ void load_row(const void* data, int64_t offset, int64_t stride) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) at[k] = load<T, N>(data, offset + k * stride);
+  }
+
+  __device__ void load_bias(const void* data, int64_t offset, int64_t stride) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) at[k] = Pack<T, N>{};
+    if (data != nullptr) load_row(data, offset, stride);
+  }
+
+  __device__ void store_row(void* data, int64_t offset, int64_t stride) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) store(data, offset + k * stride, at[k]);
+  }
+};
+
 inline dim3 gate_blocks(const GateTiling& tiling) {
   const int64_t blocks = (tiling.packs + kGateThreads - 1) / kGateThreads;
   return dim3(static_cast<unsigned>(std::min(blocks, kGateMaxBlocks)));
@@ -77,9 +100,16 @@ cudaError_t visit_packs(DType dtype, int64_t batch, int64_t hidden, Visit&& visi
   return visit_dtype(dtype, with);
 }
 
-template <int N>
-GateTiling gate_tiling(int64_t batch, int64_t hidden) {
-  return {hidden / N, batch * (hidden / N)};
+// Launches kernel<T, N>()(p, tiling), for the packs that the pointers allow.
+template <class P, class Kernel, class... Pointers>
+cudaError_t launch_gates(const P& p, cudaStream_t stream, Kernel&& kernel, const Pointers*... pointers) {
+  if (p.batch == 0 || p.hidden == 0) return cudaSuccess;
+  const auto run = [&]<class T, int N>(TypeTag<T>, PackWidth<N>) {
+    const GateTiling tiling{p.hidden / N, p.batch * (p.hidden / N)};
+    return launch(kernel.template operator()<T, N>(), gate_blocks(tiling), dim3(kGateThreads), 0, stream, p,
+                  tiling);
+  };
+  return visit_packs(p.dtype, p.batch, p.hidden, run, pointers...);
 }
 
 }  // namespace fusednn::cuda

@@ -5,7 +5,7 @@
 //   additive: e = tanh(W f + U h) is made again; d v = sum d s e, and d s above is (v^T d s) (1 - e^2), whose
 //   sum over p is the hidden term's gradient
 //
-// Tiling: spatial_parts.h. d weight and d v are summed per record (a few samples or, apart, a block), and
+// Tiling: parts.h. d weight and d v are summed per record (a few samples or, apart, a block), and
 // records in order at the end. Bytes at least: features, gradient of the result and map read once, gradients
 // written once. A sample's features and gradient are touched twice, the second time in cache if they fit.
 #pragma once
@@ -15,8 +15,8 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 template <class T, class S, template <class> class Image>
-struct AttentionBackward : Attention<T, S, Image> {
-  using Base = Attention<T, S, Image>;
+struct SpatialBackwardPass : SpatialPass<T, S, Image> {
+  using Base = SpatialPass<T, S, Image>;
   using Base::p, Base::shape, Base::parts, Base::pitch;
 
   const SpatialBackward& b;
@@ -25,10 +25,10 @@ struct AttentionBackward : Attention<T, S, Image> {
   };
   int64_t rows_size, keep_size, grads_size, slot_size;
   int64_t weight_size, v_size, term_size, record_size, records;
-  T *samples, *rooms, *sums;
+  T *samples, *energies, *sums;
   double* temperatures;  // [N, G]
 
-  AttentionBackward(const SpatialBackward& call, int threads, Carver& shared)
+  SpatialBackwardPass(const SpatialBackward& call, int threads, Carver& shared)
       : Base(call.forward, threads, shared), b(call) {
     rows_size = shape.glimpses * pitch;
     keep_size = p.mask ? pitch : 0;
@@ -40,7 +40,7 @@ struct AttentionBackward : Attention<T, S, Image> {
     record_size = weight_size + v_size + term_size;
     records = parts.apart ? shape.batch * parts.blocks : ceil_div(shape.batch, parts.together);
     samples = shared.take<T>((parts.apart ? shape.batch : threads) * slot_size);
-    rooms = shared.take<T>(threads * 2 * this->energy_size());
+    energies = shared.take<T>(threads * 2 * this->energy_size());
     sums = shared.take<T>(records * record_size);
     temperatures = shared.take<double>(b.grad_temperature ? shape.batch * shape.glimpses : 0);
   }
@@ -51,28 +51,19 @@ struct AttentionBackward : Attention<T, S, Image> {
     return {at, at + rows_size, keep_size ? keep : nullptr, keep + keep_size};
   }
   T* record(int64_t i) const { return sums + i * record_size; }
-  int64_t rows_of_term() const { return shape.additive ? shape.rows : 0; }
 
   // The mask, and the sums' gradient in T.
   void prepare(int64_t n, const Sample& s) const {
     this->mask_bits(n, s.keep);
     const int64_t count = shape.glimpses * shape.channels;
-    if (!grads_size) return;
-    if (b.grad_attended)
-      widen_row(static_cast<const S*>(b.grad_attended) + n * count, count, s.grads);
-    else
-      fill_row(count, T(0), s.grads);
+    if (grads_size) widen_row_or_zero(typed<S>(b.grad_attended, n * count), count, s.grads);
   }
 
   void map_gradient(const Run& r, const Sample& s) const {
     const Rows<T> d{s.d + r.first, pitch, shape.glimpses};
-    const S* grad_map = static_cast<const S*>(b.grad_map);
-    for (int64_t g = 0; g < shape.glimpses; ++g) {
-      if (grad_map)
-        widen_row(grad_map + (r.n * shape.glimpses + g) * parts.area + r.first, r.length, d.row(g));
-      else
-        fill_row(r.length, T(0), d.row(g));
-    }
+    for (int64_t g = 0; g < shape.glimpses; ++g)
+      widen_row_or_zero(typed<S>(b.grad_map, (r.n * shape.glimpses + g) * parts.area + r.first), r.length,
+                        d.row(g));
     if (!b.grad_attended) return;
     const S* grad = static_cast<const S*>(b.grad_attended);
     if (shape.output == SpatialOutput::scale)
@@ -80,15 +71,9 @@ struct AttentionBackward : Attention<T, S, Image> {
     else if (shape.output == SpatialOutput::sum)
       project(this->features(r), Rows<const T>{s.grads, shape.channels, shape.glimpses}, d);
     else
-      for (int64_t g = 0; g < shape.glimpses; ++g) {
-        const S* xy = grad + (r.n * shape.glimpses + g) * 2;
-        const Vec<T> by_x(static_cast<T>(widen(xy[0]))), by_y(static_cast<T>(widen(xy[1])));
-        for_vectors<T>(r.length, [&](int64_t i, int64_t) {
-          const Vec<T> along_x = Vec<T>::load(this->x + r.first + i) * by_x,
-                       along_y = Vec<T>::load(this->y + r.first + i) * by_y;
-          (Vec<T>::load(d.row(g) + i) + (along_x + along_y)).store(d.row(g) + i);
-        });
-      }
+      for (int64_t g = 0; g < shape.glimpses; ++g)
+        add_coordinate_gradient(r.length, grad + (r.n * shape.glimpses + g) * 2, this->x + r.first,
+                                this->y + r.first, d.row(g));
   }
 
   // d s of sample n; the positional hidden term's gradient is that.
@@ -124,9 +109,9 @@ struct AttentionBackward : Attention<T, S, Image> {
   // d (W f + U h) [A, block] of additive scores; adds to the sums of d v and of the hidden term.
   Rows<const T> products_gradient(const Run& r, Rows<const T> d, const T* keep, T* into, int thread) const {
     using V = Vec<T>;
-    T* const room = rooms + thread * 2 * this->energy_size();
-    const Planes<const T> e = this->energy(r, room);
-    const Planes<T> found{room + this->energy_size(), e.pitch, shape.rows, r.length};
+    T* const own = energies + thread * 2 * this->energy_size();
+    const Planes<const T> e = this->energy(r, own);
+    const Planes<T> found{own + this->energy_size(), e.pitch, shape.rows, r.length};
     if (b.grad_v) reduce(e, d, keep, Rows<T>{into + weight_size, shape.rows, shape.glimpses});
     const Products<T> products[2] = {{this->vs(), d}, {{nullptr, 0, 0}, {nullptr, 0, 0}}};
     expand(products, Planes<const T>{}, d, keep, found);

@@ -1,6 +1,6 @@
 // Spatial attention, forward: s = scores(f), a = softmax(s / T), attended = f a, sum f a or sum (x, y) a.
 //
-// Tiling: spatial_parts.h. The scores of a sample are rows of P numbers in the workspace; the softmax turns
+// Tiling: parts.h. The scores of a sample are rows of P numbers in the workspace; the softmax turns
 // them into the map, which is written once. Bytes at least: features, hidden term, weight, result and map
 // once. A sample's features are touched twice; the second time they come from cache, as long as a sample (or,
 // apart, all that a thread has of it) fits there.
@@ -11,23 +11,23 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 
 template <class T, class S, template <class> class Image>
-struct AttentionForward : Attention<T, S, Image> {
-  using Base = Attention<T, S, Image>;
+struct SpatialForwardPass : SpatialPass<T, S, Image> {
+  using Base = SpatialPass<T, S, Image>;
   using Base::p, Base::shape, Base::parts, Base::pitch;
 
   struct Sample {  // what is made of one: maps [G, pitch], mask, sums [G, C] or, apart, [blocks, G, C]
     T *rows, *keep, *sums;
   };
   int64_t rows_size, keep_size, sums_size;
-  T *samples, *rooms;
+  T *samples, *energies;
 
-  AttentionForward(const SpatialForward& call, int threads, Carver& shared) : Base(call, threads, shared) {
+  SpatialForwardPass(const SpatialForward& call, int threads, Carver& shared) : Base(call, threads, shared) {
     rows_size = shape.glimpses * pitch;
     keep_size = call.mask ? pitch : 0;
     sums_size = shape.output == SpatialOutput::sum ? row_pitch(shape.glimpses * shape.channels) : 0;
     const int64_t slots = parts.apart ? shape.batch : threads;
     samples = shared.take<T>(slots * sample_size());
-    rooms = shared.take<T>(threads * this->energy_size());
+    energies = shared.take<T>(threads * this->energy_size());
   }
 
   int64_t sample_size() const { return rows_size + keep_size + sums_size * (parts.apart ? parts.blocks : 1); }
@@ -36,7 +36,7 @@ struct AttentionForward : Attention<T, S, Image> {
     return {at, keep_size ? at + rows_size : nullptr, at + rows_size + keep_size};
   }
   void score(const Run& r, const Sample& s, int thread) const {
-    this->scores(r, s.rows, rooms + thread * this->energy_size());
+    this->scores(r, s.rows, energies + thread * this->energy_size());
   }
 
   // The map of sample n and, from it alone, its coordinates.

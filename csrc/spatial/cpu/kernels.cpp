@@ -19,33 +19,34 @@ void with_kernel(const Call& call, const SpatialForward& p, int threads, Carver&
 
 size_t forward_workspace(const SpatialForward& p, int threads) {
   Carver count(nullptr);
-  with_kernel<AttentionForward>(p, p, threads, count, [](const auto&) {});
+  with_kernel<SpatialForwardPass>(p, p, threads, count, [](const auto&) {});
   return count.bytes;
 }
 
 void forward(const SpatialForward& p, const Parallel& parallel) {
   Carver shared(p.workspace);
-  with_kernel<AttentionForward>(p, p, parallel.threads, shared, [&](const auto& k) { k.run(parallel); });
+  with_kernel<SpatialForwardPass>(p, p, parallel.threads, shared, [&](const auto& k) { k.run(parallel); });
 }
 
 size_t backward_workspace(const SpatialBackward& p, int threads) {
   Carver count(nullptr);
-  with_kernel<AttentionBackward>(p, p.forward, threads, count, [](const auto&) {});
+  with_kernel<SpatialBackwardPass>(p, p.forward, threads, count, [](const auto&) {});
   return count.bytes;
 }
 
 void backward(const SpatialBackward& p, const Parallel& parallel) {
   Carver shared(p.workspace);
-  with_kernel<AttentionBackward>(p, p.forward, parallel.threads, shared,
-                                 [&](const auto& k) { k.run(parallel); });
+  with_kernel<SpatialBackwardPass>(p, p.forward, parallel.threads, shared,
+                                   [&](const auto& k) { k.run(parallel); });
 }
 
 // A row and its mask per thread; x and y for all.
 template <class T>
-struct SoftmaxRoom {
+struct SoftmaxBuffers {
   T *x, *y, *rows;
   int64_t pitch;
-  SoftmaxRoom(const SpatialSoftmax& p, int threads, Carver& shared) : pitch(row_pitch(p.height * p.width)) {
+  SoftmaxBuffers(const SpatialSoftmax& p, int threads, Carver& shared)
+      : pitch(row_pitch(p.height * p.width)) {
     x = shared.take<T>(pitch);
     y = shared.take<T>(pitch);
     rows = shared.take<T>(threads * 3 * pitch);
@@ -56,7 +57,7 @@ struct SoftmaxRoom {
 
 size_t softmax_workspace(const SpatialSoftmax& p, int threads) {
   Carver count(nullptr);
-  with_types(p.dtype, [&]<class T, class S>() { SoftmaxRoom<T>(p, threads, count); });
+  with_types(p.dtype, [&]<class T, class S>() { SoftmaxBuffers<T>(p, threads, count); });
   // The temperature's terms, one of each row.
   return count.bytes + p.rows * sizeof(double);
 }
@@ -64,11 +65,11 @@ size_t softmax_workspace(const SpatialSoftmax& p, int threads) {
 void softmax_forward(const SpatialSoftmax& p, const Parallel& parallel) {
   with_types(p.dtype, [&]<class T, class S>() {
     Carver shared(p.workspace);
-    const SoftmaxRoom<T> room(p, parallel.threads, shared);
+    const SoftmaxBuffers<T> buffers(p, parallel.threads, shared);
     const int64_t area = p.height * p.width;
     const T t = usable_temperature<T>(p.temperature);
     parallel(p.rows, p.rows * area > kSerialElements, [&](int64_t begin, int64_t end, int thread) {
-      T *const s = room.row(thread, 0), *const keep = p.mask ? room.row(thread, 1) : nullptr;
+      T *const s = buffers.row(thread, 0), *const keep = p.mask ? buffers.row(thread, 1) : nullptr;
       for (int64_t r = begin; r < end; ++r) {
         widen_row(static_cast<const S*>(p.logits) + r * area, area, s);
         if (keep) expand_mask(p.mask + r * area, area, keep);
@@ -76,8 +77,8 @@ void softmax_forward(const SpatialSoftmax& p, const Parallel& parallel) {
         narrow_row(s, area, static_cast<S*>(p.map) + r * area);
         if (!p.coordinates) continue;
         S* const xy = static_cast<S*>(p.coordinates) + 2 * r;
-        narrow(dot_rows(area, s, room.x), xy);
-        narrow(dot_rows(area, s, room.y), xy + 1);
+        narrow(dot_rows(area, s, buffers.x), xy);
+        narrow(dot_rows(area, s, buffers.y), xy + 1);
       }
     });
   });
@@ -87,27 +88,19 @@ void softmax_backward(const SpatialSoftmaxBackward& b, const Parallel& parallel)
   const SpatialSoftmax& p = b.forward;
   with_types(p.dtype, [&]<class T, class S>() {
     Carver shared(p.workspace);
-    const SoftmaxRoom<T> room(p, parallel.threads, shared);
+    const SoftmaxBuffers<T> buffers(p, parallel.threads, shared);
     double* const temperatures = shared.take<double>(b.grad_temperature ? p.rows : 0);
     const int64_t area = p.height * p.width;
     const T t = usable_temperature<T>(p.temperature);
     parallel(p.rows, p.rows * area > kSerialElements, [&](int64_t begin, int64_t end, int thread) {
-      T *const d = room.row(thread, 0), *const a = room.row(thread, 1),
-               *const keep = p.mask ? room.row(thread, 2) : nullptr;
+      T *const d = buffers.row(thread, 0), *const a = buffers.row(thread, 1),
+               *const keep = p.mask ? buffers.row(thread, 2) : nullptr;
       for (int64_t r = begin; r < end; ++r) {
         widen_row(static_cast<const S*>(p.map) + r * area, area, a);
         if (keep) expand_mask(p.mask + r * area, area, keep);
-        if (b.grad_map)
-          widen_row(static_cast<const S*>(b.grad_map) + r * area, area, d);
-        else
-          fill_row(area, T(0), d);
-        if (const S* xy = static_cast<const S*>(b.grad_coordinates)) {
-          const Vec<T> by_x(static_cast<T>(widen(xy[2 * r]))), by_y(static_cast<T>(widen(xy[2 * r + 1])));
-          for_vectors<T>(area, [&](int64_t i, int64_t) {
-            const Vec<T> along = Vec<T>::load(room.x + i) * by_x + Vec<T>::load(room.y + i) * by_y;
-            (Vec<T>::load(d + i) + along).store(d + i);
-          });
-        }
+        widen_row_or_zero(typed<S>(b.grad_map, r * area), area, d);
+        if (const S* xy = typed<S>(b.grad_coordinates, 2 * r))
+          add_coordinate_gradient(area, xy, buffers.x, buffers.y, d);
         softmax_backward_row(area, keep, a, t, d, b.grad_temperature ? temperatures + r : nullptr);
         if (b.grad_logits) narrow_row(d, area, static_cast<S*>(b.grad_logits) + r * area);
       }

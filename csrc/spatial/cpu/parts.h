@@ -13,7 +13,7 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 
 constexpr int64_t kBlockElements = 128 << 10;  // of the features in a block
 constexpr int64_t kEnergyElements =
-    32 << 10;  // of tanh(W f + U h) in a block: they stay in the second-level cache
+    32 << 10;  // of tanh(W f + U h) in a block: the second-level cache keeps them
 constexpr int64_t kSerialElements = 32 << 10;  // below this, threads cost more than they save
 constexpr int64_t kRecords = 32;               // partial sums of a weight's gradient, at most
 
@@ -77,7 +77,7 @@ const T* widened(const void* from, int64_t count, Carver& shared) {
 
 // A call's operands as both directions take them. Image is Planes or Pixels.
 template <class T, class S, template <class> class Image>
-struct Attention {
+struct SpatialPass {
   const SpatialForward& p;
   const SpatialShape& shape;
   Parts parts;
@@ -86,7 +86,7 @@ struct Attention {
   const T *weight, *v;
   T *x = nullptr, *y = nullptr;
 
-  Attention(const SpatialForward& call, int threads, Carver& shared)
+  SpatialPass(const SpatialForward& call, int threads, Carver& shared)
       : p(call),
         shape(call.shape),
         parts(call.shape, threads),
@@ -112,40 +112,37 @@ struct Attention {
   }
 
   // A sample's mask as rows of bits, or null.
-  const T* mask_bits(int64_t n, T* room) const {
+  const T* mask_bits(int64_t n, T* bits) const {
     if (!p.mask) return nullptr;
-    expand_mask(p.mask + n * parts.area, parts.area, room);
-    return room;
+    expand_mask(p.mask + n * parts.area, parts.area, bits);
+    return bits;
   }
 
-  // tanh(W f + U h) of a block, [A, pitch of the block].
-  Planes<const T> energy(const Run& r, T* room) const {
+  // tanh(W f + U h) of a block in e [A, pitch of the block].
+  Planes<const T> energy(const Run& r, T* e) const {
     const int64_t row = row_pitch(parts.length);
     const S* term = static_cast<const S*>(p.hidden_term);
     for (int64_t a = 0; a < shape.rows; ++a)
-      fill_row(r.length, term ? widen(term[r.n * shape.rows + a]) : T(0), room + a * row);
-    project(features(r), weights(), Rows<T>{room, row, shape.rows});
+      fill_row(r.length, term ? widen(term[r.n * shape.rows + a]) : T(0), e + a * row);
+    project(features(r), weights(), Rows<T>{e, row, shape.rows});
     for (int64_t a = 0; a < shape.rows; ++a)
       for_vectors<T>(r.length, [&](int64_t i, int64_t) {
-        T* const at = room + a * row + i;
+        T* const at = e + a * row + i;
         tanh(Vec<T>::load(at)).store(at);
       });
-    return {room, row, shape.rows, r.length};
+    return {e, row, shape.rows, r.length};
   }
   int64_t energy_size() const { return shape.additive ? shape.rows * row_pitch(parts.length) : 0; }
 
   // Scores of a block into rows [G] of the sample.
-  void scores(const Run& r, T* rows, T* room) const {
+  void scores(const Run& r, T* rows, T* e) const {
     const Rows<T> s{rows + r.first, pitch, shape.glimpses};
-    const S* term = static_cast<const S*>(p.hidden_term);
-    for (int64_t g = 0; g < shape.glimpses; ++g) {
-      if (term && !shape.additive)
-        widen_row(term + (r.n * shape.glimpses + g) * parts.area + r.first, r.length, s.row(g));
-      else
-        fill_row(r.length, T(0), s.row(g));
-    }
+    const void* term = shape.additive ? nullptr : p.hidden_term;
+    for (int64_t g = 0; g < shape.glimpses; ++g)
+      widen_row_or_zero(typed<S>(term, (r.n * shape.glimpses + g) * parts.area + r.first), r.length,
+                        s.row(g));
     if (shape.additive)
-      project(energy(r, room), vs(), s);
+      project(energy(r, e), vs(), s);
     else
       project(features(r), weights(), s);
   }

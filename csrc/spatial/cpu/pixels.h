@@ -1,4 +1,4 @@
-// The passes of spatial_planes.h over images [P, C] (channels last), whose vectors lie along channels. A
+// The passes of planes.h over images [P, C] (channels last), whose vectors lie along channels. A
 // masked position is passed over.
 #pragma once
 
@@ -27,8 +27,7 @@ FUSEDNN_INLINE void dot_pixels(const Pixels<const S>& f, const X& x, T* s) {
   using V = Vec<T>;
   const auto some = [&]<int M>(int64_t p) {
     V acc[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) acc[m] = V(T(0));
+    set_zero(acc);
     for_vectors<T>(f.channels, [&](int64_t c, int64_t left) {
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) acc[m] = acc[m] + V::load(f.pixel(p + m) + c, left) * x(p + m, c, left);

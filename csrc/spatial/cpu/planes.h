@@ -125,10 +125,7 @@ FUSEDNN_INLINE void reduce_tile(const Planes<const S>& f, int64_t c, Rows<const 
                                 int64_t q_pitch) {
   using V = Vec<T>;
   V acc[M][K];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int j = 0; j < K; ++j) acc[m][j] = V(T(0));
+  set_zero(acc);
   for_vectors<T>(f.length, [&](int64_t i, int64_t left) {
     V x[K];
 #pragma GCC unroll 4
@@ -181,8 +178,7 @@ void expand(const Products<T> (&sums)[2], const Planes<const E>& e, Rows<const T
   for_channels<4>(out.channels, [&]<int K>(int64_t c) {
     for_vectors<T>(out.length, [&](int64_t i, int64_t left) {
       V found[K];
-#pragma GCC unroll 4
-      for (int j = 0; j < K; ++j) found[j] = V(T(0));
+      set_zero(found);
       for (int64_t g = 0; e.data && g < a.count; ++g) {
         const V weight = V::load(a.row(g) + i);
 #pragma GCC unroll 4

@@ -1,5 +1,4 @@
-// What the kernels of spatial attention do to rows of P positions, in float or double: softmax and its
-// backward.
+// Rows of P positions, in float or double: softmax and its backward.
 //
 // A row in the workspace begins on a cache line and ends in zeros, up to a whole number of vectors, so that
 // only tensors have ends to mind.
@@ -22,20 +21,10 @@ FUSEDNN_INLINE void for_vectors(int64_t count, const F& body) {
   if (i < count) body(i, count - i);
 }
 
-template <class T>
-FUSEDNN_INLINE Vec<T> both(Vec<T> a, Vec<T> bits) {
-  return Vec<T>((typename Vec<T>::Native)(a.bits() & bits.bits()));
-}
-
 // x where the mask's row of bits is set, 0 elsewhere; without a mask x.
 template <class T>
 FUSEDNN_INLINE Vec<T> kept(Vec<T> x, const T* keep, int64_t i) {
-  return keep ? both(x, Vec<T>::load(keep + i)) : x;
-}
-
-template <class T>
-constexpr T infinity() {
-  return static_cast<T>(__builtin_inf());
+  return keep ? x & Vec<T>::load(keep + i) : x;
 }
 
 // A mask as rows of all-ones and zeros.
@@ -53,14 +42,22 @@ FUSEDNN_INLINE void widen_row(const S* from, int64_t count, T* to) {
   for_vectors<T>(count, [&](int64_t i, int64_t left) { Vec<T>::load(from + i, left).store(to + i); });
 }
 
-template <class T, class S>
-FUSEDNN_INLINE void narrow_row(const T* from, int64_t count, S* to) {
-  for_vectors<T>(count, [&](int64_t i, int64_t left) { Vec<T>::load(from + i).store(to + i, left); });
-}
-
 template <class T>
 FUSEDNN_INLINE void fill_row(int64_t count, T value, T* to) {
   for_vectors<T>(count, [&](int64_t i, int64_t) { Vec<T>(value).store(to + i); });
+}
+
+template <class T, class S>
+FUSEDNN_INLINE void widen_row_or_zero(const S* from, int64_t count, T* to) {
+  if (from)
+    widen_row(from, count, to);
+  else
+    fill_row(count, T(0), to);
+}
+
+template <class T, class S>
+FUSEDNN_INLINE void narrow_row(const T* from, int64_t count, S* to) {
+  for_vectors<T>(count, [&](int64_t i, int64_t left) { Vec<T>::load(from + i).store(to + i, left); });
 }
 
 template <class T>
@@ -75,13 +72,12 @@ T usable_temperature(double t) {
   return static_cast<T>(t < least ? least : t);  // NaN stays
 }
 
-// a = softmax(s / t) in the place of the scores; 0 where the mask is, and everywhere if no score is above
-// -inf.
+// a = softmax(s / t) in the place of the scores; 0 where the mask hides, and everywhere if no score is above -inf.
 template <class T>
 void softmax_row(int64_t count, const T* keep, T t, T* s) {
   using V = Vec<T>;
-  const V lowest(-infinity<T>());
-  for (int64_t i = count; i % V::size != 0; ++i) s[i] = -infinity<T>();
+  const V lowest(-kInfinity<T>);
+  for (int64_t i = count; i % V::size != 0; ++i) s[i] = -kInfinity<T>;
   V top = lowest;
   for_vectors<T>(count, [&](int64_t i, int64_t) {
     V x = V::load(s + i);
@@ -91,16 +87,16 @@ void softmax_row(int64_t count, const T* keep, T t, T* s) {
     }
     top = select(x > top, x, top);
   });
-  T tops[V::size], largest = -infinity<T>();
+  T tops[V::size], largest = -kInfinity<T>;
   top.store(tops);
   for (const T x : tops) largest = x > largest ? x : largest;
-  if (largest == -infinity<T>()) largest = 0;
+  if (largest == -kInfinity<T>) largest = 0;
 
   V total(T(0));
   for_vectors<T>(count, [&](int64_t i, int64_t) {
     const V below = V::load(s + i) - V(largest);
     V weight = exp(t == T(1) ? below : below / V(t));
-    weight = both(weight, V((typename V::Native) ~(below.v == lowest.v)));
+    weight = weight & V((typename V::Native) ~(below.v == lowest.v));
     weight.store(s + i);
     total = total + weight;
   });
@@ -156,6 +152,16 @@ void coordinate_rows(int64_t height, int64_t width, T* x, T* y) {
     }
   zero_end(height * width, x);
   zero_end(height * width, y);
+}
+
+// d[p] += x[p] g[0] + y[p] g[1], g being the gradient of the coordinates.
+template <class T, class S>
+void add_coordinate_gradient(int64_t count, const S* g, const T* x, const T* y, T* d) {
+  const Vec<T> by_x(static_cast<T>(widen(g[0]))), by_y(static_cast<T>(widen(g[1])));
+  for_vectors<T>(count, [&](int64_t i, int64_t) {
+    const Vec<T> along = Vec<T>::load(x + i) * by_x + Vec<T>::load(y + i) * by_y;
+    (Vec<T>::load(d + i) + along).store(d + i);
+  });
 }
 
 template <class T>

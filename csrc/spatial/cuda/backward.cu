@@ -71,8 +71,7 @@ __device__ void map_gradient(const AttentionBackward& p, const Part<T>& part) {
         write, [](int, int, int, int) {});
   } else {
     for (int g = 0; g < shape.maps; ++g)
-      for (int position = part.begin + static_cast<int>(threadIdx.x); position < part.end;
-           position += kThreads) {
+      part.each_position([&](int position) {
         A sum = 0;
         if (grad && output == AttentionOutput::coordinates) {
           const T* xy = grad + (part.n * shape.maps + g) * 2;
@@ -80,22 +79,21 @@ __device__ void map_gradient(const AttentionBackward& p, const Part<T>& part) {
                 widen(xy[1]) * coordinate<A>(position / shape.width, shape.height);
         }
         write(g, position, sum);
-      }
+      });
   }
   __syncthreads();
   A* stats = static_cast<A*>(p.stats) + (part.n * p.call.splits + part.split) * shape.maps * 2;
   const T* map = static_cast<const T*>(p.map) + part.n * shape.maps * part.positions;
   for (int g = 0; g < shape.maps; ++g) {
     A sum = 0, largest = 0;
-    for (int position = part.begin + static_cast<int>(threadIdx.x); position < part.end;
-         position += kThreads) {
+    part.each_position([&](int position) {
       const int64_t place = static_cast<int64_t>(g) * part.positions + position;
       const A a = widen(map[place]);
       sum += to[place] * a;
       largest = a > largest ? a : largest;
-    }
-    sum = block_sum(sum);
-    largest = block_max(largest);
+    });
+    sum = block_sum<kWarps>(sum);
+    largest = block_max<kWarps>(largest);
     if (threadIdx.x == 0) stats[g * 2] = sum, stats[g * 2 + 1] = largest;
   }
   __syncthreads();
@@ -118,14 +116,13 @@ __device__ A score_gradient(const AttentionBackward& p, const Part<T>& part, A t
       dot += of_split[0];
       largest = of_split[1] > largest ? of_split[1] : largest;
     }
-    for (int position = part.begin + static_cast<int>(threadIdx.x); position < part.end;
-         position += kThreads) {
+    part.each_position([&](int position) {
       const int64_t place = static_cast<int64_t>(g) * part.positions + position;
       const A a = widen(map[place]), d_z = a * (d[place] - dot), d_s = d_z / t;
       d[place] = d_s;
       if (term) term[place] = narrow<T>(d_s);
       if (p.temperature_partials && d_z != A(0)) logarithms += d_z * logarithm(a / largest);
-    }
+    });
   }
   __syncthreads();
   return logarithms;
@@ -149,10 +146,6 @@ __device__ void energy_gradient(const AttentionBackward& p, const Part<T>& part,
       [](int, int, int, int) {});
   __syncthreads();
   const int lane = threadIdx.x % 32;
-  const auto warp_sum = [](A x) {
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  };
   for (int k = threadIdx.x / 32; k < shape.rows; k += kWarps) {
     A* row = d_e + static_cast<int64_t>(k) * part.positions;
     for (int g = 0; g < shape.maps && p.v_partials; ++g) {
@@ -230,14 +223,13 @@ __device__ void feature_gradient(const AttentionBackward& p, const Part<T>& part
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    attention_map_gradient_kernel(AttentionBackward p, int channel_lanes) {
-  const int splits = p.call.splits;
-  map_gradient(p, Part<T>(p.call, blockIdx.x / splits, static_cast<int>(blockIdx.x % splits), channel_lanes));
+    spatial_map_gradient_kernel(AttentionBackward p, int channel_lanes) {
+  map_gradient(p, Part<T>(p.call, blockIdx.x, channel_lanes));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    attention_backward_kernel(AttentionBackward p, int channel_lanes) {
+    spatial_backward_kernel(AttentionBackward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;
   const int splits = p.call.splits, split = static_cast<int>(blockIdx.x % splits);
@@ -261,14 +253,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
     __syncthreads();
   }
   if (!p.temperature_partials) return;
-  logarithms = block_sum(logarithms);
+  logarithms = block_sum<kWarps>(logarithms);
   if (threadIdx.x == 0) static_cast<A*>(p.temperature_partials)[block] = -logarithms / t;
 }
 
 constexpr int kSums = 32, kCounts = kThreads / kSums;  // lanes of a block
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) attention_add_partials_kernel(AddPartials p, int64_t groups) {
+__global__ void __launch_bounds__(kThreads) spatial_add_partials_kernel(AddPartials p, int64_t groups) {
   using A = Arithmetic<T>;
   A* shared = dynamic_shared<A>();  // [kCounts, kSums]
   const int lane = threadIdx.x % kSums, first = threadIdx.x / kSums;
@@ -288,15 +280,15 @@ template <class T>
 cudaError_t backward(const AttentionBackward& p, cudaStream_t stream) {
   const AttentionShape& s = p.call.shape;
   const int64_t parts = s.batch * p.call.splits;
-  if (parts > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  if (!grid_fits(parts)) return cudaErrorInvalidValue;
   const int lanes = channel_lanes<T>(s);
   const size_t shared = sizeof(Arithmetic<T>) * kLaneSums<T>;
   if (p.call.splits > 1) {
-    const cudaError_t error = launch(attention_map_gradient_kernel<T>, dim3(static_cast<unsigned>(parts)),
+    const cudaError_t error = launch(spatial_map_gradient_kernel<T>, dim3(static_cast<unsigned>(parts)),
                                      dim3(kThreads), shared, stream, p, lanes);
     if (error != cudaSuccess) return error;
   }
-  return launch(attention_backward_kernel<T>, dim3(static_cast<unsigned>(p.blocks * p.call.splits)),
+  return launch(spatial_backward_kernel<T>, dim3(static_cast<unsigned>(p.blocks * p.call.splits)),
                 dim3(kThreads), shared, stream, p, lanes);
 }
 
@@ -315,11 +307,11 @@ cudaError_t attention_backward(const AttentionBackward& p, cudaStream_t stream) 
 }
 
 cudaError_t add_partials(const AddPartials& p, cudaStream_t stream) {
-  const int64_t groups = (p.inner + kSums - 1) / kSums, blocks = p.outer * groups;
-  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  const int64_t groups = ceil_div(p.inner, kSums), blocks = p.outer * groups;
+  if (!grid_fits(blocks)) return cudaErrorInvalidValue;
   return visit_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    return launch(attention_add_partials_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+    return launch(spatial_add_partials_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
                   kThreads * sizeof(Arithmetic<T>), stream, p, groups);
   });
 }

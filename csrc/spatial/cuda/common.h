@@ -1,9 +1,8 @@
-// What the kernels of spatial attention share: a block's part of a sample, tiles of features, sums over
-// lanes.
+// What the kernels of spatial attention share: a block's part of a sample, tiles of features, sums over lanes.
 //
-// A block has kThreads threads, [channel lanes, position lanes], of which those lie side by side that are
-// neighbours in memory. A thread reads tiles of V channels at V positions, V loads of up to 16 bytes, from
-// either memory format; all else is the same for both. Sums go from lanes to registers in a fixed order.
+// A block has kThreads threads, [channel lanes, position lanes]; those whose elements are neighbours in memory lie
+// side by side. A thread reads tiles of V channels at V positions, V loads of up to 16 bytes, from either memory
+// format; all else is the same for both. Lanes are summed in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,9 @@
 
 #include "core/activations.h"
 #include "core/cuda/dtypes.h"
+#include "core/cuda/index.h"
 #include "core/cuda/launch.h"
+#include "core/cuda/reduce.h"
 #include "core/cuda/vector_access.h"
 #include "spatial/cuda/params.h"
 
@@ -39,14 +40,12 @@ inline int power_of_two_from(int n, int most) {
 // Of a block. With channels last, C = 64 takes 16 lanes of channels; else P = 200 takes 64 of positions.
 template <class T>
 int channel_lanes(const AttentionShape& s) {
-  const int channels = power_of_two_from((s.channels + kPack<T> - 1) / kPack<T>, 32);
+  const int channels = power_of_two_from(ceil_div(s.channels, kPack<T>), 32);
   if (s.channels_last) return channels;
-  const int least = kThreads / power_of_two_from((s.positions() + kPack<T> - 1) / kPack<T>, 64);
+  const int least = kThreads / power_of_two_from(ceil_div(s.positions(), kPack<T>), 64);
   return least < channels ? least : channels;
 }
 
-template <class A>
-constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kNan = std::numeric_limits<A>::quiet_NaN();
 template <class A>
@@ -90,14 +89,7 @@ struct Plane {
 template <class T>
 __device__ __forceinline__ void load_pack(const T* from, bool packed, int count,
                                           Arithmetic<T> (&x)[kPack<T>]) {
-  if (packed && count > 0) {
-    const Pack<T, kPack<T>> pack = load<T, kPack<T>>(from, 0);
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) x[i] = pack.get(i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kPack<T>; ++i) x[i] = i < count ? widen(from[i]) : Arithmetic<T>(0);
-  }
+  load_values<T>(from, 0, packed && count > 0, count, x);
 }
 
 // One block's part of one sample.
@@ -123,9 +115,19 @@ struct Part {
         features(p.features, sample * p.shape.channels * p.shape.positions(), p.shape.channels,
                  p.shape.positions(), p.shape.channels_last, p.shape.channels),
         mask(p.mask ? p.mask + sample * p.shape.positions() : nullptr) {
-    const int packs = (positions + V - 1) / V, share = (packs + p.splits - 1) / p.splits * V;
+    const int share = ceil_div(ceil_div(positions, V), p.splits) * V;
     begin = min(split * share, positions);
     end = min(begin + share, positions);
+  }
+
+  // That of block `block` of batch x splits.
+  __device__ Part(const AttentionCall& p, int64_t block, int channel_lanes)
+      : Part(p, block / p.splits, static_cast<int>(block % p.splits), channel_lanes) {}
+
+  // `visit(position)` for the part's positions, by all threads.
+  template <class Visit>
+  __device__ void each_position(Visit&& visit) const {
+    for (int p = begin + static_cast<int>(threadIdx.x); p < end; p += kThreads) visit(p);
   }
 
   __device__ bool visible(int position) const { return mask == nullptr || mask[position]; }
@@ -164,16 +166,10 @@ struct Part {
     for (int i = 0; i < V; ++i) {
       const int count = last ? (p + i < end ? channels - c : 0) : (c + i < channels ? end - p : 0);
       T* to = plane.data + (last ? (p + i) * plane.p_stride + c : (c + i) * plane.c_stride + p);
-      Pack<T, V> pack;
+      A x[V];
 #pragma unroll
-      for (int j = 0; j < V; ++j) pack.set(j, last ? f[j][i] : f[i][j]);
-      if (plane.packed && count > 0) {
-        store(to, 0, pack);
-      } else {
-#pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (j < count) to[j] = pack.items[j];
-      }
+      for (int j = 0; j < V; ++j) x[j] = last ? f[j][i] : f[i][j];
+      store_values<T>(to, 0, plane.packed && count > 0, count, x);
     }
   }
 
@@ -224,7 +220,7 @@ __device__ void add_lanes(A (&sums)[Rows][V], int rows, int lane, int lanes, int
       for (int step = width / 2; step > 0; step /= 2)
         sums[r][j] += __shfl_xor_sync(0xffffffffu, sums[r][j], step);
   }
-  const int items = places * V, stride = Rows * items + 1;  // odd, lest lanes share a bank
+  const int items = places * V, stride = Rows * items + 1;  // odd, so that lanes don't share a bank
   if (lane % width == 0) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r)
@@ -336,29 +332,6 @@ __device__ void each_tile(const Part<T>& part, bool last, Visit&& visit) {
   const Lanes lane(part, last);
   for (int p = part.begin + lane.position * V; p < part.end; p += part.position_lanes * V)
     for (int c = lane.channel * V; c < part.channels; c += part.channel_lanes * V) visit(c, p);
-}
-
-template <int Warps, class A, class Combine>
-__device__ A block_reduce(A x, Combine&& combine) {
-  A* shared = dynamic_shared<A>();
-  for (int step = 16; step > 0; step /= 2) x = combine(x, __shfl_xor_sync(0xffffffffu, x, step));
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = shared[0];
-#pragma unroll
-  for (int w = 1; w < Warps; ++w) x = combine(x, shared[w]);
-  __syncthreads();
-  return x;
-}
-
-template <int Warps = kWarps, class A>
-__device__ A block_sum(A x) {
-  return block_reduce<Warps>(x, [](A a, A b) { return a + b; });
-}
-
-template <int Warps = kWarps, class A>
-__device__ A block_max(A x) {
-  return block_reduce<Warps>(x, [](A a, A b) { return a > b ? a : b; });
 }
 
 // Position i of n: from -1 to 1, rounded once.

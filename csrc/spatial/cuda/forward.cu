@@ -85,29 +85,29 @@ struct SoftmaxStats {
 template <class T, class A = Arithmetic<T>>
 __device__ SoftmaxStats<A> weigh(const Part<T>& part, const Scores<A>& s, int g, A t) {
   A largest = -kInfinity<A>, sum = 0;
-  for (int p = part.begin + static_cast<int>(threadIdx.x); p < part.end; p += kThreads) {
+  part.each_position([&](int p) {
     const A x = s.at(g, p);
     largest = x > largest ? x : largest;
-  }
-  largest = block_max(largest);
+  });
+  largest = block_max<kWarps>(largest);
   const SoftmaxStats<A> shift{largest, 0};
-  for (int p = part.begin + static_cast<int>(threadIdx.x); p < part.end; p += kThreads) {
+  part.each_position([&](int p) {
     const A weight = shift.factor(s.at(g, p), t);
     s.at(g, p) = weight;
     sum += weight;
-  }
-  return {largest, block_sum(sum)};
+  });
+  return {largest, block_sum<kWarps>(sum)};
 }
 
 // Weights of map g become the map, which is stored.
 template <class T, class A = Arithmetic<T>>
 __device__ void normalise(const Part<T>& part, const Scores<A>& s, int g, A factor, A sum, void* map) {
   T* to = static_cast<T*>(map) + (part.n * part.call.shape.maps + g) * part.positions;
-  for (int p = part.begin + static_cast<int>(threadIdx.x); p < part.end; p += kThreads) {
+  part.each_position([&](int p) {
     const A a = part.visible(p) ? s.at(g, p) * factor / (sum == A(0) ? A(1) : sum) : A(0);
     s.at(g, p) = a;
     to[p] = narrow<T>(a);
-  }
+  });
 }
 
 template <class T, class A = Arithmetic<T>>
@@ -140,12 +140,12 @@ __device__ void weighed_sums(const Part<T>& part, const Scores<A>& s, Write&& wr
   }
   for (int g = 0; g < shape.maps; ++g) {
     A x = 0, y = 0;
-    for (int p = part.begin + static_cast<int>(threadIdx.x); p < part.end; p += kThreads) {
+    part.each_position([&](int p) {
       x += s.at(g, p) * coordinate<A>(p % shape.width, shape.width);
       y += s.at(g, p) * coordinate<A>(p / shape.width, shape.height);
-    }
-    x = block_sum(x);
-    y = block_sum(y);
+    });
+    x = block_sum<kWarps>(x);
+    y = block_sum<kWarps>(y);
     if (threadIdx.x == 0) write(g, 0, x), write(g, 1, y);
   }
 }
@@ -160,11 +160,11 @@ __host__ __device__ int64_t sums_of_a_map(const AttentionCall& p) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    attention_forward_kernel(AttentionForward p, int channel_lanes) {
+    spatial_forward_kernel(AttentionForward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;
   const int splits = p.call.splits;
-  const Part<T> part(p.call, blockIdx.x / splits, static_cast<int>(blockIdx.x % splits), channel_lanes);
+  const Part<T> part(p.call, blockIdx.x, channel_lanes);
   const int64_t items = sums_of_a_map(p.call), places = (part.n * splits + part.split) * shape.maps;
   const A t = temperature_of<A>(p.call);
   const Scores<A> s =
@@ -210,11 +210,11 @@ __device__ SoftmaxStats<A> combined(const AttentionForward& p, int64_t n, int g,
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
-    attention_combine_kernel(AttentionForward p, int channel_lanes) {
+    spatial_combine_kernel(AttentionForward p, int channel_lanes) {
   using A = Arithmetic<T>;
   const AttentionShape& shape = p.call.shape;
   const int splits = p.call.splits;
-  const Part<T> part(p.call, blockIdx.x / splits, static_cast<int>(blockIdx.x % splits), channel_lanes);
+  const Part<T> part(p.call, blockIdx.x, channel_lanes);
   const A* stats = static_cast<const A*>(p.stats) + part.n * splits * shape.maps * 2;
   const A t = temperature_of<A>(p.call);
   const Scores<A> s{static_cast<A*>(p.weights) + part.n * shape.maps * part.positions, part.positions};
@@ -246,21 +246,20 @@ cudaError_t forward(const AttentionForward& p, cudaStream_t stream) {
   using A = Arithmetic<T>;
   const AttentionShape& s = p.call.shape;
   const int64_t blocks = s.batch * p.call.splits, scores = static_cast<int64_t>(s.maps) * s.positions();
-  if (blocks > std::numeric_limits<int>::max()) return cudaErrorInvalidValue;
+  if (!grid_fits(blocks)) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks));
   const int lanes = channel_lanes<T>(s);
   const size_t shared = sizeof(A) * (scores_offset<T>(s) + (p.call.splits == 1 ? scores : 0));
-  const cudaError_t error =
-      launch(attention_forward_kernel<T>, grid, dim3(kThreads), shared, stream, p, lanes);
+  const cudaError_t error = launch(spatial_forward_kernel<T>, grid, dim3(kThreads), shared, stream, p, lanes);
   if (error != cudaSuccess || p.call.splits == 1) return error;
-  return launch(attention_combine_kernel<T>, grid, dim3(kThreads), 0, stream, p, lanes);
+  return launch(spatial_combine_kernel<T>, grid, dim3(kThreads), 0, stream, p, lanes);
 }
 
 }  // namespace
 
 int attention_splits(const AttentionShape& s, DType dtype) {
   const int64_t item = dtype == DType::f64 ? 8 : 4, positions = s.positions();
-  const int64_t to_fit = (s.maps * positions * item + kScoreBytes - 1) / kScoreBytes;
+  const int64_t to_fit = ceil_div(s.maps * positions * item, kScoreBytes);
   const int64_t to_fill =
       std::min(kWantedBlocks / std::max<int64_t>(s.batch, 1), positions / kLeastPositions);
   return static_cast<int>(

@@ -2,8 +2,8 @@
 //
 // N = batch, C = channels, P = height width, G = maps, K = rows of the weight: G, or, additive, A. Every
 // tensor is dense and on the stream's device; "wide" is float, or double for f64. Features and their gradient
-// are [N, C, P], or, channels_last, [N, P, C]. Without channels there are no features: a softmax of
-// hidden_term.
+// are [N, C, P], or, channels_last, [N, P, C]. Without channels there are no features, and the map is the softmax
+// of hidden_term.
 #pragma once
 
 #include <cuda_runtime_api.h>
