@@ -8,27 +8,12 @@ from typing import Any
 import torch
 
 from fusednn.core import native
+from fusednn.core import op as ops
 from fusednn.core.dispatch import Operation
 
 from . import places
 
-OPS = sorted(
-    name.removeprefix("fusednn::")
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("fusednn::")
-)
-FAMILIES = {
-    "lstm_cell": "rnn",
-    "gru_cell": "rnn",
-    "depthwise_conv2d": "conv",
-    "separable_conv2d": "conv",
-    "separable_conv2d_train": "conv",
-    "spatial_softmax": "spatial",
-    "spatial_attention": "spatial",
-    "attention_lstm": "spatial",
-    "attention": "attention",
-    "projection": "attention",
-}
+OPS = sorted(ops.OPS)
 # Where the backward is that of another op.
 BACKWARDS = {"separable_conv2d": "separable_conv2d_train"}
 
@@ -46,13 +31,12 @@ def backward_of(name: str) -> str:
 
 def family_of(name: str) -> str:
     """Return the folder with an op's tests."""
-    assert stem_of(name) in FAMILIES, f"{name}: name its family in tests/registry.py"
-    return FAMILIES[stem_of(name)]
+    return ops.OPS[name].family
 
 
 def table_of(name: str) -> Operation:
     """Return an op's backends."""
-    return getattr(importlib.import_module(f"fusednn.{family_of(name)}.backends"), name)
+    return ops.OPS[name].table
 
 
 def cases_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
@@ -62,7 +46,7 @@ def cases_of(name: str, dtype: torch.dtype = torch.float32) -> dict[str, tuple[A
 
 def arguments_of(name: str) -> list[str]:
     """Return the names of an op's arguments."""
-    return [a.name for a in getattr(torch.ops.fusednn, name).default._schema.arguments]
+    return list(ops.OPS[name].arguments)
 
 
 def kernels() -> list[tuple[places.Place, str]]:

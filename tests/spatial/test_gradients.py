@@ -5,13 +5,12 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fusednn
-from fusednn.functional import attention_lstm, spatial_attention, spatial_softmax
+from fusednn.functional import spatial_attention, spatial_softmax
 
 from .cases import OUTPUTS, SCORES, interpreted
-from .op_cases import op_cases
 
 # Where calls take long, gradcheck's fast mode: along random directions.
-CHECKED = ("spatial_softmax", "spatial_attention", "attention_lstm")  # what the tests here differentiate
+CHECKED = ("spatial_softmax", "spatial_attention")  # what the tests here differentiate
 
 
 def leaf(*size: int) -> torch.Tensor:
@@ -65,37 +64,6 @@ def test_of_the_softmax(place, coordinates):
 @pytest.mark.parametrize("coordinates", [False, True])
 def test_twice_of_the_softmax(reference_place, coordinates):
     assert gradgradcheck(*softmax(coordinates))
-
-
-def sequence(case: str):
-    """The recurrence of a sample call as a function of its leaves."""
-    features, h, c, w, u, b, v, t, fixed, *rest = op_cases("attention_lstm_forward", torch.float64)[case]
-    w_ih, w_hh, b_ih, b_hh, lengths, output, _cell, form, _save = rest
-    leaves = (features, h, c, w, u, b, v, t, w_ih, w_hh, b_ih, b_hh)
-
-    def function(features, h, c, w, u, b, v, t, w_ih, w_hh, b_ih, b_hh):
-        hidden, maps, state = attention_lstm(
-            features, h if c is None else (h, c), w, u, w_ih, w_hh, b, b_ih, b_hh, v=v,
-            temperature=fixed if t is None else t, lengths=lengths, output=output, form=form,
-        )  # fmt: skip
-        return hidden, maps, *((state,) if c is None else state)
-
-    return function, leaves
-
-
-CASES = [case for case in op_cases("attention_lstm_forward") if case not in ("inference", "NHWC frames")]
-
-
-@pytest.mark.finite_differences
-@pytest.mark.parametrize("case", CASES)
-def test_of_the_recurrence(recurrence_place, case):
-    function, leaves = sequence(case)
-    assert gradcheck(function, leaves, fast_mode=recurrence_place.slow)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.startswith("lstm flatten hoisted")])
-def test_twice_of_the_recurrence(reference_place, case):
-    assert gradgradcheck(*sequence(case), fast_mode=True)
 
 
 def test_a_gradient_penalty(place):

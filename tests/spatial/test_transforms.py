@@ -8,9 +8,13 @@ from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 
 import fusednn
+from tests.recurrence.op_cases import OPS as RECURRENCE
+from tests.registry import cases_of as op_cases
 
 from .cases import DTYPES, fused_step, make, torch_step
-from .op_cases import OPS, op_cases
+from .op_cases import OPS as SPATIAL
+
+OPS = (*SPATIAL, *RECURRENCE)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -158,7 +158,7 @@ class Operation:
         requested = settings.backend()
         chosen = self._chosen(requested, args)
         passed_over: dict[str, tuple[str, ...]] = {}
-        for backend in settings.BACKENDS[1:] if requested != "auto" else self._auto_order():
+        for backend in self._backends() if requested != "auto" else self._auto_order():
             if chosen is not None and backend == chosen.backend:
                 continue
             reasons = self._reasons_against(backend, args)
@@ -197,7 +197,11 @@ class Operation:
 
     def _auto_order(self) -> Iterable[str]:
         own = [i.backend for i in self.implementations]
-        return own + [b for b in settings.BACKENDS[1:] if b not in own]
+        return own + [b for b in self._backends() if b not in own]
+
+    def _backends(self) -> list[str]:
+        """Those to explain: torch's own op only where the operation has it in its table."""
+        return [b for b in settings.BACKENDS[1:] if b != "torch" or b in self._rows]
 
     def _reasons_against(self, backend: str, args: tuple[Any, ...]) -> Reasons:
         if backend not in self._rows:
