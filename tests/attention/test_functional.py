@@ -273,6 +273,24 @@ def test_steps_of_decoding_are_torchs():
         assert fusednn.explain(call)[0].backend != "torch"
 
 
+def test_torchs_attention_by_name():
+    """It serves with torch's gradients, or says what it has not."""
+    q, k = torch.randn(2, 3, 20, 8, requires_grad=True), torch.randn(2, 3, 40, 8)
+    with fusednn.use_backend("torch"):
+        found = scaled_dot_product_attention(q, k, k, is_causal=True)
+        for options, reason in (
+            ({"window": 3}, "got a window"),
+            ({"attn_mask": torch.ones(20, 40)}, "got mask, expected None"),
+            ({"return_lse": True}, "torch's op has no lse and no weights"),
+        ):
+            with pytest.raises(RuntimeError, match=f"backend 'torch' can't serve this call:\n  - {reason}"):
+                scaled_dot_product_attention(q, k, k, **options)
+    expected = F.scaled_dot_product_attention(q, k, k, is_causal=True)
+    assert torch.equal(found, expected)
+    grads = (torch.autograd.grad(t.square().sum(), q)[0] for t in (found, expected))
+    assert torch.equal(*grads)
+
+
 def test_layers_keep_their_bits_in_inference():
     """Few rows of a layer are ours in training and inference."""
     layer = fusednn.MultiheadAttention(16, 2, batch_first=True)

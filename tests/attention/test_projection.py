@@ -110,6 +110,31 @@ def test_few_rows_are_torchs():
     assert "3 rows" in said[0].passed_over["cpu"][0]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton", "torch"])
+def test_products_that_ours_cannot_make_are_torchs(backend):
+    """Whichever backend attention is asked for on."""
+    tensors = (torch.randn(80, 8).double(), torch.randn(4, 8).double(), None)
+    with fusednn.use_backend(backend):
+        (said,) = fusednn.explain(project, *tensors)
+        assert said.backend == "torch"
+        assert project(*tensors).equal(F.linear(*tensors))
+
+
+def test_traced_products(native):
+    """A graph has our op where our kernel can serve, whatever the number of rows, and torch's elsewhere."""
+    for dtype, ours in ((torch.float32, True), (torch.float64, False)):
+        graphs = []
+
+        def keep(graph, _inputs, graphs=graphs):
+            graphs.append(graph)
+            return graph
+
+        torch.compile(project, backend=keep, fullgraph=True)(
+            torch.randn(3, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype), None
+        )
+        assert any("projection_forward" in str(node.target) for node in graphs[0].graph.nodes) == ours
+
+
 def layers(**options) -> tuple[nn.MultiheadAttention, fusednn.MultiheadAttention]:
     theirs = nn.MultiheadAttention(32, 4, **options)
     ours = fusednn.MultiheadAttention(32, 4, **options)

@@ -141,7 +141,6 @@ def mask_of(name: str, mask: Tensor | None, query: Tensor, scores: Sequence[Any]
     Raises:
         RuntimeError: its shape, dtype or device does not fit.
     """
-    check_tensor(name, "attn_mask", mask, optional=True)
     if mask is None:
         return None
     mask = mask_kind(name, "attn_mask", mask, query)
@@ -165,7 +164,6 @@ def key_mask_of(name: str, padding: Tensor | None, query: Tensor, batch: Any, co
     Raises:
         RuntimeError: its shape, dtype or device does not fit.
     """
-    check_tensor(name, "key_padding_mask", padding, optional=True)
     if padding is None:
         return None
     if tuple(padding.shape) != (batch, columns):
@@ -177,12 +175,11 @@ def key_mask_of(name: str, padding: Tensor | None, query: Tensor, batch: Any, co
 
 def check_extra(name: str, key: Tensor, value: Tensor, extra_key: Any, extra_value: Any) -> None:
     """Raise RuntimeError unless virtual columns come as [G, X, D] and [G, X, V], or not at all."""
+    if extra_key is None and extra_value is None:
+        return
+    if extra_key is None or extra_value is None:
+        raise RuntimeError(f"{name}: expected both extra_key and extra_value, or neither")
     for argument, extra, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
-        check_tensor(name, argument, extra, optional=True)
-        if (extra_key is None) != (extra_value is None):
-            raise RuntimeError(f"{name}: expected both extra_key and extra_value, or neither")
-        if extra is None:
-            continue
         columns = extra_key.shape[1] if extra_key.dim() == 3 else "X"
         expected = [like.shape[1], columns, like.shape[3]]
         if list(extra.shape) != expected:

@@ -147,10 +147,7 @@ projection_backward = Op(
         call.output_mask,
         torch.contiguous_format,
     ),
-    backends=(
-        _OURS,
-        torchs(lambda call: reference.projection_backward(*call), stands_for=_ANYWHERE),
-    ),
+    backends=(_OURS, torchs(lambda call: reference.projection_backward(*call), stands_for=_ANYWHERE)),
 )
 projection_forward = Op(
     reference.projection_forward,

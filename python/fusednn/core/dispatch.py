@@ -144,7 +144,7 @@ class Operation:
         chosen, passed_over, by_choice = self._first(args)
         if chosen is None:
             raise RuntimeError(_refusal(self.name, requested, passed_over))
-        if passed_over and chosen.backend == "reference" and not by_choice:
+        if passed_over and chosen.backend in ("torch", "reference") and not by_choice:
             self._say_once(passed_over)
         return chosen
 

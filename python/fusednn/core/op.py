@@ -109,7 +109,10 @@ class Op:
         """
         call = self.Call(*args)
         if self._torchs is not None and self._takes_torchs(self._torchs, call, wanted or self.results):
-            self._outside.record(call)
+            if not self._torchs.returns:
+                return self.table(call)
+            if not torch.compiler.is_compiling():
+                self._outside.record(call)
             assert self._torchs.run is not None
             return self._torchs.run(None, call)
         floating = getattr(call, self.like).dtype.is_floating_point
