@@ -27,7 +27,7 @@ def _divided(n, size):
 
 @triton.jit(do_not_specialize=["numbers", "batch_size", "column_tiles", "steps", "splits"])
 def attention_mask_gradient_kernel(
-    inputs, incoming, partials, numbers, batch_size, column_tiles, steps, splits,
+    inputs, incoming, partials, batch_size, column_tiles, steps, splits, numbers,
     ONE_B: tl.constexpr, ONE_H: tl.constexpr, ONE_L: tl.constexpr, ONE_S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Partials [splits, B, H, L, S], of size 1 where ONE_*; their type may be the mask's."""
