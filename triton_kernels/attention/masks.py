@@ -67,10 +67,11 @@ def attention_mask_gradient_kernel(
                 dp = products(g_tile, v, C.PRECISION)
             if incoming.weights is not None:
                 dp += weight_gradient(incoming, i[:, None], j[None, :], kept, place, numbers, wide)
+            # Before dropout draws: its words need the registers in which addresses would wait.
+            lse, low, delta = load_sums(incoming, i, i < rows, place, numbers, C.NATURAL)
             drawn = None
             if inputs.seed is not None:
                 drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
-            lse, low, delta = load_sums(incoming, i, i < rows, place, numbers, C.NATURAL)
             _pz, ds, _dr = score_gradient(
                 s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, True, C.NATURAL
             )
