@@ -1,8 +1,10 @@
 """The ahead-of-time check of the Triton kernels, and faults planted to see it catch them."""
 
+import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +24,14 @@ pytestmark = [
 
 
 def compile_one(**changes):
+    """The first kernel of a case."""
     job = {
-        "module": "fusednn.triton_kernels.rnn.gates",
-        "case": "lstm_forward/wide",
+        "module": "fusednn.triton_kernels.rnn.aot",
+        "case": "lstm/wide",
         "dtype": "fp32",
         "arch": 90,
     }
-    return triton_aot.compile_case(triton_aot.Job(**(job | changes)))
+    return triton_aot.compile_case(triton_aot.Job(**(job | changes)))[0]
 
 
 PACKAGE = "fusednn.triton_kernels"
@@ -86,7 +89,7 @@ def test_failure_to_compile_is_caught(tmp_path, monkeypatch):
     """A jitted function that returns two types: the interpreter runs it, the compiler refuses."""
     (tmp_path / "broken.py").write_text(
         "import triton, triton.language as tl\n"
-        "from fusednn.triton_kernels.core.aot import AotCase\n"
+        "from fusednn.triton_kernels.core.aot import AotCase, empty\n"
         "@triton.jit\n"
         "def load(x):\n"
         "    value = tl.load(x)\n"
@@ -96,22 +99,37 @@ def test_failure_to_compile_is_caught(tmp_path, monkeypatch):
         "@triton.jit\n"
         "def broken_kernel(x):\n"
         "    tl.store(x, load(x))\n"
-        "AOT_CASES = [AotCase('broken', broken_kernel, ('x',), {}, {}, {})]\n"
+        "def launch(dtype):\n"
+        "    broken_kernel[(1,)](empty(1, dtype=dtype))\n"
+        "AOT_CASES = [AotCase('broken', launch), AotCase('nothing', lambda dtype: None)]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    assert "launches nothing" in compile_one(module="broken", case="nothing").error
     result = compile_one(module="broken", case="broken")
     assert result.error
     assert not result.ok
     assert "FAILED" in triton_aot.table([result])
 
 
-def test_misnamed_arguments_are_an_error():
-    from fusednn.triton_kernels.core.aot import AotCase
-    from fusednn.triton_kernels.rnn import gates as rnn
+def test_every_kernel_is_in_a_case():
+    """What is decorated and launched, found by its name."""
+    from triton.runtime.jit import JITFunction
 
-    case = AotCase("misnamed", rnn.gru_backward_kernel, ("grad_h",), {}, {}, {})
-    with pytest.raises(ValueError, match=r"misnamed: arguments .*'gates'.* are not named on both sides"):
-        triton_aot._source(case, "fp32")
+    package = importlib.import_module("fusednn.triton_kernels")
+    kernels = set()
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        members = vars(importlib.import_module(info.name)).items()
+        kernels |= {name for name, f in members if isinstance(f, JITFunction) and name.endswith("_kernel")}
+    jobs = triton_aot.jobs_of(package.__name__, [90], ["fp32", "fp16", "bf16"], [])
+    launched = set()
+
+    def run(kernel, *args, **given):
+        launched.add(kernel.fn.__name__)
+
+    with triton_aot.without_device(90, run):
+        for job in jobs:
+            triton_aot.case_of(job).call(triton_aot.DTYPES[job.dtype])
+    assert launched == kernels
 
 
 def test_a_stack_counts_where_it_is_used():

@@ -11,6 +11,7 @@ only do by spilling.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -119,23 +120,41 @@ class _NoDevice:
         return GPUTarget("cuda", self.arch, WARP_SIZE)
 
 
-def _compiled(call: Callable[[], object], arch: int, options: dict[str, int]) -> dict[str, bytes]:
-    """The kernels that a call launches, by name; a second variant of a kernel has a number."""
+@contextlib.contextmanager
+def without_device(arch: int, run: Callable[..., object]) -> Iterator[None]:
+    """Every launch calls `run` with the kernel and what it was launched with."""
     from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_NoDevice(arch))
+    with mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def case_of(job: Job):
+    """The case that a job names."""
+    cases = importlib.import_module(job.module).AOT_CASES
+    return next(case for case in cases if case.name == job.case)
+
+
+def _compiled(job: Job) -> dict[str, bytes]:
+    """The kernels that a case launches, by name; a second variant of a kernel has a number."""
     from triton.runtime.jit import JITFunction
 
     found: dict[str, bytes] = {}
     compile_for = JITFunction.run
 
     def run(kernel, *args, grid, warmup, **given):
-        cubin = compile_for(kernel, *args, grid=grid, warmup=True, **given, **options).asm["cubin"]
+        options = given | dict(job.options)
+        cubin = compile_for(kernel, *args, grid=grid, warmup=True, **options).asm["cubin"]
         if cubin not in found.values():
             name = kernel.fn.__name__.removesuffix("_kernel")
             found[name if name not in found else f"{name} {len(found)}"] = cubin
 
-    driver.set_active(_NoDevice(arch))
-    with mock.patch.object(JITFunction, "run", run):
-        call()
+    with without_device(job.arch, run):
+        case_of(job).call(DTYPES[job.dtype])
+    if not found:
+        raise ValueError(f"{job.case}: got a call that launches nothing, expected a kernel")
     return found
 
 
@@ -144,12 +163,7 @@ def compile_case(job: Job) -> list[Result]:
     os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions can't be compiled
     where = (job.case, job.dtype, job.arch)
     try:
-        module = importlib.import_module(job.module)
-        case = next(case for case in module.AOT_CASES if case.name == job.case)
-        kernels = _compiled(lambda: case.call(DTYPES[job.dtype]), job.arch, dict(job.options))
-        if not kernels:
-            raise ValueError(f"{job.case}: got a call that launches nothing, expected a kernel")
-        usages = {name: _resource_usage(cubin) for name, cubin in kernels.items()}
+        usages = {name: _resource_usage(cubin) for name, cubin in _compiled(job).items()}
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outer ones repeat the kernel's source

@@ -105,7 +105,7 @@ def test_offsets_beyond_2_31(kernels, tmp_path):
     call = kernels.Attention.of(
         "test", torch.zeros(n, c, 2, 2).half(), weight, None, None, None, None, 1.0, "scale"
     )
-    inputs = call.inputs()._replace(features=Features(f, *strides))
+    inputs = call.inputs._replace(features=Features(f, *strides))
     attended = Attended(out, strides[0], 0, *strides[1:])
     attention_forward_kernel[(n,)](
         inputs, attended, map, None, call.numbers(1), **call.compiled_for(call.tile)

@@ -30,14 +30,9 @@ class Call:
     query: Tensor
     key: Tensor
     value: Tensor
-    mask: Tensor | None  # expanded to [B, H, L, S]
-    key_mask: Tensor | None
-    extra_key: Tensor | None
-    extra_value: Tensor | None
-    alibi_slopes: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    dropout_seed: Tensor | None
+    inputs: Inputs  # as kernels take them
+    batch: int  # samples, or packed sequences
+    extra: int  # columns
     max_rows: int  # of a sample
     max_columns: int
     scale: float
@@ -65,26 +60,31 @@ class Call:
             raise ValueError(f"{op}: weights: got {weights!r}, expected one of {', '.join(WEIGHTS)}")
         if max(rows, columns, abs(offset)) >= MOST_LENGTH:
             raise check.error(f"got {rows} rows, {columns} keys and offset {offset}, expected less than 2^29")
-        return cls(
-            op,
-            *(dense_rows(t) for t in (query, key, value)),
-            as_bytes(None if mask is None else mask.expand(batch, heads, rows, columns)),
-            as_bytes(key_mask),
-            *(None if t is None else t.contiguous() for t in (extra_key, extra_value)),
-            check.dense("alibi_slopes", slopes, (heads,), torch.float32),
-            cu_q,
-            cu_k,
-            seed.reshape(1) if seed is not None and dropout_p > 0 else None,
-            min(max_q, rows) if packed else rows,
-            min(max_k, columns) if packed else columns,
-            scale,
-            left if left < MOST_LENGTH * 2 else -1,
-            right if right < MOST_LENGTH * 2 else -1,
-            offset,
-            softcap,
-            dropout_p,
-            weights,
+        query, key, value = (dense_rows(t) for t in (query, key, value))
+        mask = as_bytes(None if mask is None else mask.expand(batch, heads, rows, columns))
+        key_mask = as_bytes(key_mask)
+        inputs = Inputs(
+            query=Rows.of(query),
+            key=Rows.of(key),
+            value=Rows.of(value),
+            mask=Scores.of(mask),
+            key_mask=None if key_mask is None else KeyMask(key_mask, *key_mask.stride()),
+            extra_key=None if extra_key is None else extra_key.contiguous(),
+            extra_value=None if extra_value is None else extra_value.contiguous(),
+            slopes=check.dense("alibi_slopes", slopes, (heads,), torch.float32),
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            seed=seed.reshape(1) if seed is not None and dropout_p > 0 else None,
         )
+        left, right = (window if window < MOST_LENGTH * 2 else -1 for window in (left, right))
+        samples = (
+            (cu_q.shape[0] - 1, min(max_q, rows), min(max_k, columns)) if packed else (batch, rows, columns)
+        )
+        extra = 0 if extra_key is None else extra_key.shape[1]
+        return cls(
+            op, query, key, value, inputs, samples[0], extra, *samples[1:], scale, left, right, offset,
+            softcap, dropout_p, weights,
+        )  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -97,14 +97,9 @@ class Call:
         return self.key.shape[1]
 
     @property
-    def batch(self) -> int:
-        """Samples, or packed sequences."""
-        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
-
-    @property
-    def extra(self) -> int:
-        """Extra columns."""
-        return 0 if self.extra_key is None else self.extra_key.shape[1]
+    def packed(self) -> bool:
+        """Whether samples are packed sequences."""
+        return self.inputs.cu_seqlens_q is not None
 
     @property
     def wide(self) -> torch.dtype:
@@ -114,13 +109,14 @@ class Call:
     @property
     def natural(self) -> bool:
         """Whether scores are natural logarithms: numbers are added to them, or the dtype is wide."""
-        added = any(t is not None and t.dtype != torch.uint8 for t in (self.mask, self.key_mask))
+        masks = (self.inputs.mask, self.inputs.key_mask)
+        added = any(mask is not None and mask.data.dtype != torch.uint8 for mask in masks)
         return added or self.query.dtype == self.wide
 
     @property
     def keep_scale(self) -> float:
         """What a weight that dropout keeps is multiplied by."""
-        if self.dropout_seed is None:
+        if self.inputs.seed is None:
             return 1.0
         return 0.0 if self.dropout_p >= 1 else 1 / (1 - self.dropout_p)
 
@@ -129,26 +125,23 @@ class Call:
         return Tile.of(
             kernel, self.query.shape[3], self.value.shape[3], self.query.element_size(),
             self.max_rows, self.max_columns, capability(),
-            masked=self.mask is not None, padded=self.key_mask is not None,
-            dropout=self.dropout_seed is not None, capped=self.softcap > 0,
+            masked=self.inputs.mask is not None, padded=self.inputs.key_mask is not None,
+            dropout=self.inputs.seed is not None, capped=self.softcap > 0,
         )  # fmt: skip
 
     def empty_rows(self) -> Tensor:
         """Uninitialised [B, H, L] of the arithmetic's dtype."""
         return torch.empty(self.query.shape[:3], dtype=self.wide, device=self.query.device)
 
-    def grid(self, programs: int) -> tuple[int]:
-        """Of a launch."""
-        return grid_of(self.op, programs)
-
-    def inputs(self) -> Inputs:
-        """The tensors as kernels take them."""
-        key_mask = None if self.key_mask is None else KeyMask(self.key_mask, *self.key_mask.stride())
-        return Inputs(
-            Rows.of(self.query), Rows.of(self.key), Rows.of(self.value), Scores.of(self.mask), key_mask,
-            self.extra_key, self.extra_value, self.alibi_slopes, self.cu_seqlens_q, self.cu_seqlens_k,
-            self.dropout_seed,
-        )  # fmt: skip
+    def launch(
+        self, kernel: Any, blocks: str, programs: int, tiles: int, *arguments: Any,
+        weight_scale: float = 1.0, **flags: bool,
+    ) -> None:  # fmt: skip
+        """Runs a kernel on the tensors and its own arguments; `tiles` of its `blocks` for each head."""
+        if programs:
+            numbers, compiled_for = self.numbers(tiles, weight_scale), self.compiled_for(blocks)
+            grid = grid_of(self.op, programs)
+            kernel[grid](self.inputs, *arguments, numbers=numbers, **flags, **compiled_for)
 
     def numbers(self, tiles: int, weight_scale: float = 1.0) -> Numbers:
         """The numbers of a grid with `tiles` for each head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..core.arguments import dense_rows
 from ..core.checks import device_guard
-from .arguments import Incoming, Numbers, Rows, Scores
+from .arguments import Incoming, Rows, Scores
 from .call import Call
 from .columns import attention_columns_kernel
 from .masks import attention_mask_gradient_kernel
@@ -69,19 +70,17 @@ class Gradients:
 
     def _like(self, t: Tensor) -> Tensor:
         """Memory of a gradient; packed sequences need not cover all of it."""
-        return torch.empty_like(t) if self.call.cu_seqlens_q is None else torch.zeros_like(t)
+        return torch.empty_like(t) if not self.call.packed else torch.zeros_like(t)
 
-    def _numbers(self, tiles: int) -> Numbers:
-        return self.call.numbers(tiles, self.weight_scale)
+    def _launch(
+        self, kernel: Any, blocks: str, programs: int, tiles: int, *arguments: Any, **flags: bool
+    ) -> None:
+        self.call.launch(kernel, blocks, programs, tiles, *arguments, weight_scale=self.weight_scale, **flags)
 
     def _launch_delta(self) -> None:
         call, tiles = self.call, self.call.row_tiles(ROWS)
-        programs = call.batch * call.heads * tiles
-        if programs:
-            attention_delta_kernel[call.grid(programs)](
-                call.inputs(), Rows.of(self.output), self.grad_lse, self.incoming, self._numbers(tiles),
-                **call.compiled_for(ROWS),
-            )  # fmt: skip
+        given = (Rows.of(self.output), self.grad_lse, self.incoming)
+        self._launch(attention_delta_kernel, ROWS, call.batch * call.heads * tiles, tiles, *given)
 
     def _rows(self, extras: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradient of the query, and of the extra columns."""
@@ -92,11 +91,8 @@ class Gradients:
             name: t.new_empty(batch, heads, tiles, *t.shape[1:], dtype=call.wide)
             for name, t in extras.items()
         }
-        if batch * heads * tiles:
-            attention_rows_kernel[call.grid(batch * heads * tiles)](
-                call.inputs(), self.incoming, Rows.of(d_q), parts.get("extra_key"), parts.get("extra_value"),
-                self._numbers(tiles), **call.compiled_for(ROWS),
-            )  # fmt: skip
+        gradients = (Rows.of(d_q), parts.get("extra_key"), parts.get("extra_value"))
+        self._launch(attention_rows_kernel, ROWS, batch * heads * tiles, tiles, self.incoming, *gradients)
         found = {} if d_q is None else {"query": d_q}
         groups = call.key_heads
         for name, t in extras.items():
@@ -109,12 +105,8 @@ class Gradients:
         call, tiles = self.call, self.call.column_tiles(COLUMNS)
         d_k = self._like(call.key) if "key" in self.needed else None
         d_v = self._like(call.value) if "value" in self.needed else None
-        programs = call.batch * call.key_heads * tiles
-        if programs:
-            attention_columns_kernel[call.grid(programs)](
-                call.inputs(), self.incoming, Rows.of(d_k), Rows.of(d_v), self._numbers(tiles),
-                **call.compiled_for(COLUMNS),
-            )  # fmt: skip
+        programs, gradients = call.batch * call.key_heads * tiles, (Rows.of(d_k), Rows.of(d_v))
+        self._launch(attention_columns_kernel, COLUMNS, programs, tiles, self.incoming, *gradients)
         return {name: t for name, t in (("key", d_k), ("value", d_v)) if t is not None}
 
     def _mask(self, size: tuple[int, ...]) -> Tensor:
@@ -131,9 +123,7 @@ class Gradients:
         steps = triton.cdiv(each, min(max(WANTED_PROGRAMS // own, 1), each, MOST_SPLITS))
         splits = triton.cdiv(each, steps)
         partials = call.query.new_empty(splits, *size, dtype=call.query.dtype if splits == 1 else call.wide)
-        attention_mask_gradient_kernel[call.grid(own * splits)](
-            call.inputs(), self.incoming, partials, self._numbers(tiles), call.batch, columns, steps, splits,
-            **{f"ONE_{name}": one for name, one in zip("BHLS", ones, strict=True)},
-            **call.compiled_for(SCORES),
-        )  # fmt: skip
+        flags = {f"ONE_{name}": one for name, one in zip("BHLS", ones, strict=True)}
+        self._launch(attention_mask_gradient_kernel, SCORES, own * splits, tiles, self.incoming, partials,
+                     call.batch, columns, steps, splits, **flags)  # fmt: skip
         return partials[0] if splits == 1 else partials.sum(0).to(call.query.dtype)

@@ -1,4 +1,4 @@
-"""Launchers of attention, with the signatures of the ops of the same names."""
+"""Launchers of attention, with the signatures of the ops: see `fusednn.attention.reference`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,12 @@ def _output_and_lse(call: Call, low: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = call.query.shape
     output = call.query.new_empty(batch, rows, heads, call.value.shape[3]).transpose(1, 2)
     lse = call.empty_rows()
-    if call.cu_seqlens_q is not None:  # sequences need not cover all rows
+    if call.packed:  # sequences need not cover all rows
         output.zero_()
         lse.fill_(-torch.inf)
     tiles = call.row_tiles(FORWARD)
     programs = call.batch * heads * tiles
-    if programs:
-        attention_forward_kernel[call.grid(programs)](
-            call.inputs(), Rows.of(output), lse, low, call.numbers(tiles), **call.compiled_for(FORWARD)
-        )
+    call.launch(attention_forward_kernel, FORWARD, programs, tiles, Rows.of(output), lse, low)
     return output, lse
 
 
@@ -45,9 +42,8 @@ def _weights(call: Call, lse: Tensor, low: Tensor | None) -> Tensor:
     if heads == 0:
         return weights.fill_(torch.nan)  # as torch's mean of nothing
     each = heads if call.weights == "mean" else 1
-    attention_weights_kernel[call.grid(weights.shape[:-2].numel() * tiles * columns)](
-        call.inputs(), lse, low, weights, call.numbers(tiles), columns, each, **call.compiled_for(SCORES)
-    )
+    programs = weights.shape[:-2].numel() * tiles * columns
+    call.launch(attention_weights_kernel, SCORES, programs, tiles, lse, low, weights, columns, each)
     return weights
 
 
@@ -73,38 +69,10 @@ def attention_forward(
     dropout_p: float,
     weights: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of queries over keys.
+    """Output [B, H, L, V], lse [B, H, L] and weights, of the arguments that the reference describes.
 
-    Args:
-        query: [B, H, L, D]; packed sequences: [1, H, T, D].
-        key: [B, G, S, D], G divides H.
-        value: [B, G, S, V].
-        mask: bool (True takes part) or of the query's dtype (added); each size that of [B, H, L, S], or 1.
-        key_mask: [B, S], likewise.
-        extra_key: [G, X, D], columns after the S, which nothing hides; or None.
-        extra_value: [G, X, V].
-        alibi_slopes: [H] float32, or None.
-        cu_seqlens_q: [N + 1] int32, where packed sequences begin and end; or None.
-        cu_seqlens_k: likewise of the keys.
-        dropout_seed: int64, one number, or None.
-        max_seqlen_q: rows of the longest packed sequence.
-        max_seqlen_k: keys of the longest packed sequence.
-        scale: of the scores.
-        window_left: keys before its own that a row sees; -1: no limit.
-        window_right: keys after its own; 0: causal.
-        position_offset: of row 0 among the keys.
-        softcap: 0: none.
-        dropout_p: part of the weights that dropout drops.
-        weights: none, mean or heads.
-
-    Returns:
-        Output [B, H, L, V], lse [B, H, L], and the weights after dropout: [0] if none are asked for, their
-        mean [B, L, S + X], or those of all heads [B, H, L, S + X].
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-        ValueError: there are no such weights.
-
+    Weights are those after dropout: [0] if none are asked for, their mean [B, L, S + X], or those of all
+    heads [B, H, L, S + X]. Raises RuntimeError if a shape, dtype or device does not fit.
     """
     call = Call.of(
         "attention_forward",
@@ -148,43 +116,10 @@ def attention_backward(
     weights: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of `attention_forward`, whose weights are made again from lse.
+    """Gradients of `attention_forward`, whose weights are made again from lse; empty where masked.
 
-    Args:
-        grad_output: [B, H, L, V] or None.
-        grad_lse: [B, H, L] or None.
-        grad_weights: of the shape of the weights, or None.
-        query: as in the forward, like the other arguments.
-        key: ...
-        value: ...
-        mask: ...
-        key_mask: ...
-        extra_key: ...
-        extra_value: ...
-        alibi_slopes: ...
-        cu_seqlens_q: ...
-        cu_seqlens_k: ...
-        dropout_seed: ...
-        output: [B, H, L, V], as the forward returned it.
-        lse: [B, H, L], likewise.
-        max_seqlen_q: as in the forward, like the other arguments.
-        max_seqlen_k: ...
-        scale: ...
-        window_left: ...
-        window_right: ...
-        position_offset: ...
-        softcap: ...
-        dropout_p: ...
-        weights: ...
-        output_mask: whether query, key, value, mask, key_mask, extra_key and extra_value need their gradient.
-
-    Returns:
-        Their gradients, that of a mask in its own shape; empty where masked.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-        ValueError: there are no such weights.
-
+    `output_mask` says whether query, key, value, mask, key_mask, extra_key and extra_value need theirs; that
+    of a mask has its own shape. Raises RuntimeError if a shape, dtype or device does not fit.
     """
     given = dict(zip(NAMES, (query, key, value, mask, key_mask, extra_key, extra_value), strict=True))
     call = Call.of(

@@ -27,7 +27,7 @@ def _divided(n, size):
 
 @triton.jit(do_not_specialize=["numbers", "batch_size", "column_tiles", "steps", "splits"])
 def attention_mask_gradient_kernel(
-    inputs, incoming, partials, numbers, batch_size, column_tiles, steps, splits,
+    inputs, incoming, partials, batch_size, column_tiles, steps, splits, numbers,
     ONE_B: tl.constexpr, ONE_H: tl.constexpr, ONE_L: tl.constexpr, ONE_S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Partials [splits, B, H, L, S], of size 1 where ONE_*; their type may be the mask's."""
@@ -67,10 +67,11 @@ def attention_mask_gradient_kernel(
                 dp = products(g_tile, v, C.PRECISION)
             if incoming.weights is not None:
                 dp += weight_gradient(incoming, i[:, None], j[None, :], kept, place, numbers, wide)
+            # Before dropout draws: its words need the registers in which addresses would wait.
+            lse, low, delta = load_sums(incoming, i, i < rows, place, numbers, C.NATURAL)
             drawn = None
             if inputs.seed is not None:
                 drawn = drawn_weights(i, n0, place, inputs, numbers, C.BLOCK_M, C.BLOCK_N)
-            lse, low, delta = load_sums(incoming, i, i < rows, place, numbers, C.NATURAL)
             _pz, ds, _dr = score_gradient(
                 s, kept, t, dp, drawn, lse[:, None], low[:, None], delta[:, None], numbers, True, C.NATURAL
             )

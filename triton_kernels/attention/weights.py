@@ -34,7 +34,7 @@ from .rows import load_lse
 
 
 @triton.jit(do_not_specialize=["numbers", "column_tiles", "each"])
-def attention_weights_kernel(inputs, lse, low, weights, numbers, column_tiles, each, C: tl.constexpr):
+def attention_weights_kernel(inputs, lse, low, weights, column_tiles, each, numbers, C: tl.constexpr):
     """Mean weights [B, heads / each, L, S + EXTRA] over `each` heads, which are all, or 1."""
     wide: tl.constexpr = lse.dtype.element_ty
     column, outer = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles

@@ -1,4 +1,4 @@
-"""Launchers of the convolutions, with the signatures of the ops of the same names."""
+"""Launchers of the convolutions, with the signatures of the ops: see `fusednn.conv.reference`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tile(last: bool, channels: int, positions: int, size: int, most_positions: 
     if last:
         block_c = min(channels, 64)
         return min(positions, size // block_c, most_positions), block_c
-    block_p = min(positions, most_positions)
+    block_p = min(positions, size, most_positions)
     return block_p, min(channels, size // block_p)
 
 
@@ -77,23 +77,10 @@ def depthwise_conv2d_forward(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    """The activated depthwise convolution.
+    """The activated convolution of input [N, C, H, W] with weight [C m, 1, kh, kw], in torch's memory format.
 
-    Args:
-        input: [N, C, H, W].
-        weight: [C m, 1, kh, kw].
-        bias: [C m] or None.
-        stride: of rows and columns.
-        padding: top, bottom, left, right, of zeros.
-        dilation: of rows and columns.
-        activation: none, relu, relu6, silu, hardswish, gelu or gelu_tanh.
-
-    Returns:
-        [N, C m, H', W'] in torch's memory format.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-
+    `padding` is that of top, bottom, left and right. Raises RuntimeError if a shape, dtype or device does not
+    fit.
     """
     conv = Convolution.of("depthwise_conv2d_forward", input, weight, bias, stride, padding, dilation)
     output = conv.empty_result(conv.channels)
@@ -173,26 +160,7 @@ def depthwise_conv2d_backward(
     activation: str,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `depthwise_conv2d_forward`, whose preactivation is computed again.
-
-    Args:
-        grad_output: [N, C m, H', W'].
-        input: as in the forward, like the other arguments.
-        weight: ...
-        bias: ...
-        stride: ...
-        padding: ...
-        dilation: ...
-        activation: ...
-        output_mask: whether input, weight and bias need their gradient.
-
-    Returns:
-        Gradients of input, weight and bias; empty where masked.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-
-    """
+    """Gradients of input, weight and bias, empty where masked; the preactivation is computed again."""
     conv = Convolution.of("depthwise_conv2d_backward", input, weight, bias, stride, padding, dilation)
     nothing = input.new_empty(0)
     if not any(output_mask):

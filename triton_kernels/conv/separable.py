@@ -95,27 +95,10 @@ def separable_conv2d_forward(
     depthwise_activation: str,
     pointwise_activation: str,
 ) -> Tensor:
-    """The block's inference in one pass.
+    """The block's inference in one pass: [N, C', H', W'] in torch's memory format.
 
-    Args:
-        input: [N, C, H, W].
-        depthwise_weight: [C m, 1, kh, kw].
-        depthwise_bias: [C m] or None.
-        pointwise_weight: [C', C m, 1, 1].
-        pointwise_bias: [C'] or None.
-        residual: [N, C', H', W'] or None, added at the end.
-        stride: of rows and columns.
-        padding: top, bottom, left, right, of zeros.
-        dilation: of rows and columns.
-        depthwise_activation: none, relu, relu6, silu, hardswish, gelu or gelu_tanh.
-        pointwise_activation: likewise.
-
-    Returns:
-        [N, C', H', W'] in torch's memory format.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit, or `separable_conv2d_limits` says why not.
-
+    Weights are [C m, 1, kh, kw] and [C', C m, 1, 1]; `residual` is added at the end. Raises RuntimeError if a
+    shape, dtype or device does not fit, or if `separable_conv2d_limits` says why not.
     """
     op = "separable_conv2d_forward"
     conv = Convolution.of(

@@ -214,22 +214,10 @@ class _Step:
 def lstm_gates_forward(
     gates: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, cx: Tensor, save_gates: bool
 ) -> tuple[Tensor, Tensor]:
-    """One LSTM step from the sum of both products.
+    """One LSTM step from the sum of both products: h and c, each [B, H].
 
-    Args:
-        gates: [B, 4H] in the order i, f, g, o; overwritten by the activated gates if `save_gates`.
-        bias_ih: [4H] or None.
-        bias_hh: [4H] or None.
-        cx: [B, H].
-        save_gates: keep the activated gates for `lstm_gates_backward`.
-
-    Returns:
-        h and c, each [B, H].
-
-    Raises:
-        RuntimeError: a shape, dtype or device differs from what `gates` asks for, or `gates` is not
-            contiguous.
-
+    `gates` [B, 4H], in the order i, f, g, o, is overwritten by the activated ones if `save_gates`. Raises
+    RuntimeError if a shape, dtype or device differs from what it asks for, or if it is not contiguous.
     """
     a = _Step.of("lstm_gates_forward", "gates", gates, 4)
     if not gates.is_contiguous():
@@ -246,21 +234,10 @@ def lstm_gates_forward(
 def lstm_gates_backward(
     grad_h: Tensor | None, grad_c: Tensor | None, gates: Tensor, cx: Tensor, c: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one LSTM step.
+    """Gradients of one LSTM step: grad_gates [B, 4H], before activation, and grad_cx [B, H].
 
-    Args:
-        grad_h: [B, H] or None for zero.
-        grad_c: [B, H] or None for zero.
-        gates: [B, 4H] activated, as `lstm_gates_forward` leaves them.
-        cx: [B, H], the state before the step.
-        c: [B, H], the state after it.
-
-    Returns:
-        grad_gates [B, 4H], before activation, and grad_cx [B, H].
-
-    Raises:
-        RuntimeError: a shape, dtype or device differs from what `gates` asks for.
-
+    `gates` are as the forward leaves them, `cx` the state before the step, `c` that after it; a gradient that
+    is None is zero.
     """
     a = _Step.of("lstm_gates_backward", "gates", gates, 4)
     gates, cx, c = a.rows("gates", gates, 4), a.rows("cx", cx, 1), a.rows("c", c, 1)
@@ -278,22 +255,9 @@ def gru_gates_forward(
     hx: Tensor,
     save_gates: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One GRU step from its two products.
+    """One GRU step from its two products [B, 3H], in the order r, z, n: h [B, H] and the saved gates.
 
-    Args:
-        gates_x: [B, 3H], the input's product, in the order r, z, n.
-        gates_h: [B, 3H], the state's product.
-        bias_ih: [3H] or None.
-        bias_hh: [3H] or None.
-        hx: [B, H].
-        save_gates: return what `gru_gates_backward` needs.
-
-    Returns:
-        h [B, H], and the gates r, z, n, h_n as [B, 4H], or an empty tensor if not saved.
-
-    Raises:
-        RuntimeError: a shape, dtype or device differs from what `gates_x` asks for.
-
+    Those are r, z, n, h_n as [B, 4H], or empty unless `save_gates`.
     """
     a = _Step.of("gru_gates_forward", "gates_x", gates_x, 3)
     gates_x, gates_h = a.rows("gates_x", gates_x, 3), a.rows("gates_h", gates_h, 3)
@@ -305,20 +269,9 @@ def gru_gates_forward(
 
 
 def gru_gates_backward(grad_h: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one GRU step.
+    """Gradients of one GRU step: grad_gates_x and grad_gates_h [B, 3H], and the direct term of grad_hx.
 
-    Args:
-        grad_h: [B, H].
-        gates: [B, 4H], as `gru_gates_forward` saves them.
-        hx: [B, H].
-
-    Returns:
-        grad_gates_x [B, 3H], grad_gates_h [B, 3H], and the direct term of grad_hx [B, H], to which the caller
-        adds grad_gates_h @ weight_hh.
-
-    Raises:
-        RuntimeError: a shape, dtype or device differs from what `gates` asks for.
-
+    To that [B, H] the caller adds grad_gates_h @ weight_hh.
     """
     a = _Step.of("gru_gates_backward", "gates", gates, 4)
     gates, grad_h, hx = a.rows("gates", gates, 4), a.rows("grad_h", grad_h, 1), a.rows("hx", hx, 1)

@@ -75,12 +75,7 @@ class Attention:
     maps: int
     rows: int
     channels: int
-    features: Tensor | None
-    weight: Tensor | None
-    term: Tensor | None
-    v: Tensor | None
-    mask: Tensor | None
-    learned: Tensor | None
+    inputs: Inputs
     temperature: float
     format: torch.memory_format
 
@@ -92,24 +87,17 @@ class Attention:
         """Every map [N, G, H, W] a sample of its own, whose scores are its term."""
         check = _check_images(op, "logits", logits)
         n, g, height, width = logits.shape
-        flat = as_bytes(check("mask", mask, (n, g, height * width), torch.bool))
-        return cls(
-            check=check,
-            map_size=(n, g, height, width),
-            output="coordinates" if coordinates else "map",
-            batch=n * g,
-            maps=1,
-            rows=1,
-            channels=1,
+        flat = check("mask", mask, (n, g, height * width), torch.bool)
+        inputs = Inputs(
             features=None,
             weight=None,
             term=logits.contiguous(),
             v=None,
-            mask=None if flat is None else flat.reshape(n * g, height * width),
+            mask=_mask(None if flat is None else flat.reshape(n * g, height * width)),
             learned=_checked_temperature(check, learned),
-            temperature=temperature,
-            format=torch.contiguous_format,
         )
+        output, format = "coordinates" if coordinates else "map", torch.contiguous_format
+        return cls(check, (n, g, height, width), output, n * g, 1, 1, 1, inputs, temperature, format)
 
     @classmethod
     def of(
@@ -123,23 +111,17 @@ class Attention:
         n, channels, height, width = features.shape
         rows, maps = weight.shape[0], (weight if v is None else v).shape[0]
         format = suggest_memory_format(features)
-        return cls(
-            check=check,
-            map_size=(n, maps, height, width),
-            output=output,
-            batch=n,
-            maps=maps,
-            rows=rows,
-            channels=channels,
-            features=features.contiguous(memory_format=format),
+        dense = features.contiguous(memory_format=format)
+        inputs = Inputs(
+            features=_images(dense, format is torch.channels_last),
             weight=check.dense("weight", weight, (rows, channels)),
             term=check.dense("hidden_term", term, (n, rows) if v is not None else (n, maps, height * width)),
             v=check.dense("v", v, (maps, rows)),
-            mask=as_bytes(check("mask", mask, (n, height * width), torch.bool)),
+            mask=_mask(check("mask", mask, (n, height * width), torch.bool)),
             learned=_checked_temperature(check, learned),
-            temperature=temperature,
-            format=format,
         )
+        size = (n, maps, height, width)
+        return cls(check, size, output, n, maps, rows, channels, inputs, temperature, format)
 
     @property
     def like(self) -> Tensor:
@@ -178,22 +160,29 @@ class Attention:
         grid_of(self.check.op, splits * self.batch)
         return splits
 
-    def inputs(self) -> Inputs:
-        """The tensors as kernels take them."""
-        mask = None if self.mask is None else Mask(self.mask, *self.mask.stride())
-        features = None if self.features is None else self.images(self.features)
-        return Inputs(features, self.weight, self.term, self.v, mask, self.learned)
+    @property
+    def additive(self) -> bool:
+        """Whether scores are."""
+        return self.inputs.v is not None
 
     def images(self, t: Tensor) -> Features:
-        """Dense images in the call's format; torch's strides are arbitrary where a size is 1."""
-        c, p = self.channels, self.positions
-        return Features(t, c * p, *((1, c) if self.last else (p, 1)))
+        """Dense images in the call's format."""
+        return _images(t, self.last)
 
     def attended(self, t: Tensor) -> Attended:
         """Attended features, or their gradient."""
         g, c, p = self.maps, self.channels, self.positions
         last = self.last and self.output == "scale"
         return Attended(t, g * c * p, *((c, 1, g * c) if last else (c * p, p, 1)))
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, inputs: Inputs | None = None,
+        exact: bool = True,
+    ) -> None:  # fmt: skip
+        """Runs a kernel on the tensors, or other `inputs`, and its own arguments."""
+        if grid[0]:
+            numbers, compiled_for = self.numbers(self.splits(tile)), self.compiled_for(tile, exact)
+            kernel[grid](inputs or self.inputs, *arguments, numbers=numbers, **compiled_for)
 
     def numbers(self, splits: int) -> Numbers:
         """The numbers of a launch."""
@@ -231,6 +220,16 @@ class Attention:
     def empty_wide(self, *size: int) -> Tensor:
         """An uninitialised tensor of the arithmetic's dtype."""
         return torch.empty(size, dtype=self.wide, device=self.like.device)
+
+
+def _images(t: Tensor, last: bool) -> Features:
+    """Dense images; torch's strides are arbitrary where a size is 1."""
+    c, p = t.shape[1], t.shape[2] * t.shape[3]
+    return Features(t, c * p, *((1, c) if last else (p, 1)))
+
+
+def _mask(mask: Tensor | None) -> Mask | None:
+    return None if mask is None else Mask(as_bytes(mask), *mask.stride())
 
 
 def _check_images(op: str, name: str, t: Tensor) -> Check:

@@ -70,7 +70,7 @@ class Gradients:
         """Gradients by name."""
         with device_guard(self.call.like):
             found = self._of_scores()
-            if self.d_scores is not None and self.call.v is not None:
+            if self.d_scores is not None and self.call.additive:
                 found |= AdditiveGradients(self, self.d_scores).run()
             return {name: t for name, t in found.items() if t is not None}
 
@@ -83,16 +83,14 @@ class Gradients:
         if self.splits == 1:
             return None
         stats = call.empty_wide(self.programs, call.maps, 2)
-        attention_map_gradient_kernel[(self.programs,)](
-            call.inputs(), self.incoming, self.d_scores, stats, call.numbers(self.splits),
-            **call.compiled_for(self.tile),
-        )  # fmt: skip
+        given = (self.incoming, self.d_scores, stats)
+        call.launch(attention_map_gradient_kernel, (self.programs,), self.tile, *given)
         return stats
 
     def _of_scores(self) -> Found:
         """Launch what makes d s; the temperature's gradient, and all others if scores are positional."""
-        call, tile, needed = self.call, self.tile, self.needed if self.call.v is None else set()
-        if self.splits > 1 or call.v is not None:
+        call, tile, needed = self.call, self.tile, self.needed if not self.call.additive else set()
+        if self.splits > 1 or call.additive:
             self.d_scores = call.empty_wide(call.batch, call.maps, call.positions)
         d_f = call.empty(call.like.shape, call.format) if "features" in needed else None
         d_term = call.empty((call.batch, call.maps, call.positions)) if "term" in needed else None
@@ -100,14 +98,13 @@ class Gradients:
         temperatures = self._partials("temperature")
         if self.programs:
             stats = self._map_sums()
-            attention_backward_kernel[(self.programs,)](
-                call.inputs(), self.incoming, self.d_scores, stats, None if d_f is None else call.images(d_f),
-                d_term, weights, temperatures, call.numbers(self.splits), **call.compiled_for(tile),
-            )  # fmt: skip
+            gradients = (None if d_f is None else call.images(d_f), d_term, weights, temperatures)
+            given = (self.incoming, self.d_scores, stats, *gradients)
+            call.launch(attention_backward_kernel, (self.programs,), tile, *given)
         d_weight = added_up(weights, (call.maps, call.channels), call.like.dtype)
         d_t = None
-        if call.learned is not None:
-            d_t = added_up(temperatures, call.learned.shape, call.learned.dtype)
+        if call.inputs.learned is not None:
+            d_t = added_up(temperatures, call.inputs.learned.shape, call.inputs.learned.dtype)
         return {"features": d_f, "term": d_term, "weight": d_weight, "temperature": d_t}
 
 
@@ -146,20 +143,15 @@ class AdditiveGradients:
     def _launch_energies(self, d_energy: Tensor | None, of_v: Tensor | None, of_term: Tensor | None) -> None:
         call, tile = self.call, self.tile
         grid = (self.programs, triton.cdiv(call.rows, tile.rows))
-        attention_energy_gradient_kernel[grid](
-            call.inputs(), self.d_scores, d_energy, of_v, of_term, call.numbers(self.splits),
-            **call.compiled_for(tile),
-        )  # fmt: skip
+        given = (self.d_scores, d_energy, of_v, of_term)
+        call.launch(attention_energy_gradient_kernel, grid, tile, *given)
 
     def _features(self, d_energy: Tensor | None) -> Tensor:
         call, tile = self.call, self.tile
         found = call.empty(call.like.shape, call.format)
         grid = (self.programs, triton.cdiv(call.channels, tile.channels))
-        if self.programs:
-            attention_feature_gradient_kernel[grid](
-                call.inputs(), self.scores.incoming, d_energy, call.images(found),
-                call.numbers(self.splits), **call.compiled_for(tile, exact=False),
-            )  # fmt: skip
+        given = (self.scores.incoming, d_energy, call.images(found))
+        call.launch(attention_feature_gradient_kernel, grid, tile, *given, exact=False)
         return found
 
     def _weight(self, d_energy: Tensor | None) -> Tensor | None:
@@ -171,9 +163,6 @@ class AdditiveGradients:
         programs = triton.cdiv(self.programs, steps)
         partials = call.empty_wide(programs, call.rows, call.channels)
         grid = (programs, *blocks)
-        if programs:
-            attention_weight_gradient_kernel[grid](
-                call.inputs(), d_energy, partials, self.programs, steps, call.numbers(self.splits),
-                **call.compiled_for(tile, exact=False),
-            )  # fmt: skip
+        given = (d_energy, partials, self.programs, steps)
+        call.launch(attention_weight_gradient_kernel, grid, tile, *given, exact=False)
         return added_up(partials, (call.rows, call.channels), call.like.dtype)

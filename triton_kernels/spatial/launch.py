@@ -1,4 +1,4 @@
-"""Launchers of spatial attention, with the signatures of the ops of the same names."""
+"""Launchers of spatial attention, with the signatures of the ops: see `fusednn.spatial.reference`."""
 
 from __future__ import annotations
 
@@ -24,16 +24,13 @@ __all__ = [
 def _additive_scores(call: Attention) -> Tensor:
     """[N, G, P], in the arithmetic's dtype."""
     scores, tile = call.empty_wide(call.batch, call.maps, call.positions), call.product_tile
-    splits = call.splits(tile)
-    attention_additive_scores_kernel[(call.batch * splits,)](
-        call.inputs(), scores, call.numbers(splits), **call.compiled_for(tile)
-    )
+    call.launch(attention_additive_scores_kernel, (call.batch * call.splits(tile),), tile, scores)
     return scores
 
 
 def _launch_forward(call: Attention, attended: Tensor, map: Tensor) -> None:
-    inputs, tile = call.inputs(), call.tile
-    if call.v is not None:
+    inputs, tile = call.inputs, call.tile
+    if call.additive:
         inputs = inputs._replace(weight=None, term=_additive_scores(call), v=None)
     splits = call.splits(tile)
     parts = None
@@ -43,10 +40,10 @@ def _launch_forward(call: Attention, attended: Tensor, map: Tensor) -> None:
             stats=call.empty_wide(call.batch, splits, call.maps, 2),
             sums=call.empty_wide(call.batch, splits, call.maps, max(call.channels, 2)),
         )
-    grid, numbers, to = (call.batch * splits,), call.numbers(splits), call.attended(attended)
-    attention_forward_kernel[grid](inputs, to, map, parts, numbers, **call.compiled_for(tile))
+    given = ((call.batch * splits,), tile, call.attended(attended), map, parts)
+    call.launch(attention_forward_kernel, *given, inputs=inputs)
     if parts is not None:
-        attention_combine_kernel[grid](inputs, to, map, parts, numbers, **call.compiled_for(tile))
+        call.launch(attention_combine_kernel, *given, inputs=inputs)
 
 
 def _forward(call: Attention) -> tuple[Tensor, Tensor]:
@@ -65,21 +62,9 @@ def spatial_softmax_forward(
     temperature: float,
     coordinates: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over all positions.
+    """The map [N, G, H, W], and (x, y) [N, G, 2] or an empty tensor, of logits [N, G, H, W].
 
-    Args:
-        logits: [N, G, H, W].
-        mask: bool [N, G, H W] or None, True takes part.
-        learned_temperature: one number, or None.
-        temperature: where none is learned.
-        coordinates: whether the expected (x, y) are asked for.
-
-    Returns:
-        The map [N, G, H, W], and (x, y) [N, G, 2] or an empty tensor.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-
+    `mask` is bool [N, G, H W] or None. Raises RuntimeError if a shape, dtype or device does not fit.
     """
     op = "spatial_softmax_forward"
     xy, map = _forward(Attention.of_maps(op, logits, mask, learned_temperature, temperature, coordinates))
@@ -96,26 +81,12 @@ def spatial_attention_forward(
     temperature: float,
     output: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all positions of features.
+    """Attended features and the map [N, G, H, W], of features [N, C, H, W].
 
-    Args:
-        features: [N, C, H, W].
-        weight: [G, C]; additive: [A, C].
-        hidden_term: [N, G, H W] or None; additive: [N, A] or None.
-        v: None: positional scores; additive: [G, A].
-        mask: bool [N, H W] or None, True takes part.
-        learned_temperature: one number, or None.
-        temperature: where none is learned.
-        output: scale, flatten, sum or coordinates.
-
-    Returns:
-        Attended features: [N, G C, H, W] in the features' memory format, [N, G C H W], [N, G C] or [N, G, 2];
-        and the map [N, G, H, W].
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-        ValueError: there is no such output.
-
+    Positional: weight [G, C], hidden_term [N, G, H W] or None, v None. Additive: weight [A, C], hidden_term
+    [N, A] or None, v [G, A]. `mask` is bool [N, H W] or None. The features are, by `output`, scale:
+    [N, G C, H, W] in the memory format of those given; flatten: [N, G C H W]; sum: [N, G C]; coordinates:
+    [N, G, 2]. Raises RuntimeError if a shape, dtype or device does not fit.
     """
     op = "spatial_attention_forward"
     return _forward(
@@ -136,24 +107,7 @@ def spatial_softmax_backward(
     map: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `spatial_softmax_forward`.
-
-    Args:
-        grad_map: [N, G, H, W] or None.
-        grad_coordinates: [N, G, 2] or None.
-        mask: as in the forward, like the other arguments.
-        learned_temperature: ...
-        temperature: ...
-        map: [N, G, H, W], as the forward returned it.
-        output_mask: whether logits and temperature need their gradient.
-
-    Returns:
-        Gradients of logits and temperature; empty where masked.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-
-    """
+    """Gradients of logits and temperature, from the map alone; empty where `output_mask` says so."""
     op, names = "spatial_softmax_backward", ("term", "temperature")
     coordinates = grad_coordinates is not None
     call = Attention.of_maps(op, map, mask, learned_temperature, temperature, coordinates)
@@ -177,30 +131,7 @@ def spatial_attention_backward(
     map: Tensor,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spatial_attention_forward`, from the map alone.
-
-    Args:
-        grad_attended: of the forward's first result, or None.
-        grad_map: [N, G, H, W] or None.
-        features: as in the forward, like the other arguments.
-        weight: ...
-        hidden_term: ...
-        v: ...
-        mask: ...
-        learned_temperature: ...
-        temperature: ...
-        output: ...
-        map: [N, G, H, W], as the forward returned it.
-        output_mask: whether features, weight, hidden_term, v and temperature need their gradient.
-
-    Returns:
-        Their gradients; empty where masked.
-
-    Raises:
-        RuntimeError: a shape, dtype or device does not fit.
-        ValueError: there is no such output.
-
-    """
+    """Gradients of features, weight, hidden_term, v and temperature, from the map; empty where masked."""
     op, names = "spatial_attention_backward", ("features", "weight", "term", "v", "temperature")
     call = Attention.of(op, features, weight, hidden_term, v, mask, learned_temperature, temperature, output)
     needed = _needed(names, output_mask)
