@@ -1,7 +1,8 @@
 """Draw results: a markdown table, a bar chart of the speed-ups, a roofline.
 
 python -m benchmarks.report benchmarks/results/local/rnn.json             table and two charts beside it
-python -m benchmarks.report FILE.json --readme                            the table for the README, printed
+python -m benchmarks.report FILE.json --readme           the table of benchmarks/README.md, printed
+python -m benchmarks.report FILE.json … --overview       the chart of all files for the README, printed
 """
 
 from __future__ import annotations
@@ -54,6 +55,23 @@ def readme(document: Document) -> str:
         cells = [times(by_peer[n].geometric_mean) if n in by_peer else "–" for n in names]
         lines.append(_row([f"**geometric mean, {mode}**", "", *cells]))
     return "\n".join([*lines, "", *footnotes(document.cases), "", machine_line(document)]) + "\n"
+
+
+def overview(documents: Sequence[Document]) -> str:
+    """Return a chart in plain text: a bar for each family and mode, fusednn against the best of torch."""
+    lines = []
+    for document in documents:
+        for mode in dict.fromkeys(case.mode for case in document.cases):
+            cases = [case for case in document.cases if case.mode == mode]
+            mean = next((m for m in means(cases) if m.peer == BEST_TORCH), None)
+            if mean is not None:
+                label = f"{cases[0].family:<11} {mode:<10}"
+                bar = "█" * round(10 * mean.geometric_mean)
+                lines.append(
+                    f"{label} {bar} {times(mean.geometric_mean)}  {mean.faster} of {mean.cases} faster"
+                )
+                lines[-1] += f", {mean.slower} slower" if mean.slower else ""
+    return "\n".join([f"{'best of torch':<22} {'█' * 10} 1x", *lines]) + "\n"
 
 
 def table(cases: Sequence[CaseResult], document: Document) -> list[str]:
@@ -153,14 +171,18 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report beside each file, or print the README's table."""
+    """Write the report beside each file, or print a part of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, help="folder for the report; default: beside each file")
-    parser.add_argument("--readme", action="store_true", help="print the README's table and write nothing")
+    parser.add_argument("--readme", action="store_true", help="print one short table and write nothing")
+    parser.add_argument("--overview", action="store_true", help="print one chart and write nothing")
     args = parser.parse_args(argv)
-    for path in args.files:
-        document = Document.from_json(path.read_text(encoding="utf-8"))
+    documents = [Document.from_json(path.read_text(encoding="utf-8")) for path in args.files]
+    if args.overview:
+        print(overview(documents))
+        return 0
+    for path, document in zip(args.files, documents):
         if args.readme:
             print(readme(document))
             continue
