@@ -13,25 +13,6 @@ from torch import Tensor
 from ..core.checks import check_tensor
 
 
-def check_same_kind(name: str, query: Tensor, **others: Tensor | None) -> None:
-    """Raise RuntimeError unless every other tensor has the query's device and dtype."""
-    if not query.dtype.is_floating_point:
-        raise RuntimeError(f"{name}: expected query to be floating point, got {query.dtype}")
-    for argument, other in others.items():
-        if other is None:
-            continue
-        if other.device != query.device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"query is on {query.device}, {argument} on {other.device}"
-            )
-        if other.dtype != query.dtype:
-            raise RuntimeError(
-                f"{name}: query and {argument} must have the same dtype, "
-                f"but got {query.dtype} and {other.dtype}"
-            )
-
-
 def check_heads(name: str, query: int, key: int, value: int, grouped: bool) -> None:
     """Raise RuntimeError unless keys and values have one head for each of the query's, or for a group."""
     if key != value:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_tensor
+from ..core.checks import check_floating, check_same_kind, check_tensor
 from ..core.transforms import autocast
 from . import checks, ops
 
@@ -97,7 +97,9 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = autocast(
         query, key, value, attn_mask, key_padding_mask, extra_key, extra_value
     )
-    checks.check_same_kind(name, query, key=key, value=value, extra_key=extra_key, extra_value=extra_value)
+    others = (("key", key), ("value", value), ("extra_key", extra_key), ("extra_value", extra_value))
+    check_floating(name, "query", query)
+    check_same_kind(name, "query", query, others)
     if return_weights not in (None, "mean", "heads"):
         raise ValueError(f"{name}: return_weights: got {return_weights!r}, expected None, 'mean' or 'heads'")
     lead = _check_shapes(name, query, key, value, enable_gqa)
@@ -228,7 +230,8 @@ def varlen_attention(
                 f"{name}: Expected {argument} to be 3D [rows, heads, size], but got size {list(tensor.shape)}"
             )
     query, key, value = autocast(query, key, value)
-    checks.check_same_kind(name, query, key=key, value=value)
+    check_floating(name, "query", query)
+    check_same_kind(name, "query", query, (("key", key), ("value", value)))
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
     _check_shapes(name, q, k, v, grouped=True)
     bounds_q = checks.cu_seqlens_of(name, "cu_seqlens_q", cu_seqlens_q, query.shape[0], query.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from ..core import dispatch, native
-from ..core.transforms import may_need_backward, under_transform
+from ..core.transforms import autocast, may_need_backward, under_transform
 from . import batch_norm, checks, eligibility, functional, ops, shortcut
 from .fold_cache import FoldCache
 
@@ -229,7 +229,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             padding = (0, 0)
         options = checks.geometry(name, kernel, depthwise.stride, padding, depthwise.dilation)
         checks.check_size(name, x, kernel, *options[1:])
-        (x,) = checks.autocast(x)
+        (x,) = autocast(x)
         # Under autocast the input may be wider than the result: torch's addition then decides on the dtype.
         residual = input if self.residual and input.dtype == x.dtype else None
         if residual is not None:

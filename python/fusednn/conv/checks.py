@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.checks import check_same_kind, check_tensor
 from ..core.transforms import autocast_enabled
 from .reference import ACTIVATIONS
 from .shapes import output_size
@@ -93,13 +93,6 @@ def _named_padding(name, padding, kernel, stride, dilation) -> tuple[int, int, i
     return (vertical // 2, vertical - vertical // 2, horizontal // 2, horizontal - horizontal // 2)
 
 
-def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a tensor, or None where it may be."""
-    if not isinstance(value, Tensor) and not (optional and value is None):
-        expected = "a Tensor or None" if optional else "a Tensor"
-        raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
-
-
 def check_input(name: str, input: Tensor, dims: int = 2) -> None:
     """Raise torch's error unless the input has the rank of a batch or of a sample."""
     check_tensor(name, "input", input)
@@ -125,7 +118,8 @@ def check_depthwise(name: str, input: Tensor, weight: Tensor, bias: Tensor | Non
             f"{list(input.shape)}, which has {channels} channels"
         )
     check_bias(name, "bias", weight, bias)
-    check_same_kind(name, input, (("weight", weight), ("bias", bias)))
+    others = (("weight", weight), ("bias", bias))
+    check_same_kind(name, "input", input, others, autocast_enabled(input.device))
 
 
 def check_pointwise(name: str, depthwise: Tensor, pointwise: Tensor, bias: Tensor | None) -> None:
@@ -155,25 +149,6 @@ def check_bias(name: str, argument: str, weight: Tensor, bias: Tensor | None) ->
         )
 
 
-def check_same_kind(name: str, input: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
-    """Every tensor on one device and of one dtype; autocast makes floating dtypes equal."""
-    autocast = autocast_enabled(input.device)
-    for argument, tensor in others:
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"input is on {input.device}, {argument} on {tensor.device}"
-            )
-        both_float = tensor.dtype.is_floating_point and input.dtype.is_floating_point
-        if tensor.dtype != input.dtype and not (autocast and both_float):
-            raise RuntimeError(
-                f"{name}: input and {argument} should have the same dtype, "
-                f"but got {input.dtype} and {tensor.dtype}"
-            )
-
-
 def check_size(name, input: Tensor, kernel: Sequence[int], padding: Sequence[int], dilation) -> None:
     """Raise torch's error where the dilated kernel does not fit into the padded input."""
     if min(kernel) <= 0:
@@ -194,8 +169,3 @@ def cast_dtype(t: Tensor) -> torch.dtype:
     if not autocast_enabled(t.device) or not t.is_floating_point() or t.dtype == torch.float64:
         return t.dtype
     return torch.get_autocast_dtype(t.device.type)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast as torch.autocast does for its own convolutions."""
-    return tuple(None if t is None else t.to(cast_dtype(t)) for t in tensors)

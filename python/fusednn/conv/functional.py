@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.transforms import may_need_backward, under_transform
+from ..core.checks import check_same_kind, check_tensor
+from ..core.transforms import autocast, autocast_enabled, may_need_backward, under_transform
 from . import batch_norm, checks, ops
 from .checks import IntOrPair
 from .shapes import output_size
@@ -49,8 +50,8 @@ def depthwise_conv2d(
     """
     name = "depthwise_conv2d"
     checks.check_input(name, input)
-    checks.check_tensor(name, "weight", weight)
-    checks.check_tensor(name, "bias", bias, optional=True)
+    check_tensor(name, "weight", weight)
+    check_tensor(name, "bias", bias, optional=True)
     act = checks.activation_name(name, "activation", activation)
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     checks.check_depthwise(name, batch, weight, bias)
@@ -93,8 +94,8 @@ def depthwise_conv1d(
     """
     name = "depthwise_conv1d"
     checks.check_input(name, input, dims=1)
-    checks.check_tensor(name, "weight", weight)
-    checks.check_tensor(name, "bias", bias, optional=True)
+    check_tensor(name, "weight", weight)
+    check_tensor(name, "bias", bias, optional=True)
     act = checks.activation_name(name, "activation", activation)
     if weight.dim() != 3:
         raise RuntimeError(
@@ -117,7 +118,7 @@ def depthwise_conv1d(
 
 def _depthwise(name, input, weight, bias, stride, padding, dilation, activation) -> Tensor:
     checks.check_size(name, input, weight.shape[2:], padding, dilation)
-    input, weight, bias = checks.autocast(input, weight, bias)
+    input, weight, bias = autocast(input, weight, bias)
     return ops.depthwise_conv2d_forward(input, weight, bias, stride, padding, dilation, activation)
 
 
@@ -166,14 +167,14 @@ def depthwise_separable_conv2d(
     checks.check_input(name, input)
     tensors = (("depthwise_weight", depthwise_weight), ("pointwise_weight", pointwise_weight))
     for argument, tensor in tensors:
-        checks.check_tensor(name, argument, tensor)
+        check_tensor(name, argument, tensor)
     optional = (
         ("depthwise_bias", depthwise_bias),
         ("pointwise_bias", pointwise_bias),
         ("residual", residual),
     )
     for argument, value in optional:
-        checks.check_tensor(name, argument, value, optional=True)
+        check_tensor(name, argument, value, optional=True)
     acts = (
         checks.activation_name(name, "depthwise_activation", depthwise_activation),
         checks.activation_name(name, "pointwise_activation", pointwise_activation),
@@ -182,16 +183,14 @@ def depthwise_separable_conv2d(
     batch = input if batched else input.unsqueeze(0)
     checks.check_depthwise(name, batch, depthwise_weight, depthwise_bias)
     checks.check_pointwise(name, depthwise_weight, pointwise_weight, pointwise_bias)
-    checks.check_same_kind(name, batch, (*tensors[1:], *optional[1:]))
+    check_same_kind(name, "input", batch, (*tensors[1:], *optional[1:]), autocast_enabled(batch.device))
     kernel = depthwise_weight.shape[2:]
     options = checks.geometry(name, kernel, stride, padding, dilation)
     checks.check_size(name, batch, kernel, *options[1:])
     if residual is not None:
         residual = residual if batched else residual.unsqueeze(0)
         checks.check_residual(name, batch, depthwise_weight, pointwise_weight, residual, options)
-    cast = checks.autocast(
-        batch, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual
-    )
+    cast = autocast(batch, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
     out = _separable(cast, options, acts)
     return out if batched else out.squeeze(0)
 

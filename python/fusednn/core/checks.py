@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,3 +13,52 @@ def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -
     if not isinstance(value, Tensor) and not (optional and value is None):
         expected = "a Tensor or None" if optional else "a Tensor"
         raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
+
+
+def check_floating(name: str, argument: str, tensor: Tensor) -> None:
+    """Raise RuntimeError unless the tensor is floating point."""
+    if not tensor.dtype.is_floating_point:
+        raise RuntimeError(f"{name}: expected {argument} to be floating point, got {tensor.dtype}")
+
+
+def check_same_kind(
+    name: str,
+    first: str,
+    tensor: Tensor,
+    others: Iterable[tuple[str, Tensor | None]],
+    cast: bool = False,
+    may_differ: Sequence[str] = (),
+) -> None:
+    """Raise RuntimeError unless every tensor is on one device and of one dtype.
+
+    Floating dtypes may differ where autocast will `cast` them, and of the arguments `may_differ`.
+    """
+    for argument, other in others:
+        if other is None:
+            continue
+        if other.device != tensor.device:
+            raise RuntimeError(
+                f"{name}: expected all tensors on one device: "
+                f"{first} is on {tensor.device}, {argument} on {other.device}"
+            )
+        floating = tensor.dtype.is_floating_point and other.dtype.is_floating_point
+        free = (cast or argument in may_differ) and floating
+        if other.dtype != tensor.dtype and not free:
+            raise RuntimeError(
+                f"{name}: {first} and {argument} must have the same dtype, "
+                f"but got {tensor.dtype} and {other.dtype}"
+            )
+
+
+def check_shape(name: str, argument: str, tensor: Tensor | None, expected: Sequence[int], why: str) -> None:
+    """Raise RuntimeError unless an argument that is given has the expected shape."""
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        raise RuntimeError(
+            f"{name}: {argument} has shape {list(tensor.shape)}, expected {list(expected)} for {why}"
+        )
+
+
+def choice(name: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the names allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {argument}: got {value!r}, expected one of {', '.join(allowed)}")

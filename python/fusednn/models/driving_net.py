@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conv.block import DepthwiseSeparableConv2d
+from ..core.checks import choice
 from ..recurrence.modules import AttentionLSTM
 from ..spatial import checks
 from .layers import ConvNormReLU
@@ -58,7 +59,7 @@ class DrivingNet(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        checks.choice("DrivingNet", "encoder", encoder, tuple(_ENCODER_LAYERS))
+        choice("DrivingNet", "encoder", encoder, tuple(_ENCODER_LAYERS))
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.image_size = (int(image_size[0]), int(image_size[1]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
+from ..core.checks import check_same_kind, check_shape, check_tensor, choice
 from ..core.transforms import autocast_enabled, may_need_backward
 from ..spatial import checks
 from . import ops, plan, reference
@@ -69,8 +70,8 @@ def attention_lstm(
     """
     name = "attention_lstm"
     checks.check_images(name, "features", features, "[B, T, C, H, W]")
-    checks.choice(name, "output", output, ("flatten", "sum"))
-    checks.choice(name, "form", form, plan.FORMS)
+    choice(name, "output", output, ("flatten", "sum"))
+    choice(name, "form", form, plan.FORMS)
     h0, c0 = _states(name, hx)
     weights = (score_weight, hidden_weight, hidden_bias, v, weight_ih, weight_hh, bias_ih, bias_hh)
     _check(name, features, h0, c0, weights, output)
@@ -116,7 +117,7 @@ def _check(name: str, features: Tensor, h0: Tensor, c0: Tensor | None, weights: 
         raise RuntimeError(f"{name}: Expected sequence length to be larger than 0")
     optional = ("hidden_bias", "v", "bias_ih", "bias_hh")
     for argument, tensor in zip(_WEIGHTS, weights, strict=True):
-        checks.check_tensor(name, argument, tensor, optional=argument in optional)
+        check_tensor(name, argument, tensor, optional=argument in optional)
     if w_hh.dim() != 2:
         raise RuntimeError(f"{name}: Expected weight_hh to be 2D, got {w_hh.dim()}D instead")
     size = w_hh.shape[1]
@@ -130,11 +131,17 @@ def _check(name: str, features: Tensor, h0: Tensor, c0: Tensor | None, weights: 
         (rows,),
     )  # fmt: skip
     for argument, tensor, expected in zip(_WEIGHTS, weights, shapes, strict=True):
-        checks.check_shape(name, argument, tensor, expected, why)
+        check_shape(name, argument, tensor, expected, why)
     states = (("hidden state", h0), ("cell state", c0))
     for argument, tensor in states:
-        checks.check_shape(name, argument, tensor, (batch, size), why)
-    checks.check_same_kind(name, "features", features, (*states, *zip(_WEIGHTS, weights, strict=True)))
+        check_shape(name, argument, tensor, (batch, size), why)
+    check_same_kind(
+        name,
+        "features",
+        features,
+        (*states, *zip(_WEIGHTS, weights, strict=True)),
+        autocast_enabled(features.device),
+    )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..core.checks import choice
 from ..rnn.modules import GRUCell, LSTMCell
 from ..spatial import checks
 from ..spatial.modules import SpatialAttention
@@ -69,8 +70,8 @@ class AttentionLSTM(nn.Module):
         dtype: Any = None,
     ) -> None:
         name = "AttentionLSTM"
-        checks.choice(name, "output", output, ("flatten", "sum"))
-        checks.choice(name, "cell", cell, tuple(_CELLS))
+        choice(name, "output", output, ("flatten", "sum"))
+        choice(name, "cell", cell, tuple(_CELLS))
         sizes = {"in_channels": in_channels, "height": height, "width": width, "hidden_size": hidden_size}
         for argument, value in sizes.items():
             if value <= 0:

@@ -8,7 +8,8 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..core import dispatch, native, settings
-from ..core.transforms import may_need_backward
+from ..core.checks import check_floating, check_same_kind, check_tensor
+from ..core.transforms import autocast_enabled, may_need_backward
 from . import ops
 
 
@@ -59,7 +60,7 @@ def lstm_cell(
     h, c = hx
     states = (("hidden0", h), ("hidden1", c))
     _check("lstm_cell", 4, input, states, *parameters)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input.device):
         input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
     save_gates = may_need_backward(input, h, c, *parameters)
     h, c, _ = ops.lstm_cell_forward(input, h, c, *parameters, save_gates)
@@ -104,7 +105,7 @@ def gru_cell(
             return found
     parameters = (weight_ih, weight_hh, bias_ih, bias_hh)
     _check("gru_cell", 3, input, (("hidden0", hx),), *parameters)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input.device):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
     save_gates = may_need_backward(input, hx, *parameters)
     return ops.gru_cell_forward(input, hx, *parameters, save_gates)[0]
@@ -138,8 +139,7 @@ def _check(
     """Check what every cell shares. The texts on sizes are torch's own."""
     tensors = (("input", input), *states, ("weight_ih", weight_ih), ("weight_hh", weight_hh))
     for argument, tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected {argument} to be a Tensor, got {type(tensor).__name__}")
+        check_tensor(name, argument, tensor)
         if tensor.dim() != 2:
             error = RuntimeError if argument.startswith("hidden") else ValueError  # as torch's own cells
             raise error(f"{name}: Expected {argument} to be 2D, got {tensor.dim()}D instead")
@@ -169,32 +169,15 @@ def _check(
             )
     biases = (("bias_ih", bias_ih), ("bias_hh", bias_hh))
     for argument, bias in biases:
-        if bias is not None and not isinstance(bias, Tensor):
-            raise TypeError(f"{name}: expected {argument} to be a Tensor or None, got {type(bias).__name__}")
+        check_tensor(name, argument, bias, optional=True)
         if bias is not None and bias.shape != (rows,):
             raise RuntimeError(f"{name}: {argument} has shape {list(bias.shape)}, expected [{rows}]")
-    _check_types(name, input, states, (*tensors[-2:], *biases))
-
-
-def _check_types(name, input, states, parameters) -> None:
-    """Every tensor on one device and of one floating dtype; autocast and a wider c are the exceptions."""
-    dtype, device = input.dtype, input.device
-    if not dtype.is_floating_point:
-        raise RuntimeError(f"{name}: expected input to be floating point, got {dtype}")
-    autocast = torch.is_autocast_enabled(device.type)
-    for argument, tensor in (*states, *parameters):
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"input is on {device}, {argument} on {tensor.device}"
-            )
-        free = autocast or argument == "hidden1"
-        if tensor.dtype != dtype and not (free and tensor.dtype.is_floating_point):
-            raise RuntimeError(
-                f"{name}: input and {argument} must have the same dtype, but got {dtype} and {tensor.dtype}"
-            )
+    check_floating(name, "input", input)
+    cast = autocast_enabled(input.device)
+    others = (*states, *tensors[-2:], *biases)
+    check_same_kind(
+        name, "input", input, others, cast, may_differ=("hidden1",)
+    )  # the cell state may be wider
 
 
 def _autocast(input, states, *parameters):

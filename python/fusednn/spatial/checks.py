@@ -8,16 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.transforms import autocast_enabled, under_transform
-
-Named = tuple[str, Tensor | None]
-
-
-def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -> None:
-    """Raise TypeError unless `value` is a tensor, or None where it may be."""
-    if not isinstance(value, Tensor) and not (optional and value is None):
-        expected = "a Tensor or None" if optional else "a Tensor"
-        raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
+from ..core.checks import check_floating, check_shape, check_tensor
+from ..core.transforms import under_transform
 
 
 def check_images(name: str, argument: str, value: Any, layout: str) -> None:
@@ -28,42 +20,9 @@ def check_images(name: str, argument: str, value: Any, layout: str) -> None:
         raise RuntimeError(
             f"{name}: Expected {argument} to be {dims}D {layout}, but got size {list(value.shape)}"
         )
-    if not value.dtype.is_floating_point:
-        raise RuntimeError(f"{name}: expected {argument} to be floating point, got {value.dtype}")
+    check_floating(name, argument, value)
     if 0 in value.shape[-2:]:
         raise RuntimeError(f"{name}: expected {argument} to have positions, got size {list(value.shape)}")
-
-
-def check_same_kind(name: str, first: str, tensor: Tensor, others: Sequence[Named]) -> None:
-    """Every tensor on one device and of one dtype; autocast makes floating dtypes equal."""
-    autocast = autocast_enabled(tensor.device)
-    for argument, other in others:
-        if other is None:
-            continue
-        if other.device != tensor.device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"{first} is on {tensor.device}, {argument} on {other.device}"
-            )
-        if other.dtype != tensor.dtype and not (autocast and other.dtype.is_floating_point):
-            raise RuntimeError(
-                f"{name}: {first} and {argument} must have the same dtype, "
-                f"but got {tensor.dtype} and {other.dtype}"
-            )
-
-
-def check_shape(name: str, argument: str, tensor: Tensor | None, expected: Sequence[int], why: str) -> None:
-    """Raise RuntimeError unless an argument that is given has the expected shape."""
-    if tensor is not None and tuple(tensor.shape) != tuple(expected):
-        raise RuntimeError(
-            f"{name}: {argument} has shape {list(tensor.shape)}, expected {list(expected)} for {why}"
-        )
-
-
-def choice(name: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the names allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}: {argument}: got {value!r}, expected one of {', '.join(allowed)}")
 
 
 def temperature(name: str, value: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:

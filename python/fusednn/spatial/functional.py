@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..core.checks import check_same_kind, check_shape, check_tensor, choice
 from ..core.transforms import autocast_enabled
 from . import checks, ops, reference
 
@@ -90,7 +91,7 @@ def spatial_attention(
     """
     name = "spatial_attention"
     checks.check_images(name, "features", features, "[N, C, H, W]")
-    checks.choice(name, "output", output, reference.OUTPUTS)
+    choice(name, "output", output, reference.OUTPUTS)
     _check_scores(name, features, weight, hidden_term, v)
     learned, fixed = checks.temperature(name, temperature, features.device)
     n, _c, height, width = features.shape
@@ -103,22 +104,22 @@ def spatial_attention(
 
 
 def _check_scores(name, features, weight, hidden_term, v) -> None:
-    checks.check_tensor(name, "weight", weight)
+    check_tensor(name, "weight", weight)
     for argument, tensor in (("hidden_term", hidden_term), ("v", v)):
-        checks.check_tensor(name, argument, tensor, optional=True)
+        check_tensor(name, argument, tensor, optional=True)
     n, c, height, width = features.shape
     size = f"features of size {list(features.shape)}"
     if weight.dim() != 2 or weight.shape[1] != c or weight.shape[0] == 0:
         raise RuntimeError(f"{name}: weight has shape {list(weight.shape)}, expected [rows, {c}] for {size}")
     rows = weight.shape[0]
     if v is None:
-        checks.check_shape(name, "hidden_term", hidden_term, (n, rows, height * width), size)
+        check_shape(name, "hidden_term", hidden_term, (n, rows, height * width), size)
     else:
-        checks.check_shape(name, "hidden_term", hidden_term, (n, rows), f"{size} and {rows} rows of weight")
+        check_shape(name, "hidden_term", hidden_term, (n, rows), f"{size} and {rows} rows of weight")
         if v.dim() != 2 or v.shape[1] != rows or v.shape[0] == 0:
             raise RuntimeError(
                 f"{name}: v has shape {list(v.shape)}, expected [glimpses, {rows}] for weight of size "
                 f"{list(weight.shape)}"
             )
     others = (("weight", weight), ("hidden_term", hidden_term), ("v", v))
-    checks.check_same_kind(name, "features", features, others)
+    check_same_kind(name, "features", features, others, autocast_enabled(features.device))

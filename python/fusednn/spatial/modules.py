@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import check_shape, check_tensor, choice
 from . import checks, functional, shortcut
 from .reference import OUTPUTS
 
@@ -74,8 +75,8 @@ class SpatialAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         name = "SpatialAttention"
-        checks.choice(name, "score", score, SCORES)
-        checks.choice(name, "output", output, OUTPUTS)
+        choice(name, "score", score, SCORES)
+        choice(name, "output", output, OUTPUTS)
         checks.temperature(name, temperature, torch.device("cpu"))
         sizes: dict[str, int | None] = {"in_channels": in_channels, "glimpses": glimpses}
         if score == "positional":
@@ -148,9 +149,9 @@ class SpatialAttention(nn.Module):
                 return None
             term = self.hidden.bias.expand(n, -1)
         else:
-            checks.check_tensor("SpatialAttention", "hidden", hidden)
+            check_tensor("SpatialAttention", "hidden", hidden)
             why = f"features of size {list(features.shape)}"
-            checks.check_shape("SpatialAttention", "hidden", hidden, (n, self.hidden_size), why)
+            check_shape("SpatialAttention", "hidden", hidden, (n, self.hidden_size), why)
             term = nn.functional.linear(hidden, self.hidden.weight, self.hidden.bias)
         if self.score_kind == "additive":
             return term
