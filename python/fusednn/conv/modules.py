@@ -10,13 +10,43 @@ from torch import Tensor, nn
 from . import checks, functional
 
 
-def _depthwise_groups(name: str, in_channels: int, groups: int | None) -> int:
-    if groups is not None and groups != in_channels:
-        raise ValueError(f"{name}: groups: got {groups}, expected in_channels = {in_channels}, or None")
-    return in_channels
+class _Depthwise:
+    """What the layers share: torch's constructor, in which ``groups`` may be left out, and an activation."""
+
+    activation: str | None = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int | None = None,
+        bias: bool = True,
+        padding_mode: Any = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        name = type(self).__name__
+        checks.activation_name(name, "activation", activation)
+        if groups is not None and groups != in_channels:
+            raise ValueError(f"{name}: groups: got {groups}, expected in_channels = {in_channels}, or None")
+        sizes: Any = (in_channels, out_channels, kernel_size, stride, padding, dilation, in_channels)
+        super().__init__(*sizes, bias, padding_mode, device, dtype)  # type: ignore[call-arg]
+        if activation is not None:
+            self.activation = activation
+
+    def extra_repr(self) -> str:
+        """Describe the layer as torch does, and its activation."""
+        described = super().extra_repr()  # type: ignore[misc]
+        return described + (f", activation={self.activation}" if self.activation else "")
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(_Depthwise, nn.Conv2d):
     r"""A drop-in for :class:`torch.nn.Conv2d` with ``groups == in_channels``.
 
     The constructor is ``nn.Conv2d``'s, in the same order, so that changing the import is enough. ``groups``
@@ -41,33 +71,6 @@ class DepthwiseConv2d(nn.Conv2d):
         RuntimeError: a size, dtype or device does not fit; the text names the argument.
     """
 
-    activation: str | None = None
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int | None = None,
-        bias: bool = True,
-        padding_mode: Any = "zeros",
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        activation: str | None = None,
-    ) -> None:
-        checks.activation_name(type(self).__name__, "activation", activation)
-        groups = _depthwise_groups(type(self).__name__, in_channels, groups)
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            device, dtype,
-        )  # fmt: skip
-        if activation is not None:
-            self.activation = activation
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -77,12 +80,8 @@ class DepthwiseConv2d(nn.Conv2d):
             input, weight, bias, self.stride, padding, self.dilation, activation=self.activation
         )
 
-    def extra_repr(self) -> str:
-        """Describe the layer as torch does, and its activation."""
-        return super().extra_repr() + (f", activation={self.activation}" if self.activation else "")
 
-
-class DepthwiseConv1d(nn.Conv1d):
+class DepthwiseConv1d(_Depthwise, nn.Conv1d):
     r"""A drop-in for :class:`torch.nn.Conv1d` with ``groups == in_channels``; causal if asked.
 
     The constructor is ``nn.Conv1d``'s; ``groups`` as in :class:`DepthwiseConv2d`.
@@ -104,7 +103,6 @@ class DepthwiseConv1d(nn.Conv1d):
         RuntimeError: a size, dtype or device does not fit; the text names the argument.
     """
 
-    activation: str | None = None
     causal: bool = False
 
     def __init__(
@@ -124,18 +122,12 @@ class DepthwiseConv1d(nn.Conv1d):
         causal: bool = False,
         activation: str | None = None,
     ) -> None:
-        checks.activation_name(type(self).__name__, "activation", activation)
-        groups = _depthwise_groups(type(self).__name__, in_channels, groups)
         if causal and padding not in (0, (0,), [0], "valid"):
             raise ValueError(f"padding: got {padding!r}, expected 0 where causal=True pads the front")
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-            device, dtype,
-        )  # fmt: skip
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(*sizes, bias, padding_mode, device, dtype, activation=activation)
         if causal:
             self.causal = True
-        if activation is not None:
-            self.activation = activation
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
@@ -159,7 +151,4 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def extra_repr(self) -> str:
         """Describe the layer as torch does, and what it adds."""
-        own = (", causal=True" if self.causal else "") + (
-            f", activation={self.activation}" if self.activation else ""
-        )
-        return super().extra_repr() + own
+        return super().extra_repr() + (", causal=True" if self.causal else "")
