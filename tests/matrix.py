@@ -1,8 +1,8 @@
 """Which combinations of their parameters the tests run in.
 
-Natively each test runs in all of them. Where a call is costly (marker ``costly``: an interpreter or an emulator
-runs the kernels, or a device's compiler makes one first) it runs in so many that every two values that meet in
-some combination meet in one that runs; ``pytest --all`` runs all of them there too.
+Natively each test runs in all of them. Where a call is costly (marker ``costly``: an interpreter or an
+emulator runs the kernels, or a device's compiler makes one first) it runs in so many that every two values
+that meet in some combination meet in one that runs; ``pytest --all`` runs all of them there too.
 
 Long lists of sizes or of hand-made cases are gone through once there: a value of a parameter that the marker
 ``in_turn`` names meets one value of each other parameter, in turn.
@@ -26,13 +26,16 @@ Values = Mapping[str, Hashable]
 def pairwise(rows: Sequence[Values], in_turn: frozenset[str] = frozenset()) -> list[int]:
     """Choose rows, by number, in which all values and pairs occur that occur in any.
 
-    Values of the names `in_turn` needn't meet others. Of rows that add as much, the one of rarer values is taken.
+    Values of the names `in_turn` needn't meet others. Of rows that add as much, the one of rarer values is
+    taken.
     """
     met = [_met(row, in_turn) for row in rows]
     unmet, taken = set().union(*met), Counter[tuple[str, Hashable]]()
     chosen = []
     while unmet:
-        best = max(range(len(rows)), key=lambda i: (len(met[i] & unmet), -sum(taken[v] for v in rows[i].items())))
+        best = max(
+            range(len(rows)), key=lambda i: (len(met[i] & unmet), -sum(taken[v] for v in rows[i].items()))
+        )
         chosen.append(best)
         unmet -= met[best]
         taken.update(rows[best].items())
@@ -48,7 +51,11 @@ def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Return the items of costly tests that add nothing."""
     tests: dict[Hashable, list[pytest.Function]] = {}
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.get_closest_marker("costly"):
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.get_closest_marker("costly")
+        ):
             place = tuple(v for v in item.callspec.params.values() if isinstance(v, Place))
             tests.setdefault((item.parent, item.originalname, place), []).append(item)
     left: set[pytest.Item] = set()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import re
 import threading
 import time
@@ -19,7 +21,9 @@ from tests import places, registry
 LEAST_SECONDS = 0.08
 TRIES = 5
 # What has no batch: parameters and their statistics.
-OF_THE_MODEL = re.compile(r"(?!grad_).*(weight|bias|norm|temperature|slopes|seqlens|seed|extra|mean\d|rstd\d)|v$")
+OF_THE_MODEL = re.compile(
+    r"(?!grad_).*(weight|bias|norm|temperature|slopes|seqlens|seed|extra|mean\d|rstd\d)|v$"
+)
 
 
 class Ticks(threading.Thread):
@@ -49,7 +53,7 @@ def longest_pause(call: Callable[[], Any]) -> float:
     end = time.perf_counter()
     ticks.stop()
     marks = [start, *(t for t in ticks.times if start < t < end), end]
-    return max(b - a for a, b in zip(marks, marks[1:])) / (end - start)
+    return max(b - a for a, b in itertools.pairwise(marks)) / (end - start)
 
 
 def lets_others_run(call: Callable[[], Any]) -> bool:
@@ -59,7 +63,10 @@ def lets_others_run(call: Callable[[], Any]) -> bool:
 
 def sample(name: str) -> tuple[Any, ...]:
     """Return the arguments of the sample call that has the most to compute."""
-    cases = [tuple(a.detach() if isinstance(a, Tensor) else a for a in args) for args in registry.cases_of(name).values()]
+    cases = [
+        tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        for args in registry.cases_of(name).values()
+    ]
 
     def size(args: tuple[Any, ...]) -> tuple[int, int]:
         wanted = args[-1] if isinstance(args[-1], (list, tuple)) else ()
@@ -82,7 +89,7 @@ def long_call(name: str) -> Callable[[], Any]:
     """Return a call of the op, on the backend in force, that takes long enough."""
     op, args, times = getattr(torch.ops.fusednn, name), sample(name), 1
     while times < 1 << 24:
-        call = lambda given=repeated(name, args, times): op(*given)  # noqa: E731
+        call = functools.partial(op, *repeated(name, args, times))
         call()
         start = time.perf_counter()
         call()

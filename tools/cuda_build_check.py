@@ -140,7 +140,9 @@ def proved(command: list[str], source: str, target: str, versions: str) -> Compi
     with tempfile.TemporaryDirectory() as folder:
         rule = Path(folder, "rule")
         done = subprocess.run(
-            [*command, "-o", str(Path(folder, "out")), "-MD", "-MF", str(rule)], capture_output=True, text=True
+            [*command, "-o", str(Path(folder, "out")), "-MD", "-MF", str(rule)],
+            capture_output=True,
+            text=True,
         )
         output = done.stdout + done.stderr
         kernels = tuple(parse_ptxas(output)) if done.returncode == 0 and target != "host" else ()

@@ -3,8 +3,8 @@
     python tools/run_tests.py [--all] [options and paths for pytest]
 
 Triton is interpreted or not by what TRITON_INTERPRET says when it is imported, hence two calls of pytest, the
-second also after a failure of the first. Each has as many workers (pytest-xdist) as there are cores, eight at most.
-Exit code 1 if a call failed, found no test or could not run.
+second also after a failure of the first. Each has as many workers (pytest-xdist) as there are cores, eight at
+most. Exit code 1 if a call failed, found no test or could not run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def absent(name: str) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Run both calls; 0 if all passed."""
-    chosen = any(a != "--all" for a in arguments)  # paths or -k may well leave one of the calls without a test
+    chosen = any(
+        a != "--all" for a in arguments
+    )  # paths or -k may well leave one of the calls without a test
     summary, status = [], 0
     for name in CALLS:
         reason = absent(name)

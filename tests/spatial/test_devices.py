@@ -11,10 +11,10 @@ from fusednn.core import native as _native
 from fusednn.functional import spatial_attention, spatial_softmax
 from fusednn.recurrence import plan
 from fusednn.spatial import reference
+from tests.recurrence.test_attention_lstm import OPTIONS, as_state, build, flat, step
 
 from .cases import DTYPES, OUTPUTS, SCORES, check, fused_step, make, run
 from .op_cases import op_cases
-from tests.recurrence.test_attention_lstm import OPTIONS, as_state, build, flat, step
 
 every_score = pytest.mark.parametrize("score", SCORES)
 every_output = pytest.mark.parametrize("output", OUTPUTS)

@@ -40,7 +40,9 @@ def suite(tmp_path, monkeypatch):
     monkeypatch.setattr(run_tests, "workers", list)
     for name in ("TRITON_INTERPRET", "PYTEST_ADDOPTS", "OMP_NUM_THREADS", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer to load than the tests to run
+    monkeypatch.setenv(
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"
+    )  # they take longer to load than the tests to run
     return tmp_path
 
 
@@ -93,7 +95,8 @@ def test_without_triton_on_linux_the_interpreter_fails(suite, monkeypatch, capfd
 def test_an_interrupt_ends_it_with_what_was_found(suite):
     waiting = "def test_plain(): open('here', 'w').close(); import time; time.sleep(60);"
     (suite / "test_suite.py").write_text(SUITE.replace("def test_plain():", waiting))
-    code = f"import sys, pathlib, run_tests; run_tests.ROOT = pathlib.Path({str(suite)!r}); run_tests.workers = list"
+    code = "import sys, pathlib, run_tests; run_tests.workers = list; "
+    code += f"run_tests.ROOT = pathlib.Path({str(suite)!r})"
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code}; sys.exit(run_tests.main([]))"],
         cwd=run_tests.__file__.rpartition("/")[0],
