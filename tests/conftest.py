@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _is_thorough(item: pytest.Item) -> bool:
     marks = {mark.name for mark in item.iter_markers()}
-    return "thorough" in marks or {"costly", "finite_differences"} <= marks
+    return "thorough" in marks or {"costly", "natively"} <= marks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,8 +1,8 @@
 """Which combinations of their parameters the tests run in.
 
-Natively each test runs in all of them. Where a call is costly (marker ``costly``: an interpreter or an emulator
-runs the kernels, or a device's compiler makes one first) it runs in so many that every two values that meet in
-some combination meet in one that runs; ``pytest --all`` runs all of them there too.
+Natively each test runs in all of them. Where a call is costly (marker ``costly``: an interpreter or an
+emulator runs the kernels, or a device's compiler makes one first) it runs in so many that every two values
+that meet in some combination meet in one that runs; ``pytest --all`` runs all of them there too.
 
 Long lists of sizes or of hand-made cases are gone through once there: a value of a parameter that the marker
 ``in_turn`` names meets one value of each other parameter, in turn.
@@ -26,7 +26,8 @@ Values = Mapping[str, Hashable]
 def pairwise(rows: Sequence[Values], in_turn: frozenset[str] = frozenset()) -> list[int]:
     """Choose rows, by number, in which all values and pairs occur that occur in any.
 
-    Values of the names `in_turn` needn't meet others. Of rows that add as much, the one of rarer values is taken.
+    Values of the names `in_turn` needn't meet others. Of rows that add as much, the one of rarer values is
+    taken.
     """
     met = [_met(row, in_turn) for row in rows]
     unmet, taken = set().union(*met), Counter[tuple[str, Hashable]]()

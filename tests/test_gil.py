@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import re
 import threading
 import time
@@ -51,7 +53,7 @@ def longest_pause(call: Callable[[], Any]) -> float:
     end = time.perf_counter()
     ticks.stop()
     marks = [start, *(t for t in ticks.times if start < t < end), end]
-    return max(b - a for a, b in zip(marks, marks[1:])) / (end - start)
+    return max(b - a for a, b in itertools.pairwise(marks)) / (end - start)
 
 
 def lets_others_run(call: Callable[[], Any]) -> bool:
@@ -87,7 +89,7 @@ def long_call(name: str) -> Callable[[], Any]:
     """Return a call of the op, on the backend in force, that takes long enough."""
     op, args, times = getattr(torch.ops.fusednn, name), sample(name), 1
     while times < 1 << 24:
-        call = lambda given=repeated(name, args, times): op(*given)  # noqa: E731
+        call = functools.partial(op, *repeated(name, args, times))
         call()
         start = time.perf_counter()
         call()

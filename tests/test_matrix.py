@@ -77,11 +77,11 @@ def test_in_turn(a, b): pass
 @pytest.mark.thorough
 def test_thorough(): pass
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 def test_differences(where): pass
 """
 INI = "[pytest]\naddopts = -q -p no:cacheprovider\nmarkers =\n"
-INI += "".join(f"  {name}: x\n" for name in ("costly", "in_turn", "thorough", "finite_differences"))
+INI += "".join(f"  {name}: x\n" for name in ("costly", "in_turn", "thorough", "natively"))
 
 
 def collected(folder, *options):

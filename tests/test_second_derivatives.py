@@ -75,4 +75,5 @@ def test_a_watched_backward_goes_to_the_reference(place, name):
     watched, ops_watched = gradients(call, leaves, create_graph=True)
     assert ops[-1:] == [registry.backward_of(name)]
     assert registry.backward_of(name) not in ops_watched
-    torch.testing.assert_close(watched, plain)
+    half = torch.finfo(leaves[0].dtype).eps ** 0.5
+    torch.testing.assert_close(watched, plain, rtol=half, atol=half)

@@ -1,7 +1,8 @@
 """What compilers have proved already: a result is kept while nothing that went into it has changed.
 
-A proof is named by its inputs: the command, and the version of each tool. It holds while the files that it was
-made from, headers included, have the contents that they had. Failures are not kept. The folder is safe to delete.
+A proof is named by its inputs: the command, and the version of each tool. It holds while the files that it
+was made from, headers included, have the contents that they had. Failures are not kept. The folder is safe to
+delete.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/run_tests.py [--all] [options and paths for pytest]
 
 Triton is interpreted or not by what TRITON_INTERPRET says when it is imported, hence two calls of pytest, the
-second also after a failure of the first. Each has as many workers (pytest-xdist) as there are cores, eight at most.
-Exit code 1 if a call failed, found no test or could not run.
+second also after a failure of the first. Each has as many workers (pytest-xdist) as there are cores, eight at
+most. Exit code 1 if a call failed, found no test or could not run.
 """
 
 from __future__ import annotations

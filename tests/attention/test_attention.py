@@ -160,6 +160,7 @@ def part_of_rows(t: torch.Tensor) -> torch.Tensor:
 LAYOUTS = {f.__name__: f for f in (torch.clone, every_other, offset, reversed_order, part_of_rows)}
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_layouts(place, case, dtype):
@@ -207,6 +208,7 @@ def test_expanded_gradients(training_place):
 GIVEN = [("output",), ("lse",), ("weights",), ("output", "lse"), ("output", "weights"), ("lse", "weights")]
 
 
+@pytest.mark.in_turn("case")
 @pytest.mark.parametrize("kind", ["mean", "heads"])
 @pytest.mark.parametrize("case", GIVEN, ids="-".join)
 def test_gradients_of_some_results(training_place, case, kind):

@@ -337,6 +337,7 @@ REPEATED = {
 }
 
 
+@pytest.mark.natively
 @pytest.mark.in_turn("case")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", REPEATED)

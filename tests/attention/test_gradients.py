@@ -45,7 +45,7 @@ def at(place, work: Work) -> Work:
     return work.where(tensors=tensors, bounds=bounds, slopes=slopes)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @pytest.mark.parametrize("case", WORKS)
 def test_gradcheck(training_place, case):
     fast = training_place.slow or training_place.device != "cpu"

@@ -1,4 +1,7 @@
-"""Where the convolutions run: a block's training not in Triton, which takes minutes (a few in test_device_block)."""
+"""Where the convolutions run: a block's training not in Triton, where it takes minutes.
+
+test_device_block.py trains a few there.
+"""
 
 from tests import places
 

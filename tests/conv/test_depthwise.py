@@ -230,6 +230,7 @@ def _fused(tensors, options):
     return depthwise_conv2d(*tensors.values(), **options)
 
 
+@pytest.mark.natively
 @every_dtype
 def test_repeats_in_every_bit(place, dtype):
     work = make((3, 33, 14, 15), (5, 5), dtype=dtype, device=place.device, padding=2, activation="gelu")

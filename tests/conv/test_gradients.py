@@ -32,7 +32,7 @@ def interpreted(place) -> bool:
     return place.name == "triton-interpreted"
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(
     "options", [{"padding": 1}, {"stride": 2, "dilation": (1, 2), "padding": (1, 3)}], ids=str
@@ -51,7 +51,7 @@ def test_gradgradcheck(reference_place, activation):
     assert gradgradcheck(lambda *t: depthwise_conv2d(*t, **options), leaves)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 def test_of_a_sequence(place):
     leaves = leaf(2, 2, 5), leaf(2, 1, 3), leaf(2)
     for options in ({"causal": True, "dilation": 2}, {"padding": 1, "stride": 2}):
@@ -73,7 +73,7 @@ def block_without_norms(acts):
     return function, (*leaves, residual)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @every_pair_of_activations
 def test_of_a_block_without_norms(training_place, acts):
     assert gradcheck(*block_without_norms(acts))
@@ -144,7 +144,7 @@ def block_with_norms(training):
     return function, (leaf(2, 2, 3, 3), *leaves)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @every_mixture
 def test_of_a_block_with_norms(training_place, training):
     assert gradcheck(*block_with_norms(training))

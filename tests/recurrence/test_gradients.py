@@ -30,7 +30,7 @@ def sequence(case: str):
 CASES = [case for case in op_cases("attention_lstm_forward") if case not in ("inference", "NHWC frames")]
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @pytest.mark.parametrize("case", CASES)
 def test_gradcheck(recurrence_place, case):
     function, leaves = sequence(case)

@@ -121,7 +121,7 @@ def _checkable(cell: str, batch: int, hidden: int, bias: bool, device: str):
     return step, tuple(work.tensors[name].requires_grad_() for name in names)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @every_cell
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (8, 2)], ids=str)

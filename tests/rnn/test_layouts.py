@@ -147,6 +147,7 @@ def test_a_bad_row_keeps_to_itself(place, cell, value, dtype, batch):
         assert_same_bits(rows, {k: expected[k][others] for k in rows}, f"{value} in {name}")
 
 
+@pytest.mark.natively
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 300, 70), (4, 60, 130), (40, 60, 70)], ids=str)

@@ -280,6 +280,7 @@ def test_gradient_through_one_result(place):
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.natively
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_in_every_bit(place, dtype):
     work = make((3, 33, 20, 10), "additive", "flatten", 2, True, dtype=dtype, device=place.device)

@@ -86,24 +86,41 @@ def test_the_control_looks_at_the_state_before(recurrence_place):
 
 @pytest.mark.parametrize("encoder", ["plain", "separable"])
 def test_loss_curves_agree(recurrence_place, encoder):
-    """100 steps of SGD with torch's layers and with fusednn's."""
-    torch.manual_seed(0)
-    ours = DrivingNet(8, encoder, image_size=SMALL).to(recurrence_place.device)
+    """100 steps of SGD with torch's layers and with fusednn's, in float64; 20 in float32, in the mean over seeds.
+
+    Where rounding puts an activation on the other side of 0, curves of float32 part later: a matter of luck.
+    """
+    slow = recurrence_place.slow
+    exact = loss_curves(recurrence_place, encoder, 0, 5 if slow else 100, torch.float64)
+    assert exact[0] == pytest.approx(exact[1], rel=1e-6)
+    if not slow:
+        assert sum(exact[0][-10:]) < 0.5 * sum(exact[0][:10]), "it did not learn"
+    seeds = range(1 if slow else 4)
+    pairs = torch.tensor([loss_curves(recurrence_place, encoder, s, 5 if slow else 20) for s in seeds])
+    apart = (pairs[:, 0] - pairs[:, 1]).abs() / pairs[:, 1].abs()
+    assert apart.mean(0).max() <= 1e-3
+
+
+def loss_curves(
+    place, encoder: str, seed: int, steps: int, dtype: torch.dtype = torch.float32
+) -> list[list[float]]:
+    """Return the losses of fusednn's layers and of torch's."""
+    torch.manual_seed(seed)
+    ours = DrivingNet(8, encoder, image_size=SMALL, dtype=dtype).to(place.device)
     theirs = TorchDrivingNet(ours)
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randn(8, 3, 3, *SMALL, generator=generator).to(recurrence_place.device)
+    generator = torch.Generator().manual_seed(seed + 1)
+    frames = torch.randn(8, 3, 3, *SMALL, generator=generator).to(place.device, dtype)
     # A bright column whose place is the target: something to attend to.
-    place = torch.randint(0, SMALL[1], (8, 3), generator=generator).to(recurrence_place.device)
-    frames += 4 * nn.functional.one_hot(place, SMALL[1])[:, :, None, None, :]
-    target = place[..., None] / SMALL[1] - 0.5
+    column = torch.randint(0, SMALL[1], (8, 3), generator=generator).to(place.device)
+    frames += 4 * nn.functional.one_hot(column, SMALL[1])[:, :, None, None, :]
+    target = column[..., None] / SMALL[1] - 0.5
     curves = []
     for model in (ours, theirs):
-        # Not Adam: dividing by tiny second moments, it makes rounding differences grow. With a rate of 0.03
-        # the curves part after 13 steps, in float32 alone (in float64 they agree).
+        # Not Adam: dividing by tiny second moments, it makes rounding differences grow.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
-        chosen = torch.Generator().manual_seed(3)
+        chosen = torch.Generator().manual_seed(seed + 3)
         losses = []
-        for _ in range(5 if recurrence_place.slow else 100):
+        for _ in range(steps):
             rows = torch.randperm(8, generator=chosen)[:4]
             optimizer.zero_grad()
             out = model(frames[rows])
@@ -112,9 +129,7 @@ def test_loss_curves_agree(recurrence_place, encoder):
             optimizer.step()
             losses.append(loss.item())
         curves.append(losses)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3, abs=1e-6)
-    if not recurrence_place.slow:
-        assert sum(curves[0][-10:]) < 0.5 * sum(curves[0][:10]), "it did not learn"
+    return curves
 
 
 def test_errors_and_copies():

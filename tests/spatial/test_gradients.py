@@ -31,7 +31,7 @@ def attention(output: str, mask):
 MASK = torch.tensor([[[[1, 0, 1], [1, 1, 0]]], [[[0, 0, 0], [0, 0, 0]]]], dtype=torch.bool)
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "masked"])
@@ -55,7 +55,7 @@ def softmax(coordinates: bool):
     return function, (leaf(2, 2, 2, 4), leaf(1).detach().exp().requires_grad_())
 
 
-@pytest.mark.finite_differences
+@pytest.mark.natively
 @pytest.mark.parametrize("coordinates", [False, True])
 def test_of_the_softmax(place, coordinates):
     assert gradcheck(*softmax(coordinates), fast_mode=interpreted(place))

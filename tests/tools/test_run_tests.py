@@ -95,7 +95,8 @@ def test_without_triton_on_linux_the_interpreter_fails(suite, monkeypatch, capfd
 def test_an_interrupt_ends_it_with_what_was_found(suite):
     waiting = "def test_plain(): open('here', 'w').close(); import time; time.sleep(60);"
     (suite / "test_suite.py").write_text(SUITE.replace("def test_plain():", waiting))
-    code = f"import sys, pathlib, run_tests; run_tests.ROOT = pathlib.Path({str(suite)!r}); run_tests.workers = list"
+    code = "import sys, pathlib, run_tests; run_tests.workers = list; "
+    code += f"run_tests.ROOT = pathlib.Path({str(suite)!r})"
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code}; sys.exit(run_tests.main([]))"],
         cwd=run_tests.__file__.rpartition("/")[0],
