@@ -20,7 +20,6 @@
 #include <algorithm>
 
 #include "conv/cuda/common.h"
-#include "conv/cuda/depthwise.h"
 
 namespace fusednn::cuda {
 namespace {
@@ -34,7 +33,7 @@ constexpr int64_t kWantedThreads = 65536;
 
 // Stores N neighbours, the first `count` of them where they are no aligned pack.
 template <class T, int N>
-__device__ __forceinline__ void finish(const DepthwiseProduct& p, int64_t offset, Arithmetic<T> (&z)[N],
+__device__ __forceinline__ void finish(const DepthwiseForward& p, int64_t offset, Arithmetic<T> (&z)[N],
                                        bool packed = true, int count = N) {
   if (p.grad_output == nullptr) {
     activate(p.activation, z);
@@ -82,7 +81,7 @@ struct Window {
 
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_rows_kernel(DepthwiseProduct p, RowsTiling tiling) {
+    depthwise_rows_kernel(DepthwiseForward p, RowsTiling tiling) {
   using A = Arithmetic<T>;
   const unsigned tile = blockIdx.x * kThreads + threadIdx.x;
   if (tile >= tiling.tiles) return;
@@ -159,7 +158,7 @@ constexpr int columns_outputs = S == 1 ? 4 : 2;
 
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_columns_kernel(DepthwiseProduct p, ColumnsTiling tiling) {
+    depthwise_columns_kernel(DepthwiseForward p, ColumnsTiling tiling) {
   using A = Arithmetic<T>;
   constexpr int V = kWidestAccess / sizeof(T), outputs = columns_outputs<S>;
   const DepthwiseShape& s = p.shape;
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // V > 1 wants [N, H, W, C] and a multiplier of 1.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(DepthwiseProduct p, int64_t items) {
+__global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(DepthwiseForward p, int64_t items) {
   using A = Arithmetic<T>;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= items) return;
@@ -256,14 +255,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) depthwise_any_kernel(Depthw
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, kThreads)); }
 
 template <class T, int V>
-cudaError_t launch_any(const DepthwiseProduct& p, cudaStream_t stream) {
+cudaError_t launch_any(const DepthwiseForward& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   const int64_t items = s.batch * (s.channels / V) * s.out_height * s.out_width;
   return launch(depthwise_any_kernel<T, V>, dim3(blocks_for(items)), dim3(kThreads), 0, stream, p, items);
 }
 
 template <class T, int K, int S>
-cudaError_t launch_rows(const DepthwiseProduct& p, cudaStream_t stream) {
+cudaError_t launch_rows(const DepthwiseForward& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   RowsTiling tiling;
   tiling.tiles_x = ceil_div(s.out_width, kTile);
@@ -283,7 +282,7 @@ cudaError_t launch_rows(const DepthwiseProduct& p, cudaStream_t stream) {
 }
 
 template <class T, int K, int S>
-cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
+cudaError_t launch_columns(const DepthwiseForward& p, cudaStream_t stream) {
   constexpr int V = kWidestAccess / sizeof(T);
   const DepthwiseShape& s = p.shape;
   ColumnsTiling tiling;
@@ -305,13 +304,13 @@ cudaError_t launch_columns(const DepthwiseProduct& p, cudaStream_t stream) {
 }
 
 template <class T, int K, int S>
-cudaError_t launch_known(const DepthwiseProduct& p, bool packs, cudaStream_t stream) {
+cudaError_t launch_known(const DepthwiseForward& p, bool packs, cudaStream_t stream) {
   if (!p.shape.channels_last) return launch_rows<T, K, S>(p, stream);
   return packs ? launch_columns<T, K, S>(p, stream) : launch_any<T, 1>(p, stream);
 }
 
 template <class T>
-cudaError_t launch_dtype(const DepthwiseProduct& p, cudaStream_t stream) {
+cudaError_t launch_dtype(const DepthwiseForward& p, cudaStream_t stream) {
   constexpr int V = sizeof(T) <= sizeof(float) ? kWidestAccess / sizeof(T) : 1;  // pairs of doubles spill
   const DepthwiseShape& s = p.shape;
   const bool packs = s.channels_last && s.multiplier == 1 && s.channels % V == 0 &&
@@ -327,20 +326,15 @@ cudaError_t launch_dtype(const DepthwiseProduct& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t depthwise_product(const DepthwiseProduct& p, cudaStream_t stream) {
+cudaError_t depthwise_forward(const DepthwiseForward& p, cudaStream_t stream) {
   const DepthwiseShape& s = p.shape;
   if (s.batch == 0 || s.channels == 0 || s.out_height == 0 || s.out_width == 0) return cudaSuccess;
   return visit_dtype(p.dtype, [&]<class T>(TypeTag<T>) { return launch_dtype<T>(p, stream); });
 }
 
-cudaError_t depthwise_forward(const DepthwiseForward& p, cudaStream_t stream) {
-  return depthwise_product(
-      {p.dtype, p.shape, p.activation, p.input, p.weight, p.bias, nullptr, p.output, false}, stream);
-}
-
 cudaError_t depthwise_activation_backward(const DepthwiseActivationBackward& p, cudaStream_t stream) {
-  return depthwise_product(
-      {p.dtype, p.shape, p.activation, p.input, p.weight, p.bias, p.grad_output, p.grad_z, false}, stream);
+  return depthwise_forward(
+      {p.dtype, p.shape, p.activation, p.input, p.weight, p.bias, p.grad_z, p.grad_output}, stream);
 }
 
 }  // namespace fusednn::cuda

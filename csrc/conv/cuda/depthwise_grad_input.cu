@@ -8,7 +8,6 @@
 // of channels of [N, H, W, C]. Bytes moved: s (grad_in + d) + s |w|, s = item size; taps that overlap come from
 // the L1 cache.
 #include "conv/cuda/common.h"
-#include "conv/cuda/depthwise.h"
 
 namespace fusednn::cuda {
 namespace {
@@ -87,8 +86,8 @@ cudaError_t depthwise_grad_input(const DepthwiseGradInput& p, cudaStream_t strea
   const DepthwiseShape& s = p.shape;
   if (s.batch == 0 || s.channels == 0) return cudaSuccess;
   if (s.stride_h == 1 && s.stride_w == 1 && s.multiplier == 1) {
-    return depthwise_product(
-        {p.dtype, flipped(s), Activation::none, p.grad_z, p.weight, nullptr, nullptr, p.grad_input, true},
+    return depthwise_forward(
+        {p.dtype, flipped(s), Activation::none, p.grad_z, p.weight, nullptr, p.grad_input, nullptr, true},
         stream);
   }
   return visit_dtype(p.dtype, [&]<class T>(TypeTag<T>) {

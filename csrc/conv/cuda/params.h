@@ -32,7 +32,9 @@ struct DepthwiseForward {
   const void* input;   // [N, C / m, H, W]
   const void* weight;  // [C, 1, kh, kw]
   const void* bias;    // [C] or null
-  void* output;        // [N, C, H', W']
+  void* output;        // [N, C, H', W'] act(z), or, with grad_output, grad_output act'(z)
+  const void* grad_output = nullptr;
+  bool flipped = false;  // the kernel is read from its last tap to its first
 };
 
 // z = the convolution before its activation, computed again.

@@ -121,7 +121,7 @@ struct Part {
   }
 
   // That of block `block` of batch x splits.
-  __device__ Part(const AttentionCall& p, int64_t block, int channel_lanes)
+  __device__ Part(const AttentionCall& p, unsigned block, int channel_lanes)
       : Part(p, block / p.splits, static_cast<int>(block % p.splits), channel_lanes) {}
 
   // `visit(position)` for the part's positions, by all threads.
