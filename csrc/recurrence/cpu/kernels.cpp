@@ -1,6 +1,7 @@
 // The attend-and-recur kernels of one instruction set, as a table. This file is compiled once for each.
 #include "recurrence/cpu/params.h"
 
+#include "core/cpu/dtypes.h"
 #include "recurrence/cpu/backward.h"
 #include "recurrence/cpu/forward.h"
 
@@ -8,44 +9,28 @@ namespace fusednn::cpu::FUSEDNN_ISA {
 namespace {
 
 int64_t packed_elements(const AttentionLstm& q) {
-  return q.dtype == DType::f64 ? packed_weight_elements<double>(q) : packed_weight_elements<float>(q);
+  return with_types(q.dtype, [&]<class T, class S>() { return packed_weight_elements<T>(q); });
 }
 
 void pack(const AttentionLstm& q, void* packed, const Parallel& parallel) {
-  if (q.dtype == DType::f64)
-    pack_weight(q, static_cast<double*>(packed), parallel);
-  else
-    pack_weight(q, static_cast<float*>(packed), parallel);
+  with_types(q.dtype, [&]<class T, class S>() { pack_weight(q, static_cast<T*>(packed), parallel); });
 }
 
-size_t forward_workspace(const AttentionLstm& q, int threads) {
-  return q.dtype == DType::f64 ? ForwardPass<double>::workspace_bytes(q, threads)
-                               : ForwardPass<float>::workspace_bytes(q, threads);
+template <template <class> class Pass, class Call>
+size_t workspace(const Call& p, int threads) {
+  return with_types(p.q.dtype, [&]<class T, class S>() { return Pass<T>::workspace_bytes(p.q, threads); });
 }
 
-void forward(const AttentionLstmForward& p, const Parallel& parallel) {
-  if (p.q.dtype == DType::f64)
-    ForwardPass<double>(p, parallel).run();
-  else
-    ForwardPass<float>(p, parallel).run();
-}
-
-size_t backward_workspace(const AttentionLstm& q, int threads) {
-  return q.dtype == DType::f64 ? BackwardPass<double>::workspace_bytes(q, threads)
-                               : BackwardPass<float>::workspace_bytes(q, threads);
-}
-
-void backward(const AttentionLstmBackward& p, const Parallel& parallel) {
-  if (p.q.dtype == DType::f64)
-    BackwardPass<double>(p, parallel).run();
-  else
-    BackwardPass<float>(p, parallel).run();
+template <template <class> class Pass, class Call>
+void run(const Call& p, const Parallel& parallel) {
+  with_types(p.q.dtype, [&]<class T, class S>() { Pass<T>(p, parallel).run(); });
 }
 
 }  // namespace
 
-extern const AttentionLstmKernels attention_lstm_table = {
-    packed_elements, pack, forward_workspace, forward, backward_workspace, backward,
+FUSEDNN_KERNELS(AttentionLstmKernels) = {
+    packed_elements,   pack, workspace<ForwardPass>, run<ForwardPass>, workspace<BackwardPass>,
+    run<BackwardPass>,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -67,27 +67,11 @@ void gradient_sums(const GradientSums& p, const Parallel& parallel) {
   });
 }
 
-template <class T>
-void apply(int function, int64_t n, const T* x, T* out) {
-  for (int64_t i = 0; i < n; i += Vec<T>::size) {
-    const Vec<T> v = Vec<T>::load(x + i, n - i);
-    const Vec<T> y = function == 0 ? exp(v) : function == 1 ? tanh(v) : sigmoid(v);
-    y.store(out + i, n - i);
-  }
-}
-
-void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
-  if (wide)
-    apply(function, n, static_cast<const double*>(x), static_cast<double*>(out));
-  else
-    apply(function, n, static_cast<const float*>(x), static_cast<float*>(out));
-}
-
 }  // namespace
 
-extern const RnnKernels rnn_table = {
-    by_panels, packed_bytes,       pack_weights,  forward_workspace, forward,
-    backward,  gradient_workspace, gradient_sums, vector_math,
+FUSEDNN_KERNELS(RnnKernels) = {
+    by_panels, packed_bytes, pack_weights,       forward_workspace,
+    forward,   backward,     gradient_workspace, gradient_sums,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA
