@@ -154,17 +154,17 @@ def test_double_backward_through_a_penalty(place, cell):
 
 def test_backward_stays_on_the_forwards_backend(monkeypatch):
     """A forward made under use_backend is followed by that backend's backward, wherever it is called."""
-    from fusednn.rnn import backends
+    from fusednn.core import dispatch
 
     taken = []
-    original = backends.Operation.choose
+    original = dispatch.Operation.choose
 
     def choose(self, *args):
         chosen = original(self, *args)
         taken.append((self.name, chosen.backend))
         return chosen
 
-    monkeypatch.setattr(backends.Operation, "choose", choose)
+    monkeypatch.setattr(dispatch.Operation, "choose", choose)
     module = fusednn.LSTMCell(2, 3)
     with fusednn.use_backend("reference"):
         h, _ = module(torch.randn(1, 2))

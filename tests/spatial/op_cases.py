@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusednn.recurrence.reference import attention_lstm_forward
 from fusednn.spatial import reference
 
 OPS = (
@@ -148,7 +149,7 @@ def _attention_lstm_backward(dtype: torch.dtype):
         if case == "inference":
             continue
         with torch.no_grad():
-            hidden, maps, h, c, gates, cells = reference.attention_lstm_forward(*args)
+            hidden, maps, h, c, gates, cells = attention_lstm_forward(*args)
         *operands, b_ih, b_hh, lengths, output, cell, form, _save = args
         grads = (hidden.cos(), maps.cos(), h.cos(), c.cos() if cell == "lstm" else None)
         tensors = (*operands[:8], *operands[9:], b_ih, b_hh)

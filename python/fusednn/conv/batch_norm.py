@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .reference import accumulation_dtype
+from ..core.tensors import accumulation_dtype
 
 
 def uses_batch_statistics(norm: nn.BatchNorm2d | None) -> bool:

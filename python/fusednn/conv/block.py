@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function
 
 from ..core import dispatch, native
 from ..core.transforms import may_need_backward, under_transform
-from . import batch_norm, checks, eligibility, functional, shortcut
+from . import batch_norm, checks, eligibility, functional, ops, shortcut
 from .fold_cache import FoldCache
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -241,7 +241,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:
             weights = self._kept_weights(x.dtype, sources)
-            out = functional.separable_inference(x, *weights, residual, *options, *acts)
+            out = ops.separable_conv2d_forward(x, *weights, residual, *options, *acts)
         return out if residual is not None else self._add_residual(out, input)
 
     def _batch_norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]:

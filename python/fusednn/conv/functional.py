@@ -9,12 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.transforms import may_need_backward, under_transform
-from . import (
-    batch_norm,
-    checks,
-    ops,  # noqa: F401  registers torch.ops.fusednn.*
-    reference,
-)
+from . import batch_norm, checks, ops
 from .checks import IntOrPair
 from .shapes import output_size
 
@@ -123,12 +118,7 @@ def depthwise_conv1d(
 def _depthwise(name, input, weight, bias, stride, padding, dilation, activation) -> Tensor:
     checks.check_size(name, input, weight.shape[2:], padding, dilation)
     input, weight, bias = checks.autocast(input, weight, bias)
-    if not input.dtype.is_floating_point or under_transform(input, weight, bias):
-        forward = reference.depthwise_conv2d_forward
-        return forward(input, weight, bias, stride, padding, dilation, activation)
-    return torch.ops.fusednn.depthwise_conv2d_forward(
-        input, weight, bias, stride, padding, dilation, activation
-    )
+    return ops.depthwise_conv2d_forward(input, weight, bias, stride, padding, dilation, activation)
 
 
 def depthwise_separable_conv2d(
@@ -208,16 +198,10 @@ def depthwise_separable_conv2d(
 
 def _separable(tensors: Sequence[Any], options: Sequence[Sequence[int]], acts: Sequence[str]) -> Tensor:
     input, w1, b1, w2, b2, residual = tensors
-    if not input.dtype.is_floating_point or under_transform(*tensors):
-        return reference.separable_conv2d_forward(input, *tensors[1:], *options, *acts)
-    if not may_need_backward(*tensors):
-        return separable_inference(*tensors, *options, *acts)
+    recorded = input.dtype.is_floating_point and may_need_backward(*tensors)
+    if not recorded or under_transform(*tensors):
+        return ops.separable_conv2d_forward(*tensors, *options, *acts)
     return separable_training(input, (w1, b1, w2, b2), None, None, residual, options, acts)
-
-
-def separable_inference(*args: Any) -> Tensor:
-    """The block of checked arguments, those of the op, in one pass that records no gradients."""
-    return torch.ops.fusednn.separable_conv2d_forward(*args)
 
 
 def separable_training(
@@ -251,7 +235,7 @@ def separable_training(
         batch_norm.check_batch(norm, torch.Size((input.shape[0], w.shape[0], *size)))
     g1, s1, eps1 = (None, None, 0.0) if norm1 is None else (norm1.weight, norm1.bias, norm1.eps)
     g2, s2, eps2 = (None, None, 0.0) if norm2 is None else (norm2.weight, norm2.bias, norm2.eps)
-    out, _z2, mean1, rstd1, mean2, rstd2 = torch.ops.fusednn.separable_conv2d_train_forward(
+    out, _z2, mean1, rstd1, mean2, rstd2 = ops.separable_conv2d_train_forward(
         input, w1, b1, g1, s1, w2, b2, g2, s2, residual, *options, eps1, eps2, *activations,
         norm1 is not None, norm2 is not None,
     )  # fmt: skip

@@ -1,209 +1,215 @@
-"""torch.ops.fusednn.{depthwise,separable}_conv2d_*: schemas, fake kernels, autograd.
+"""torch.ops.fusednn.{depthwise,separable}_conv2d_*, declared.
 
 The training forward of a block returns what its backward needs beside the result, except the depthwise
-product, which is cheap to make again: so what is kept stays below half of eager's. A gradient that the mask
-leaves out is an empty tensor, since a schema can't return an optional one. Where the backward itself must be
-differentiated, it is autograd's own, through the reference's torch ops.
+product, which is cheap to make again: so what is kept stays below half of eager's. On devices a block is made
+of the depthwise kernels and torch's products, where there is no fused kernel that can serve it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import settings
+from ..core import native
+from ..core.backends import Backend, cpu, cuda, torchs, triton
+from ..core.dispatch import Reasons
+from ..core.gradients import Gradients
+from ..core.op import Op
+from ..core.tensors import accumulation_dtype, where_needed
 from ..core.transforms import gradients_by_autograd
-from . import backends, reference
+from . import reference
 from .shapes import output_format, output_size, saved_format
 
-_library = torch.library.Library("fusednn", "FRAGMENT")
 
-_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation"
-_BLOCK = (
-    "Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, Tensor? norm1_weight, "
-    "Tensor? norm1_bias, Tensor pointwise_weight, Tensor? pointwise_bias, Tensor? norm2_weight, "
-    "Tensor? norm2_bias"
-)
-_ACTIVATIONS = "str depthwise_activation, str pointwise_activation"
+class _KernelProducts(reference.Products):
+    """The products of a block on a device: depthwise by a backend's kernels, the others by torch."""
 
-_SCHEMAS = {
-    "depthwise_conv2d_forward": f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str activation) "
-    "-> Tensor",
-    "depthwise_conv2d_backward": "(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, "
-    f"{_GEOMETRY}, str activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
-    "separable_conv2d_forward": "(Tensor input, Tensor depthwise_weight, Tensor? depthwise_bias, "
-    "Tensor pointwise_weight, Tensor? pointwise_bias, Tensor? residual, "
-    f"{_GEOMETRY}, {_ACTIVATIONS}) -> Tensor",
-    "separable_conv2d_train_forward": f"({_BLOCK}, Tensor? residual, {_GEOMETRY}, float eps1, float eps2, "
-    f"{_ACTIVATIONS}, bool has_norm1, bool has_norm2) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "separable_conv2d_train_backward": f"(Tensor grad_out, {_BLOCK}, Tensor z2, Tensor mean1, "
-    f"Tensor rstd1, Tensor mean2, Tensor rstd2, {_GEOMETRY}, {_ACTIVATIONS}, bool has_norm1, "
-    "bool has_norm2, bool[9] output_mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
+    def __init__(self, kernels: Any, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.kernels, self.dtype = kernels, dtype
 
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(backends, _name), "CompositeExplicitAutograd")
+    def depthwise(self, input, weight, bias, *options: Any) -> Tensor:
+        return self.kernels.depthwise_conv2d_forward(input, weight, bias, *options)
+
+    def depthwise_backward(self, d, input, weight, bias, *options: Any) -> tuple[Any, ...]:
+        *geometry, output_mask = options
+        operands = (d.to(self.dtype), input, weight, bias)
+        return self.kernels.depthwise_conv2d_backward(*operands, *geometry, "none", list(output_mask))
 
 
-def _fake_output(input, weight, channels, stride, padding, dilation, *weights) -> Tensor:
-    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    fmt = output_format(input, weight, *weights)
-    return torch.empty(
-        (input.shape[0], channels, *size), dtype=input.dtype, device=input.device, memory_format=fmt
+def _composed(function: Callable[..., Any]) -> tuple[Backend, Backend]:
+    """The devices' backends of a block: the fused kernel of the name where it can serve, else products."""
+
+    def run(kernels: Any, call: Any) -> Any:
+        fused = getattr(kernels, function.__name__, None)
+        weights = (call.depthwise_weight, call.pointwise_weight)
+        if fused is not None and not kernels.separable_conv2d_limits(call.input, *weights):
+            return fused(*call)
+        return function(*call, products=_KernelProducts(kernels, call.input.dtype))
+
+    direction = "backward" if function.__name__.endswith("backward") else "forward"
+    options: dict[str, Any] = {"run": run, "kernel": f"depthwise_conv2d_{direction}"}
+    return cuda(**options), triton(**options)
+
+
+# Where torch's own depthwise convolution was measured to be faster: docs/design/011-depthwise-alone.md.
+
+
+def _measured_channels_last(input: Tensor) -> bool:
+    dense = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+    return input.dtype == torch.float32 and dense
+
+
+def _slower_forward(call: Any) -> Reasons:
+    if call.input.shape[1] == 1 and call.weight.shape[0] > 1:
+        return ["with one input channel torch has a plain convolution, 2 to 5 times as fast"]
+    plain = call.activation == "none" and max(call.weight.shape[2:]) <= 5
+    if plain and _measured_channels_last(call.input):
+        return ["channels-last and without an activation, torch is 1.2 to 1.9 times as fast up to 5x5"]
+    return []
+
+
+def _slower_backward(call: Any) -> Reasons:
+    multiplier = call.weight.shape[0] // max(1, call.input.shape[1])
+    if call.input.shape[1] == 1 and multiplier > 1:
+        return ["with one input channel torch has a plain convolution, about twice as fast"]
+    if multiplier > 1 and _measured_channels_last(call.input):
+        return ["channels-last with a multiplier, torch is 1.2 to 1.8 times as fast"]
+    return []
+
+
+def _torchs_activation(call: Any) -> Reasons:
+    return [] if call.activation == "none" else [f"torch's convolution has no activation {call.activation}"]
+
+
+def _plan(call: Any) -> dict[str, Any]:
+    """Return what the CPU's planner decided on: one pass or two kernels, bytes moved, tasks."""
+    if call.input.numel() == 0:
+        return {}
+    weights = (call.depthwise_weight, call.pointwise_weight)
+    geometry = (call.stride, call.padding, call.dilation)
+    plan = native.extension.cpu.separable_conv2d_plan(
+        call.input, *weights, call.residual is not None, *geometry
     )
+    return {"path": "fused" if plan.pop("fused") else "two kernels", **plan}
 
 
-def _fake_grads(input, weight, output_mask, parameters) -> tuple[Any, ...]:
-    fmt = output_format(input, weight)
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=fmt)
-    like = (grad_input, *(None if p is None else torch.empty_like(p) for p in parameters))
-    return tuple(g if needed else input.new_empty(0) for g, needed in zip(like, output_mask, strict=True))
+def _output(call: Any, *weights: Tensor) -> Tensor:
+    """Like a result: the first of the weights is depthwise, the last has a filter for each channel of it."""
+    x = call.input
+    size = output_size(x.shape[2:], weights[0].shape[2:], call.stride, call.padding, call.dilation)
+    shape, fmt = (x.shape[0], weights[-1].shape[0], *size), output_format(x, *weights)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
-@torch.library.register_fake("fusednn::depthwise_conv2d_forward", lib=_library)
-def _(input, weight, bias, stride, padding, dilation, activation):
-    return _fake_output(input, weight, weight.shape[0], stride, padding, dilation)
+def _fake_gradients(call: Any, weight: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    fmt = output_format(call.input, weight)
+    makers: list[Any] = [lambda: torch.empty_like(call.input, memory_format=fmt)]
+    makers += [lambda p=p: torch.empty_like(p) for p in parameters]
+    return where_needed(makers, call.output_mask, call.input)
 
 
-@torch.library.register_fake("fusednn::depthwise_conv2d_backward", lib=_library)
-def _(grad_output, input, weight, bias, stride, padding, dilation, activation, output_mask):
-    return _fake_grads(input, weight, output_mask, (weight, weight.new_empty(weight.shape[0])))
+def _fake_backward(call: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(call, call.weight, (call.weight, call.weight.new_empty(call.weight.shape[0])))
 
 
-@torch.library.register_fake("fusednn::separable_conv2d_forward", lib=_library)
-def _(input, w1, b1, w2, b2, residual, stride, padding, dilation, act1, act2):
-    return _fake_output(input, w1, w2.shape[0], stride, padding, dilation, w2)
+def _fake_block(call: Any) -> Tensor:
+    return _output(call, call.depthwise_weight, call.pointwise_weight)
 
 
-@torch.library.register_fake("fusednn::separable_conv2d_train_forward", lib=_library)
-def _(
-    input, w1, b1, g1, s1, w2, b2, g2, s2, residual, stride, padding, dilation,
-    eps1, eps2, act1, act2, has_norm1, has_norm2,
-):  # fmt: skip
-    out = _fake_output(input, w1, w2.shape[0], stride, padding, dilation, w2)
+def _fake_training(call: Any) -> tuple[Tensor, ...]:
+    out, w1, w2 = _fake_block(call), call.depthwise_weight, call.pointwise_weight
     z2 = out.new_empty(0)
-    if reference.needs_z2(has_norm2, act2):
-        z2 = torch.empty_like(out, memory_format=saved_format(input, w1, w2))
-    wide = reference.accumulation_dtype(input.dtype)
-    sizes = (w1.shape[0] if has_norm1 else 0, w2.shape[0] if has_norm2 else 0)
-    return out, z2, *(input.new_empty(size, dtype=wide) for size in sizes for _ in ("mean", "rstd"))
+    if reference.needs_z2(call.has_norm2, call.pointwise_activation):
+        z2 = torch.empty_like(out, memory_format=saved_format(call.input, w1, w2))
+    wide = accumulation_dtype(call.input.dtype)
+    sizes = (w1.shape[0] if call.has_norm1 else 0, w2.shape[0] if call.has_norm2 else 0)
+    return out, z2, *(out.new_empty(size, dtype=wide) for size in sizes for _ in ("mean", "rstd"))
 
 
-@torch.library.register_fake("fusednn::separable_conv2d_train_backward", lib=_library)
-def _(
-    grad_out, input, w1, b1, g1, s1, w2, b2, g2, s2, z2, mean1, rstd1, mean2, rstd2,
-    stride, padding, dilation, act1, act2, has_norm1, has_norm2, output_mask,
-):  # fmt: skip
-    return _fake_grads(input, w1, output_mask, (w1, b1, g1, s1, w2, b2, g2, s2))
+def _fake_training_backward(call: Any) -> tuple[Tensor, ...]:
+    first = call._fields.index("depthwise_weight")
+    return _fake_gradients(call, call.depthwise_weight, call[first : first + 8])
 
 
-def _keep(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
-
-
-def _depthwise_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, *ctx.options = inputs
-    ctx.save_for_backward(input, weight, bias)
-    ctx.backend = settings.backend()
-
-
-def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled():
-        forward = reference.depthwise_conv2d_forward
-        grads = gradients_by_autograd(lambda *t: (forward(*t, *ctx.options),), tensors, (grad,), needs)
-    else:
-        with settings.use_backend(ctx.backend):
-            op = torch.ops.fusednn.depthwise_conv2d_backward
-            grads = _keep(op(grad, *tensors, *ctx.options, needs), needs)
-    return *grads, None, None, None, None
-
-
-def _inference_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors = inputs[:5]
-    ctx.options = inputs[6:]
-    ctx.save_for_backward(*tensors)
-    ctx.backend = settings.backend()
-
-
-def _inference_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _inference_gradients(
+    call: Any, cotangents: Mapping[str, Any], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """Gradients of a block that was run, or traced, for inference: its products are made again."""
-    tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
-    if torch.is_grad_enabled():
-        forward = reference.separable_conv2d_forward
-        run = lambda *t: (forward(*t, None, *ctx.options),)  # noqa: E731
-        grads = gradients_by_autograd(run, tensors, (grad,), needs)
-    else:
-        input, w1, b1, w2, b2 = tensors
-        block = (input, w1, b1, None, None, w2, b2, None, None)
-        *geometry, act1, act2 = ctx.options
-        with settings.use_backend(ctx.backend):
-            _, *saved = torch.ops.fusednn.separable_conv2d_train_forward(
-                *block, None, *geometry, 0.0, 0.0, act1, act2, False, False
-            )
-            mask = [*needs[:3], False, False, *needs[3:], False, False]
-            found = torch.ops.fusednn.separable_conv2d_train_backward(
-                grad, *block, *saved, *geometry, act1, act2, False, False, mask
-            )
-        grads = _keep((*found[:3], *found[5:7]), needs)
-    return *grads, grad if ctx.needs_input_grad[5] else None, *(None,) * len(ctx.options)
+    training = dict.fromkeys(separable_conv2d_train_forward.arguments)
+    training |= call._asdict() | {"eps1": 0.0, "eps2": 0.0, "has_norm1": False, "has_norm2": False}
+    training["residual"] = None
+    found = separable_conv2d_train_forward.overload(*training.values())
+    saved = dict(zip(separable_conv2d_train_forward.results, found, strict=True))
+    mask = [*needs[:3], False, False, *needs[3:], False, False]
+    known = training | saved | {"grad_out": cotangents["out"], "output_mask": mask}
+    backward = separable_conv2d_train_backward
+    grads = backward.overload(*(known[name] for name in backward.arguments))
+    return *grads[:3], *grads[5:7]
+
+
+_BLOCK = (
+    "input", "depthwise_weight", "depthwise_bias", "norm1_weight", "norm1_bias", "pointwise_weight",
+    "pointwise_bias", "norm2_weight", "norm2_bias",
+)  # fmt: skip
+
+depthwise_conv2d_backward = Op(
+    reference.depthwise_conv2d_backward,
+    ("grad_input", "grad_weight", "grad_bias"),
+    fake=_fake_backward,
+    backends=(
+        cpu(slower=_slower_backward),
+        cuda(),
+        triton(),
+        torchs(reference.torchs_depthwise_backward, limits=_torchs_activation),
+    ),
+    like="input",
+)
+depthwise_conv2d_forward = Op(
+    reference.depthwise_conv2d_forward,
+    ("output",),
+    fake=lambda call: _output(call, call.weight),
+    backends=(
+        cpu(slower=_slower_forward),
+        cuda(),
+        triton(),
+        torchs(reference.torchs_depthwise, limits=_torchs_activation),
+    ),
+    gradients=Gradients(depthwise_conv2d_backward),
+)
+separable_conv2d_train_backward = Op(
+    reference.separable_conv2d_train_backward,
+    tuple(f"grad_{name}" for name in _BLOCK),
+    fake=_fake_training_backward,
+    backends=(cpu(), *_composed(reference.separable_conv2d_train_backward)),
+    like="input",
+)
+separable_conv2d_train_forward = Op(
+    reference.separable_conv2d_train_forward,
+    ("out", "z2", "mean1", "rstd1", "mean2", "rstd2"),
+    fake=_fake_training,
+    backends=(cpu(), *_composed(reference.separable_conv2d_train_forward)),
+    gradients=Gradients(separable_conv2d_train_backward, passed={"residual": "out"}),
+)
+separable_conv2d_forward = Op(
+    reference.separable_conv2d_forward,
+    ("out",),
+    fake=_fake_block,
+    backends=(cpu(plan=_plan), *_composed(reference.separable_conv2d_forward)),
+    gradients=Gradients(
+        by=_inference_gradients,
+        of=("input", "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias"),
+        passed={"residual": "out"},
+    ),
+)
 
 
 def separable_gradients(
     tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool], options: Sequence[Any]
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of the training forward; the extension's autograd node calls it too.
-
-    Args:
-        tensors: input, and each product's weight and bias with its norm's.
-        grad: of the result.
-        needs: which gradients to return; the others are None.
-        options: the op's arguments after the residual.
-    """
+    """Differentiable gradients of the training forward; the extension's autograd node calls it."""
     forward = reference.separable_conv2d_train_forward
     return gradients_by_autograd(lambda *t: forward(*t, None, *options)[:1], tensors, (grad,), needs)
-
-
-def _separable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = inputs[:9]
-    ctx.options = inputs[10:]
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.backend = settings.backend()
-
-
-def _separable_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    nothing = (None,) * len(ctx.options)
-    if grad is None:
-        return *(None,) * 10, *nothing
-    kept, needs = ctx.saved_tensors, ctx.needs_input_grad[:9]  # asked for once: checkpoint allows no more
-    tensors, saved = kept[:9], kept[9:]
-    stride, padding, dilation, _eps1, _eps2, *rest = ctx.options
-    if torch.is_grad_enabled():
-        grads = separable_gradients(tensors, grad, needs, ctx.options)
-    else:
-        with settings.use_backend(ctx.backend):
-            op = torch.ops.fusednn.separable_conv2d_train_backward
-            grads = _keep(op(grad, *tensors, *saved, stride, padding, dilation, *rest, needs), needs)
-    return *grads, grad if ctx.needs_input_grad[9] else None, *nothing
-
-
-torch.library.register_autograd(
-    "fusednn::depthwise_conv2d_forward", _depthwise_backward, setup_context=_depthwise_setup, lib=_library
-)
-torch.library.register_autograd(
-    "fusednn::separable_conv2d_forward", _inference_backward, setup_context=_inference_setup, lib=_library
-)
-torch.library.register_autograd(
-    "fusednn::separable_conv2d_train_forward",
-    _separable_backward,
-    setup_context=_separable_setup,
-    lib=_library,
-)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.tensors import accumulation_dtype
 from ..core.transforms import without_autocast
 from .shapes import output_format, saved_format
 
@@ -37,11 +38,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
         lambda d, z: _aten.gelu_backward(d, z, approximate="tanh"),
     ),
 }
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums, statistics and activations: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _depthwise(
@@ -86,6 +82,28 @@ def _wide(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
+class Products:
+    """The products of a block: torch's, in the accumulation dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = accumulation_dtype(dtype)
+
+    def operands(self, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """The operands of a pointwise product in the dtype that it is made in."""
+        return _wide(self.dtype, *tensors)
+
+    def depthwise(self, input, weight, bias, *options: Any) -> Tensor:
+        """The activated depthwise product; `options` as depthwise_conv2d_forward's."""
+        *geometry, activation = options
+        return ACTIVATIONS[activation][0](_depthwise(*self.operands(input, weight, bias), *geometry))
+
+    def depthwise_backward(self, d, input, weight, bias, *options: Any) -> tuple[Any, ...]:
+        """Gradients of input, weight and bias; `options`: the geometry and which are wanted."""
+        *geometry, output_mask = options
+        arguments: Any = (*self.operands(d, input, weight), *geometry, output_mask)
+        return _depthwise_backward(*arguments)
+
+
 @without_autocast
 def depthwise_conv2d_forward(
     input: Tensor,  # [N, C, H, W]
@@ -127,6 +145,18 @@ def depthwise_conv2d_backward(
     )
 
 
+def torchs_depthwise(call: Any) -> Tensor:
+    """Torch's own convolution for a call of the forward, in the tensors' dtype."""
+    return _depthwise(*call[:-1])
+
+
+def torchs_depthwise_backward(call: Any) -> tuple[Tensor, ...]:
+    """Torch's own gradients for a call of the backward, in the tensors' dtype."""
+    operands = (call.grad_output, call.input, call.weight, call.stride, call.padding, call.dilation)
+    grads = _depthwise_backward(*operands, call.output_mask)
+    return tuple(call.input.new_empty(0) if g is None else g for g in grads)
+
+
 def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
     """Give `t` the dtype of `like` and a format; preserve_format: the strides of ``empty_like(like)``."""
     t = t.to(like.dtype)
@@ -151,20 +181,16 @@ def separable_conv2d_forward(
     dilation: Sequence[int],
     depthwise_activation: str,
     pointwise_activation: str,
+    *,
+    products: Products | None = None,
 ) -> Tensor:
     """Return ``act2(pointwise(act1(depthwise(input)))) + residual``, [N, C', H', W']."""
-    x, w1, b1, w2, b2, r = _wide(
-        accumulation_dtype(input.dtype),
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        pointwise_weight,
-        pointwise_bias,
-        residual,
-    )
-    y = ACTIVATIONS[depthwise_activation][0](_depthwise(x, w1, b1, stride, padding, dilation))
-    out = ACTIVATIONS[pointwise_activation][0](F.conv2d(y, w2, b2))
-    out = (out if r is None else out + r).to(input.dtype)
+    products = products or Products(input.dtype)
+    weights = (depthwise_weight, depthwise_bias)
+    y = products.depthwise(input, *weights, stride, padding, dilation, depthwise_activation)
+    z = F.conv2d(*products.operands(y, pointwise_weight, pointwise_bias))
+    out = ACTIVATIONS[pointwise_activation][0](z.to(accumulation_dtype(input.dtype)))
+    out = (out if residual is None else out + residual).to(input.dtype)
     return out.contiguous(memory_format=output_format(input, depthwise_weight, pointwise_weight))
 
 
@@ -222,6 +248,8 @@ def separable_conv2d_train_forward(
     pointwise_activation: str,
     has_norm1: bool,
     has_norm2: bool,
+    *,
+    products: Products | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the block's result, the pointwise product z2, and mean and rstd of both products.
 
@@ -229,28 +257,19 @@ def separable_conv2d_train_forward(
     an activation follows it, since no backward needs it.
     """
     dtype, wide = input.dtype, accumulation_dtype(input.dtype)
-    x, w1, b1, g1, s1, w2, b2, g2, s2, r = _wide(
-        wide,
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        norm1_weight,
-        norm1_bias,
-        pointwise_weight,
-        pointwise_bias,
-        norm2_weight,
-        norm2_bias,
-        residual,
-    )
-    z1 = _depthwise(x, w1, b1, stride, padding, dilation).to(dtype)
-    mean1, var1 = _statistics(z1.to(wide), has_norm1)
+    products = products or Products(dtype)
+    z1 = products.depthwise(input, depthwise_weight, depthwise_bias, stride, padding, dilation, "none")
+    z1 = z1.to(dtype).to(wide)  # rounded as it is where it is kept
+    mean1, var1 = _statistics(z1, has_norm1)
     rstd1 = (var1 + eps1).rsqrt()
-    y1 = ACTIVATIONS[depthwise_activation][0](_normalised(z1.to(wide), mean1, rstd1, g1, s1, has_norm1))
-    z2 = F.conv2d(y1, w2, b2).to(dtype)
+    n1 = _normalised(z1, mean1, rstd1, norm1_weight, norm1_bias, has_norm1)
+    y1 = ACTIVATIONS[depthwise_activation][0](n1)
+    z2 = F.conv2d(*products.operands(y1, pointwise_weight, pointwise_bias)).to(dtype)
     mean2, var2 = _statistics(z2.to(wide), has_norm2)
     rstd2 = (var2 + eps2).rsqrt()
-    out = ACTIVATIONS[pointwise_activation][0](_normalised(z2.to(wide), mean2, rstd2, g2, s2, has_norm2))
-    out = (out if r is None else out + r).to(dtype)
+    n2 = _normalised(z2.to(wide), mean2, rstd2, norm2_weight, norm2_bias, has_norm2)
+    out = ACTIVATIONS[pointwise_activation][0](n2)
+    out = (out if residual is None else out + residual).to(dtype)
     tensors = (input, depthwise_weight, pointwise_weight)
     if needs_z2(has_norm2, pointwise_activation):
         z2 = _laid_out(z2, z2, saved_format(*tensors))
@@ -289,51 +308,33 @@ def separable_conv2d_train_backward(
     has_norm1: bool,
     has_norm2: bool,
     output_mask: Sequence[bool],
+    *,
+    products: Products | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of the nine tensors from input to norm2_bias; empty where masked.
 
     That of the residual is ``grad_out``. The depthwise product z1, and y1 behind it, are made again.
     """
-    wide = accumulation_dtype(input.dtype)
-    d, x, w1, b1, g1, s1, w2, g2, s2, u2 = _wide(
-        wide,
-        grad_out,
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        norm1_weight,
-        norm1_bias,
-        pointwise_weight,
-        norm2_weight,
-        norm2_bias,
-        z2,
-    )
-    u1 = _depthwise(x, w1, b1, stride, padding, dilation).to(input.dtype).to(wide)  # rounded as the forward's
+    dtype, wide = input.dtype, accumulation_dtype(input.dtype)
+    products = products or Products(dtype)
+    depthwise: Any = (input, depthwise_weight, depthwise_bias)
+    z1 = products.depthwise(*depthwise, stride, padding, dilation, "none").to(dtype).to(wide)
+    d, z2 = grad_out.to(wide), z2.to(wide)
     if pointwise_activation != "none":
-        n2 = _normalised(u2, mean2, rstd2, g2, s2, has_norm2)
+        n2 = _normalised(z2, mean2, rstd2, norm2_weight, norm2_bias, has_norm2)
         d = ACTIVATIONS[pointwise_activation][1](d, n2)
-    d, d_g2, d_s2 = _norm_backward(d, u2, mean2, rstd2, g2, has_norm2)
-    n1 = _normalised(u1, mean1, rstd1, g1, s1, has_norm1)
+    d, *d_norm2 = _norm_backward(d, z2, mean2, rstd2, norm2_weight, has_norm2)
+    n1 = _normalised(z1, mean1, rstd1, norm1_weight, norm1_bias, has_norm1)
     y1 = ACTIVATIONS[depthwise_activation][0](n1)
-    d_w2 = torch.einsum("nohw,nihw->oi", d, y1)[:, :, None, None]
+    d_w2 = torch.einsum("nohw,nihw->oi", *products.operands(d, y1))[:, :, None, None]
     d_b2 = d.sum((0, 2, 3))
-    d = F.conv_transpose2d(d, w2)
+    d = F.conv_transpose2d(*products.operands(d, pointwise_weight)).to(wide)
     d = ACTIVATIONS[depthwise_activation][1](d, n1)
-    d, d_g1, d_s1 = _norm_backward(d, u1, mean1, rstd1, g1, has_norm1)
-    convolution_mask = output_mask[:3]
-    d_x, d_w1, d_b1 = _depthwise_backward(d, x, w1, stride, padding, dilation, convolution_mask)
-    grads = (d_x, d_w1, d_b1, d_g1, d_s1, d_w2, d_b2, d_g2, d_s2)
-    likes = (
-        input,
-        depthwise_weight,
-        depthwise_bias,
-        norm1_weight,
-        norm1_bias,
-        pointwise_weight,
-        pointwise_bias,
-        norm2_weight,
-        norm2_bias,
-    )
+    d, *d_norm1 = _norm_backward(d, z1, mean1, rstd1, norm1_weight, has_norm1)
+    d_depthwise = products.depthwise_backward(d, *depthwise, stride, padding, dilation, output_mask[:3])
+    grads = (*d_depthwise, *d_norm1, d_w2, d_b2, *d_norm2)
+    pointwise = (pointwise_weight, pointwise_bias, norm2_weight, norm2_bias)
+    likes = (*depthwise, norm1_weight, norm1_bias, *pointwise)
     formats = (output_format(input, depthwise_weight), *[torch.preserve_format] * 8)
     return tuple(
         _laid_out(g, like, fmt) if needed else input.new_empty(0)

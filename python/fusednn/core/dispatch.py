@@ -112,10 +112,14 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         """Run the call on the backend that :meth:`choose` picks."""
+        self.record(*args)
+        return self.choose(*args).run(*args)
+
+    def record(self, *args: Any) -> None:
+        """Let :func:`explain` know of a call."""
         recorder = _recorder.get()
         if recorder is not None:
             recorder.append(self.explain(*args))
-        return self.choose(*args).run(*args)
 
     def choose(self, *args: Any) -> Implementation:
         """Return the implementation for this call.
@@ -137,7 +141,7 @@ class Operation:
                 reasons = implementation.unprofitable(*args)
                 by_choice = by_choice or bool(reasons)
             if not reasons:
-                if passed_over and implementation.backend == "reference" and not by_choice:
+                if passed_over and implementation.backend in ("torch", "reference") and not by_choice:
                     self._say_once(passed_over)
                 return implementation
             passed_over += [f"{implementation.backend}: {reason}" for reason in reasons]

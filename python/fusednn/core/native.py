@@ -19,9 +19,6 @@ from . import settings
 
 logger = logging.getLogger("fusednn")
 
-# Raised whenever the Python side and csrc/bindings must change together.
-INTERFACE_VERSION = 1
-
 REMEDY = "pip install --no-build-isolation -e . (in a checkout) or pip install --no-build-isolation fusednn"
 
 
@@ -31,7 +28,7 @@ def _build_record() -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and {"torch", "interface"} <= record.keys() else None
+    return record if isinstance(record, dict) and "torch" in record else None
 
 
 def _minor(version: str) -> str:
@@ -49,18 +46,33 @@ def _load() -> tuple[Any, str | None]:
             None,
             f"fusednn._C was built for torch {record['torch']}, and this is torch {torch.__version__}",
         )
-    if record["interface"] != INTERFACE_VERSION:
-        return None, f"fusednn._C is stale: interface {record['interface']}, expected {INTERFACE_VERSION}"
     try:
         return importlib.import_module("fusednn._C"), None
     except ImportError as error:
         return None, f"fusednn._C can't be loaded: {error}"
 
 
+def _warn() -> None:
+    logger.warning("%s; layers run on plain PyTorch. To build it: %s", unavailable_reason, REMEDY)
+
+
 extension, unavailable_reason = _load()
 
 if extension is None and settings.native_enabled():
-    logger.warning("%s; layers run on plain PyTorch. To build it: %s", unavailable_reason, REMEDY)
+    _warn()
+
+
+def compare(op: str, arguments: tuple[str, ...]) -> None:
+    """Refuse an extension whose kernel takes other arguments than the op of its name: it is stale."""
+    global extension, unavailable_reason
+    if extension is None:
+        return
+    taken = tuple(getattr(extension.cpu, "signatures", {}).get(op, arguments))
+    if taken != arguments:
+        extension = None
+        unavailable_reason = f"fusednn._C is stale: {op}: got arguments {taken}, expected {arguments}"
+        cuda_modules.clear()
+        _warn()
 
 
 def build_info() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import contextlib
 import os
 from contextvars import ContextVar, Token
 
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "torch")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 _backend: ContextVar[str | None] = ContextVar("fusednn_backend", default=None)
@@ -56,8 +56,9 @@ class use_backend(contextlib.ContextDecorator):
     """Run the calls inside on one backend.
 
     Args:
-        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``. Any name but ``auto`` is
-            binding: a call that the backend can't serve raises ``RuntimeError`` with every reason.
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"`` (torch's own op,
+            where an op has it in its table). Any name but ``auto`` is binding: a call that the backend can't
+            serve raises ``RuntimeError`` with every reason.
 
     Raises:
         ValueError: the name is none of these.

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.transforms import autocast_enabled, may_need_backward, needs_torchs_ops
-from ..spatial import (
-    checks,
-    ops,  # noqa: F401  registers torch.ops.fusednn.*
-    reference,
-)
-from . import plan
+from ..core.transforms import autocast_enabled, may_need_backward
+from ..spatial import checks
+from . import ops, plan, reference
 
 State = Tensor | tuple[Tensor, Tensor]
 
@@ -85,16 +81,13 @@ def attention_lstm(
     if not torch.compiler.is_compiling() and dispatch.explaining() and form == "auto":
         _record_plan(features, w_ih.shape[0], output)
     tensors = (features, h0, c0, *scores, learned, w_ih, w_hh, b_ih, b_hh)
-    arguments: Any = (
-        *(features, h0, c0, *scores, learned, fixed),
-        *(w_ih, w_hh, b_ih, b_hh, ends, output, cell, form),
+    call: Any = ops.attention_lstm_forward
+    if 0 in (features.shape[2], score_weight.shape[0], h0.shape[1]):  # nothing to look at, or to remember
+        call = reference.attention_lstm_forward
+    hidden, maps, h, c, *_ = call(
+        *(features, h0, c0, *scores, learned, fixed, w_ih, w_hh, b_ih, b_hh),
+        *(ends, output, cell, form, may_need_backward(*tensors)),
     )
-    nothing = 0 in (features.shape[2], score_weight.shape[0], h0.shape[1])  # to look at, or to remember
-    if nothing or needs_torchs_ops(*tensors):
-        hidden, maps, h, c, *_ = reference.attention_lstm_forward(*arguments, False)
-    else:
-        save = may_need_backward(*tensors)
-        hidden, maps, h, c, *_ = torch.ops.fusednn.attention_lstm_forward(*arguments, save)
     return hidden, maps, h if c0 is None else (h, c)
 
 

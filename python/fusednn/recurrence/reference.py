@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..core.tensors import accumulation_dtype
 from ..core.transforms import without_autocast
 from ..spatial import formulas
 from . import plan
@@ -49,7 +50,7 @@ class _Sequence:
         cls, features, w_score, w_hidden, b_hidden, v, learned, fixed, w_ih, w_hh, lengths, output, form
     ) -> _Sequence:
         """Widen, and choose the form."""
-        wide = formulas.accumulation_dtype(features.dtype)
+        wide = accumulation_dtype(features.dtype)
         active = None
         f = features.flatten(3)
         if lengths is not None:
@@ -197,8 +198,7 @@ def attention_lstm_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients, empty where masked.
 
-    Of: features, h0, c0, score_weight, hidden_weight, hidden_bias, v, temperature, weight_ih, weight_hh,
-    bias_ih and bias_hh.
+    Of the tensors in DIFFERENTIABLE, in that order.
     """
     q = _Sequence.of(
         features, score_weight, hidden_weight, hidden_bias, v, learned_temperature, temperature,
@@ -218,18 +218,18 @@ def attention_lstm_backward(
     found["features"] = frames.contiguous(memory_format=frame_format(features)).view(features.shape)
     if output_mask[7]:
         assert learned_temperature is not None
-        found["temperature"] = formulas.temperature_gradient(steps.scaled, a, q.t).reshape(
+        found["learned_temperature"] = formulas.temperature_gradient(steps.scaled, a, q.t).reshape(
             learned_temperature.shape
         )
-    dtypes = {} if learned_temperature is None else {"temperature": learned_temperature.dtype}
+    dtypes = {} if learned_temperature is None else {"learned_temperature": learned_temperature.dtype}
     return tuple(
         found[name].to(dtypes.get(name, features.dtype)) if on else features.new_empty(0)
-        for name, on in zip(_GRADIENTS, output_mask, strict=True)
+        for name, on in zip(DIFFERENTIABLE, output_mask, strict=True)
     )
 
 
-_GRADIENTS = (
-    "features", "h0", "c0", "score_weight", "hidden_weight", "hidden_bias", "v", "temperature",
+DIFFERENTIABLE = (
+    "features", "h0", "c0", "score_weight", "hidden_weight", "hidden_bias", "v", "learned_temperature",
     "weight_ih", "weight_hh", "bias_ih", "bias_hh",
 )  # fmt: skip
 

@@ -8,12 +8,8 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..core import dispatch, native, settings
-from ..core.transforms import may_need_backward, needs_torchs_ops
-from . import (
-    flops,  # noqa: F401  registers the formulas
-    ops,  # noqa: F401  registers torch.ops.fusednn.*
-    reference,
-)
+from ..core.transforms import may_need_backward
+from . import ops
 
 
 def lstm_cell(
@@ -65,11 +61,8 @@ def lstm_cell(
     _check("lstm_cell", 4, input, states, *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (h, c), *parameters = _autocast(input, (h, c), *parameters)
-    if needs_torchs_ops(input, h, c, *parameters):
-        h, c, _ = reference.lstm_cell_forward(input, h, c, *parameters, save_gates=False)
-        return h, c
     save_gates = may_need_backward(input, h, c, *parameters)
-    h, c, _ = torch.ops.fusednn.lstm_cell_forward(input, h, c, *parameters, save_gates)
+    h, c, _ = ops.lstm_cell_forward(input, h, c, *parameters, save_gates)
     return h, c
 
 
@@ -113,11 +106,8 @@ def gru_cell(
     _check("gru_cell", 3, input, (("hidden0", hx),), *parameters)
     if torch.is_autocast_enabled(input.device.type):
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
-    if needs_torchs_ops(input, hx, *parameters):
-        return reference.gru_cell_forward(input, hx, *parameters, save_gates=False)[0]
     save_gates = may_need_backward(input, hx, *parameters)
-    h, _ = torch.ops.fusednn.gru_cell_forward(input, hx, *parameters, save_gates)
-    return h
+    return ops.gru_cell_forward(input, hx, *parameters, save_gates)[0]
 
 
 def _shortcut_applies(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -12,20 +12,15 @@ the second derivative's way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def gate_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Dtype of the gate arithmetic: the widest of the operands, float32 at least."""
-    widest = torch.float32
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+from ..core.tensors import accumulation_dtype, where_needed
+from ..core.transforms import gradients_by_autograd
 
 
 def lstm_cell_forward(
@@ -39,7 +34,7 @@ def lstm_cell_forward(
     save_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return h' and c' [B, H], and the activated gates [B, 4H] (empty unless ``save_gates``)."""
-    dtype = gate_dtype(input.dtype, cx.dtype)
+    dtype = accumulation_dtype(input.dtype, cx.dtype)
     state = torch.promote_types(input.dtype, cx.dtype)
     products = F.linear(input, weight_ih, bias_ih) + F.linear(hx.to(input.dtype), weight_hh, bias_hh)
     i, f, g, o = products.to(dtype).chunk(4, dim=1)
@@ -63,7 +58,7 @@ def lstm_cell_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of input, hx, cx, weight_ih, weight_hh and of either bias; empty where masked."""
-    dtype = gate_dtype(input.dtype, cx.dtype)
+    dtype = accumulation_dtype(input.dtype, cx.dtype)
     i, f, g, o = gates.to(dtype).chunk(4, dim=1)
     tanh_c = c.to(dtype).tanh()
     zero = torch.zeros_like(tanh_c)
@@ -89,15 +84,6 @@ def lstm_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def lstm_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
-    """Return the gradients of the forward's seven tensors, differentiable in every operand."""
-    input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    _, c, gates = lstm_cell_forward(input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
-    operands = (*grads, input, hx, cx, weight_ih, weight_hh, c, gates, (True,) * 6)
-    *found, bias = lstm_cell_backward(*operands)
-    return [*found, None if bias_ih is None else bias, None if bias_hh is None else bias]
-
-
 def gru_cell_forward(
     input: Tensor,  # [B, I]
     hx: Tensor,  # [B, H]
@@ -108,7 +94,7 @@ def gru_cell_forward(
     save_gates: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return h' [B, H] and the gates r, z, n and h_n [B, 4H] (empty unless ``save_gates``)."""
-    dtype = gate_dtype(input.dtype, hx.dtype)
+    dtype = accumulation_dtype(input.dtype, hx.dtype)
     state = torch.promote_types(input.dtype, hx.dtype)
     x_r, x_z, x_n = F.linear(input, weight_ih, bias_ih).to(dtype).chunk(3, dim=1)
     h_r, h_z, h_n = F.linear(hx.to(input.dtype), weight_hh, bias_hh).to(dtype).chunk(3, dim=1)
@@ -129,7 +115,7 @@ def gru_cell_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of input, hx, weight_ih, weight_hh, bias_ih, bias_hh; empty where masked."""
-    dtype = gate_dtype(input.dtype, hx.dtype)
+    dtype = accumulation_dtype(input.dtype, hx.dtype)
     r, z, n, h_n = gates.to(dtype).chunk(4, dim=1)
     d_h = grad_h.to(dtype)
     d_n = d_h * (1 - z) * (1 - n * n)
@@ -148,19 +134,13 @@ def gru_cell_backward(
     return where_needed(grads, output_mask, input)
 
 
-def gru_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> list[Tensor | None]:
-    """Return the gradients of the forward's six tensors, differentiable in every operand."""
-    input, hx, weight_ih, weight_hh, bias_ih, bias_hh = tensors
-    _, gates = gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates=True)
-    operands = (*grads, input, hx, weight_ih, weight_hh, gates, (True,) * 6)
-    *found, d_bias_ih, d_bias_hh = gru_cell_backward(*operands)
-    return [*found, None if bias_ih is None else d_bias_ih, None if bias_hh is None else d_bias_hh]
+def lstm_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Return the differentiable gradients of the forward's seven tensors, for the eager shortcut."""
+    needs = [t is not None and t.requires_grad for t in tensors]
+    return gradients_by_autograd(lambda *t: lstm_cell_forward(*(*t, False))[:2], tensors, grads, needs)
 
 
-def where_needed(
-    grads: Sequence[Callable[[], Tensor]], output_mask: Sequence[bool], like: Tensor
-) -> tuple[Tensor, ...]:
-    """Make the gradients that the mask asks for; an empty tensor stands for each other one."""
-    return tuple(
-        make() if needed else like.new_empty(0) for make, needed in zip(grads, output_mask, strict=True)
-    )
+def gru_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Return the differentiable gradients of the forward's six tensors, for the eager shortcut."""
+    needs = [t is not None and t.requires_grad for t in tensors]
+    return gradients_by_autograd(lambda *t: gru_cell_forward(*(*t, False))[:1], tensors, grads, needs)

@@ -11,11 +11,6 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of scores, maps and sums: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def wide_temperature(learned: Tensor | None, fixed: float, dtype: torch.dtype) -> Tensor | float:
     """Return T for arithmetic in `dtype`: its smallest normal number or more, NaN unless positive."""
     tiny = torch.finfo(dtype).tiny

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..core.transforms import autocast_enabled, needs_torchs_ops
-from . import (
-    checks,
-    ops,  # noqa: F401  registers torch.ops.fusednn.*
-    reference,
-)
+from ..core.transforms import autocast_enabled
+from . import checks, ops, reference
 
 
 def spatial_softmax(
@@ -50,11 +45,7 @@ def spatial_softmax(
     checks.check_images(name, "logits", logits, "[N, G, H, W]")
     learned, fixed = checks.temperature(name, temperature, logits.device)
     flat = checks.mask_of(name, mask, logits.shape, logits.device)
-    arguments = (logits, flat, learned, fixed, return_coordinates)
-    if needs_torchs_ops(logits, learned):
-        map, xy = reference.spatial_softmax_forward(*arguments)
-    else:
-        map, xy = torch.ops.fusednn.spatial_softmax_forward(*arguments)
+    map, xy = ops.spatial_softmax_forward(logits, flat, learned, fixed, return_coordinates)
     return (map, xy) if return_coordinates else map
 
 
@@ -108,10 +99,7 @@ def spatial_attention(
     if autocast_enabled(features.device):
         weight = weight.to(features.dtype)
         hidden_term, v = (None if t is None else t.to(features.dtype) for t in (hidden_term, v))
-    arguments = (features, weight, hidden_term, v, flat, learned, fixed, output)
-    if needs_torchs_ops(features, weight, hidden_term, v, learned):
-        return reference.spatial_attention_forward(*arguments)
-    return torch.ops.fusednn.spatial_attention_forward(*arguments)
+    return ops.spatial_attention_forward(features, weight, hidden_term, v, flat, learned, fixed, output)
 
 
 def _check_scores(name, features, weight, hidden_term, v) -> None:

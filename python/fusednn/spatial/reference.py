@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ..core.tensors import accumulation_dtype, where_needed
 from ..core.transforms import without_autocast
-from ..recurrence.reference import attention_lstm_backward as attention_lstm_backward
-from ..recurrence.reference import attention_lstm_forward as attention_lstm_forward
 from . import formulas
 
 OUTPUTS = ("scale", "flatten", "sum", "coordinates")
@@ -38,7 +37,7 @@ def spatial_softmax_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the map [N, G, H, W] and, if asked for, the expected (x, y) [N, G, 2] (else empty)."""
     n, g, height, width = logits.shape
-    wide = formulas.accumulation_dtype(logits.dtype)
+    wide = accumulation_dtype(logits.dtype)
     t = formulas.wide_temperature(learned_temperature, temperature, wide)
     a = formulas.masked_softmax(logits.to(wide).reshape(n, g, height * width), mask, t)
     xy = logits.new_empty(0)
@@ -59,7 +58,7 @@ def spatial_softmax_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of logits and temperature; empty where masked."""
     n, g, height, width = map.shape
-    wide = formulas.accumulation_dtype(map.dtype)
+    wide = accumulation_dtype(map.dtype)
     t = formulas.wide_temperature(learned_temperature, temperature, wide)
     a = map.to(wide).reshape(n, g, height * width)
     d_map = torch.zeros_like(a) if grad_map is None else grad_map.to(wide).reshape(a.shape)
@@ -89,7 +88,7 @@ def spatial_attention_forward(
     Attended: scale [N, G C, H, W] in the features' memory format, flatten [N, G C P], sum [N, G C],
     coordinates [N, G, 2].
     """
-    wide = formulas.accumulation_dtype(features.dtype)
+    wide = accumulation_dtype(features.dtype)
     f = _visible(features, mask).to(wide)  # [N, C, P]
     s, _ = _scores(f, weight.to(wide), hidden_term, v)
     t = formulas.wide_temperature(learned_temperature, temperature, wide)
@@ -142,7 +141,7 @@ def spatial_attention_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Return the gradients of features, weight, hidden_term, v and temperature; empty where masked."""
-    wide = formulas.accumulation_dtype(features.dtype)
+    wide = accumulation_dtype(features.dtype)
     f, a, w = _visible(features, mask).to(wide), map.to(wide).flatten(2), weight.to(wide)
     t = formulas.wide_temperature(learned_temperature, temperature, wide)
     d_map, d_f = _attend_backward(grad_attended, f, a, features, output)
@@ -172,7 +171,7 @@ def spatial_attention_backward(
         lambda: d_v.to(features.dtype),
         lambda: _temperature_gradient(d_scaled, a, t, learned_temperature),
     )
-    return tuple(make() if on else features.new_empty(0) for make, on in zip(grads, output_mask, strict=True))
+    return where_needed(grads, output_mask, features)
 
 
 def _attend_backward(
