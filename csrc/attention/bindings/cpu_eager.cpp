@@ -91,11 +91,12 @@ struct Layer {
     return r;
   }
 
-  static variable_list backward(at::TensorList t, at::TensorList saved, const variable_list& grads,
-                                const std::array<bool, inputs>& needs, const Options& o) {
+  static std::array<Tensor, inputs> backward(at::TensorList t, at::TensorList saved,
+                                             const variable_list& grads,
+                                             const std::array<bool, inputs>& needs, const Options& o) {
     const Heads split(t[0], o);
     const Tensor &heads = saved[0], &attended = saved[1], &lse = saved[2];
-    variable_list result(inputs);
+    std::array<Tensor, inputs> result;
     const bool into_heads = needs[0] || needs[1] || needs[2];
     OptionalTensor d_attended;
     if (grads[0].defined()) {
@@ -127,9 +128,9 @@ bool plain_padding(const LayerCall& a) {
 
 std::optional<std::tuple<Tensor, Tensor>> try_multihead_attention(const LayerCall& a) {
   const Tensor& x = a.input;
-  if (x.dim() != 3 || x.numel() == 0) return std::nullopt;
-  const int64_t e = x.size(2);
   PlainCall call(x);
+  if (!call.ok() || x.dim() != 3 || x.numel() == 0) return std::nullopt;
+  const int64_t e = x.size(2);
   call(a.in_weight, {3 * e, e});
   call(a.in_bias, {3 * e});
   call(a.out_weight, {e, e});
@@ -137,7 +138,7 @@ std::optional<std::tuple<Tensor, Tensor>> try_multihead_attention(const LayerCal
   if (!call.ok() || e % a.options.heads != 0 || !plain_padding(a)) return std::nullopt;
   Tensor mask = or_undefined(a.padding);
   if (mask.defined() && mask.scalar_type() == at::kBool) mask = mask.logical_not();
-  const variable_list tensors{
+  const std::array<Tensor, Layer::inputs> tensors{
       x, a.in_weight, or_undefined(a.in_bias), a.out_weight, or_undefined(a.out_bias), mask};
   const variable_list out = run_eager<Layer>(tensors, a.options, call.recorded()).outputs;
   return std::make_tuple(out[0], out[1]);

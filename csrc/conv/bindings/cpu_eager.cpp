@@ -116,10 +116,11 @@ bool can_track(const BatchNorm& n, const Tensor& input, int64_t channels) {
 
 // A plain call of consistent shapes, and whether it is recorded; the result's sizes go to `sizes`.
 std::optional<bool> plain_block(const Block& b, at::DimVector& sizes) {
+  PlainCall call(b.input);
+  if (!call.ok()) return std::nullopt;
   sizes = result_sizes(*b.options, b.input, b.weight1, b.weight2);
   if (sizes.empty()) return std::nullopt;
   const int64_t channels = b.weight1.size(0);
-  PlainCall call(b.input);
   look_at(call, b.weight1, {channels, 1, b.weight1.size(2), b.weight1.size(3)}, b.bias1, b.norm1);
   look_at(call, b.weight2, {sizes[1], channels, 1, 1}, b.bias2, b.norm2);
   if (!call.ok() || !can_track(b.norm1, b.input, channels) || !can_track(b.norm2, b.input, sizes[1]))
@@ -181,14 +182,15 @@ struct Layer {
     return {{out}, {z2, mean1, rstd1, mean2, rstd2}};
   }
 
-  static variable_list backward(at::TensorList t, at::TensorList saved, const variable_list& grads,
-                                const std::array<bool, inputs>& needs, const Options& o) {
+  static std::array<Tensor, inputs> backward(at::TensorList t, at::TensorList saved,
+                                             const variable_list& grads,
+                                             const std::array<bool, inputs>& needs, const Options& o) {
     std::array<bool, 9> mask;
     std::copy_n(needs.begin(), 9, mask.begin());
     const auto found =
         separable_conv2d_train_backward({grads[0], block(t), saved[0], saved[1], saved[2], saved[3], saved[4],
                                          o.geometry, o.activations, o.has_norm1, o.has_norm2, mask});
-    return std::apply([&](const auto&... g) { return variable_list{g..., grads[0]}; }, found);
+    return std::apply([&](const auto&... g) { return std::array<Tensor, inputs>{g..., grads[0]}; }, found);
   }
 };
 
@@ -200,16 +202,16 @@ std::optional<Tensor> try_separable_training(const BlockCall& a) {
   if (!recorded) return std::nullopt;
   const BlockOptions& o = *b.options;
   const BatchNorm &n1 = b.norm1, &n2 = b.norm2;
-  const variable_list tensors{b.input,
-                              b.weight1,
-                              or_undefined(b.bias1),
-                              or_undefined(n1.weight),
-                              or_undefined(n1.bias),
-                              b.weight2,
-                              or_undefined(b.bias2),
-                              or_undefined(n2.weight),
-                              or_undefined(n2.bias),
-                              o.residual ? b.input : Tensor()};
+  const std::array<Tensor, Layer::inputs> tensors{b.input,
+                                                  b.weight1,
+                                                  or_undefined(b.bias1),
+                                                  or_undefined(n1.weight),
+                                                  or_undefined(n1.bias),
+                                                  b.weight2,
+                                                  or_undefined(b.bias2),
+                                                  or_undefined(n2.weight),
+                                                  or_undefined(n2.bias),
+                                                  o.residual ? b.input : Tensor()};
   const EagerResults r = run_eager<Layer>(tensors,
                                           {{o.stride, o.padding, o.dilation},
                                            n1.eps,

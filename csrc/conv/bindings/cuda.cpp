@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const calls::Depthw
   }
   if (needs_weight || needs_bias) {
     const int splits = cuda::depthwise_grad_weight_splits(shape);
-    const auto wide = conv.options().dtype(at::promote_types(input.scalar_type(), at::kFloat));
+    const auto wide = conv.options().dtype(c10::promoteTypes(input.scalar_type(), at::kFloat));
     Tensor partials = at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, wide);
     Tensor dense = at::empty(weight.sizes(), conv.options());
     if (needs_bias) grad_bias = at::empty({shape.channels}, conv.options());

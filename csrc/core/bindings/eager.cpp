@@ -46,9 +46,9 @@ bool plain(const at::Tensor& t) {
 }
 
 PlainCall::PlainCall(const at::Tensor& first)
-    : dtype_(first.scalar_type()), ok_(nobody_listens() && supported(dtype_)) {
-  (*this)(first, first.sizes());
-}
+    : dtype_(first.scalar_type()),
+      ok_(nobody_listens() && plain(first) && supported(dtype_)),
+      requires_grad_(first.requires_grad()) {}
 
 bool PlainCall::recorded() const { return requires_grad_ && at::GradMode::is_enabled(); }
 bool PlainCall::ok() const { return ok_ && !(recorded() && below_autograd()); }
@@ -59,17 +59,17 @@ bool watched(const variable_list& grads) {
          });
 }
 
-variable_list composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
-                                  at::ArrayRef<bool> needs, const pybind11::tuple& options) {
+void composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
+                         at::ArrayRef<bool> needs, const pybind11::tuple& options,
+                         at::MutableArrayRef<at::Tensor> found) {
   pybind11::list inputs, cotangents, needed;
   for (const at::Tensor& t : tensors) inputs.append(or_none(t));
   for (const at::Tensor& g : grads) cotangents.append(or_none(g));
   for (const bool need : needs) needed.append(need);
   const auto eager = pybind11::module_::import("fusednn.core.eager");
-  variable_list result;
+  size_t i = 0;
   for (const auto& g : eager.attr("gradients")(name, inputs, cotangents, needed, options))
-    result.push_back(g.is_none() ? at::Tensor() : g.cast<at::Tensor>());
-  return result;
+    found[i++] = g.is_none() ? at::Tensor() : g.cast<at::Tensor>();
 }
 
 }  // namespace fusednn

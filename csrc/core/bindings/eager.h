@@ -5,7 +5,7 @@
 //   name, inputs              of its composite in fusednn/core/eager.py; how many tensors it takes
 //   Options                   what it takes beside tensors, with FUSEDNN_ARGUMENTS
 //   forward(tensors, options, save)                        -> EagerResults
-//   backward(tensors, saved, grads, needs, options)        -> gradients of the tensors
+//   backward(tensors, saved, grads, needs, options)        -> gradients of the tensors, as an array
 // Tensors that are left out are undefined, and keep their index.
 #pragma once
 
@@ -51,15 +51,16 @@ class PlainCall {
 
  private:
   at::ScalarType dtype_;
-  bool ok_, requires_grad_ = false;
+  bool ok_, requires_grad_;
 };
 
 // Whether the backward must be seen through: it is recorded, or its cotangents are mapped or have tangents.
 bool watched(const variable_list& grads);
 
 // The gradients as autograd finds them for the layer's composite, which can be differentiated again.
-variable_list composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
-                                  at::ArrayRef<bool> needs, const pybind11::tuple& options);
+void composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
+                         at::ArrayRef<bool> needs, const pybind11::tuple& options,
+                         at::MutableArrayRef<at::Tensor> found);
 
 template <class Layer>
 class EagerNode : public torch::autograd::Function<EagerNode<Layer>> {
@@ -73,11 +74,13 @@ class EagerNode : public torch::autograd::Function<EagerNode<Layer>> {
   };
 
  public:
-  static variable_list forward(Context* ctx, at::TensorList /*edges*/, const variable_list& tensors,
+  static variable_list forward(Context* ctx, at::TensorList /*edges*/, const at::TensorList* tensors,
                                const Options& options, EagerResults* results) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    *results = Layer::forward(tensors, options, true);
-    variable_list kept = tensors;
+    *results = Layer::forward(*tensors, options, true);
+    variable_list kept;
+    kept.reserve(tensors->size() + results->saved.size());
+    kept.insert(kept.end(), tensors->begin(), tensors->end());
     kept.insert(kept.end(), results->saved.begin(), results->saved.end());
     ctx->save_for_backward(std::move(kept));
     ctx->saved_data["options"] = c10::IValue::make_capsule(c10::make_intrusive<Kept>(options));
@@ -93,25 +96,30 @@ class EagerNode : public torch::autograd::Function<EagerNode<Layer>> {
     size_t edges = 0;
     for (size_t i = 0; i < Layer::inputs; ++i)
       if (tensors[i].defined()) needs[i] = ctx->needs_input_grad(edges++);
-    variable_list found(Layer::inputs);
+    std::array<at::Tensor, Layer::inputs> found;
     if (std::any_of(grads.begin(), grads.end(), [](const at::Tensor& g) { return g.defined(); })) {
       const auto capsule = ctx->saved_data["options"].toCapsule();
       const Options& options = static_cast<const Kept&>(*capsule).options;
       found = gradients(tensors, saved, grads, needs, options);
     }
     variable_list result;
+    result.reserve(edges + kOtherArguments);
     for (size_t i = 0; i < Layer::inputs; ++i)
-      if (tensors[i].defined()) result.push_back(needs[i] ? found[i] : at::Tensor());
+      if (tensors[i].defined()) result.push_back(needs[i] ? std::move(found[i]) : at::Tensor());
     result.resize(edges + kOtherArguments);
     return result;
   }
 
  private:
-  static variable_list gradients(at::TensorList tensors, at::TensorList saved, const variable_list& grads,
-                                 const std::array<bool, Layer::inputs>& needs, Options options) {
+  static std::array<at::Tensor, Layer::inputs> gradients(at::TensorList tensors, at::TensorList saved,
+                                                         const variable_list& grads,
+                                                         const std::array<bool, Layer::inputs>& needs,
+                                                         const Options& options) {
     if (watched(grads)) {
       const pybind11::gil_scoped_acquire gil;
-      return composite_gradients(Layer::name, tensors, grads, needs, argument_tuple(options));
+      std::array<at::Tensor, Layer::inputs> found;
+      composite_gradients(Layer::name, tensors, grads, needs, argument_tuple(options), found);
+      return found;
     }
     const at::AutoDispatchBelowADInplaceOrView below;
     return Layer::backward(tensors, saved, grads, needs, options);
@@ -120,7 +128,9 @@ class EagerNode : public torch::autograd::Function<EagerNode<Layer>> {
 
 // Runs the layer, recorded or not.
 template <class Layer>
-EagerResults run_eager(const variable_list& tensors, const typename Layer::Options& options, bool recorded) {
+EagerResults run_eager(const std::array<at::Tensor, Layer::inputs>& given,
+                       const typename Layer::Options& options, bool recorded) {
+  const at::TensorList tensors(given);
   if (!recorded) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return Layer::forward(tensors, options, false);
@@ -130,7 +140,7 @@ EagerResults run_eager(const variable_list& tensors, const typename Layer::Optio
   for (const at::Tensor& t : tensors)
     if (t.defined()) edges.push_back(t);
   EagerResults results;
-  results.outputs = EagerNode<Layer>::apply(at::TensorList(edges), tensors, options, &results);
+  results.outputs = EagerNode<Layer>::apply(at::TensorList(edges), &tensors, options, &results);
   return results;
 }
 

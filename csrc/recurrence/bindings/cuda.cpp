@@ -111,7 +111,7 @@ class Recurrence : public CudaArguments {
   AttentionLstm& q() { return q_; }
   const AttentionLstm& q() const { return q_; }
   bool flatten() const { return flatten_; }
-  at::ScalarType wide() const { return at::promote_types(storage(), at::kFloat); }
+  at::ScalarType wide() const { return c10::promoteTypes(storage(), at::kFloat); }
   at::ScalarType storage() const { return c10::typeMetaToScalarType(options().dtype()); }
   const OptionalTensor& lengths() const { return lengths_; }
   const Tensor& frames() const { return frames_; }  // wide [F, C, P]

@@ -12,16 +12,17 @@ struct NoOptions {
   void visit(Visitor&) {}
 };
 
-template <class Cell>
-PlainCall plain_cell(int64_t gates, const Cell& a) {
-  PlainCall call(a.input);
+template <class Call>
+bool plain_cell(int64_t gates, const Call& a, PlainCall& call) {
+  if (!call.ok() || a.input.dim() != 2 || a.weight_hh.dim() != 2) return false;
   const int64_t batch = a.input.size(0), hidden = a.weight_hh.size(1), rows = gates * hidden;
   call(a.hx, {batch, hidden});
+  if constexpr (requires { a.cx; }) call(a.cx, {batch, hidden});
   call(a.weight_ih, {rows, a.input.size(1)});
   call(a.weight_hh, {rows, hidden});
   call(a.bias_ih, {rows});
   call(a.bias_hh, {rows});
-  return call;
+  return call.ok();
 }
 
 struct LstmCell {
@@ -37,8 +38,9 @@ struct LstmCell {
     return {{h, c}, {c.clone(), gates}};
   }
 
-  static variable_list backward(at::TensorList t, at::TensorList saved, const variable_list& grads,
-                                const std::array<bool, inputs>& needs, const Options&) {
+  static std::array<Tensor, inputs> backward(at::TensorList t, at::TensorList saved,
+                                             const variable_list& grads,
+                                             const std::array<bool, inputs>& needs, const Options&) {
     auto [input, hx, cx, weight_ih, weight_hh, bias] =
         lstm_cell_backward({optional(grads[0]),
                             optional(grads[1]),
@@ -50,7 +52,8 @@ struct LstmCell {
                             saved[0],
                             saved[1],
                             {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5] || needs[6]}});
-    return {input, hx, cx, weight_ih, weight_hh, bias, bias};
+    return {std::move(input),     std::move(hx), std::move(cx), std::move(weight_ih),
+            std::move(weight_hh), bias,          bias};
   }
 };
 
@@ -64,11 +67,13 @@ struct GruCell {
     return {{h}, {gates}};
   }
 
-  static variable_list backward(at::TensorList t, at::TensorList saved, const variable_list& grads,
-                                const std::array<bool, inputs>& needs, const Options&) {
+  static std::array<Tensor, inputs> backward(at::TensorList t, at::TensorList saved,
+                                             const variable_list& grads,
+                                             const std::array<bool, inputs>& needs, const Options&) {
     auto [input, hx, weight_ih, weight_hh, bias_ih, bias_hh] =
         gru_cell_backward({grads[0], t[0], t[1], t[2], t[3], saved[0], needs});
-    return {input, hx, weight_ih, weight_hh, bias_ih, bias_hh};
+    return {std::move(input),     std::move(hx),      std::move(weight_ih),
+            std::move(weight_hh), std::move(bias_ih), std::move(bias_hh)};
   }
 };
 
@@ -79,11 +84,9 @@ struct LstmCall {
 };
 
 std::optional<std::tuple<Tensor, Tensor>> try_lstm_cell(const LstmCall& a) {
-  if (a.input.dim() != 2 || a.weight_hh.dim() != 2) return std::nullopt;
-  PlainCall call = plain_cell(4, a);
-  call(a.cx, {a.input.size(0), a.weight_hh.size(1)});
-  if (!call.ok()) return std::nullopt;
-  const variable_list tensors{
+  PlainCall call(a.input);
+  if (!plain_cell(4, a, call)) return std::nullopt;
+  const std::array<Tensor, LstmCell::inputs> tensors{
       a.input, a.hx, a.cx, a.weight_ih, a.weight_hh, or_undefined(a.bias_ih), or_undefined(a.bias_hh)};
   const variable_list out = run_eager<LstmCell>(tensors, {}, call.recorded()).outputs;
   return std::make_tuple(out[0], out[1]);
@@ -96,10 +99,9 @@ struct GruCall {
 };
 
 std::optional<Tensor> try_gru_cell(const GruCall& a) {
-  if (a.input.dim() != 2 || a.weight_hh.dim() != 2) return std::nullopt;
-  const PlainCall call = plain_cell(3, a);
-  if (!call.ok()) return std::nullopt;
-  const variable_list tensors{
+  PlainCall call(a.input);
+  if (!plain_cell(3, a, call)) return std::nullopt;
+  const std::array<Tensor, GruCell::inputs> tensors{
       a.input, a.hx, a.weight_ih, a.weight_hh, or_undefined(a.bias_ih), or_undefined(a.bias_hh)};
   return run_eager<GruCell>(tensors, {}, call.recorded()).outputs[0];
 }

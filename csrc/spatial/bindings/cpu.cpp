@@ -150,8 +150,8 @@ SpatialGradients spatial_attention_backward(const calls::SpatialAttentionBackwar
   double grad_temperature = 0;
   if (call.shape.batch > 0) {
     const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
-    const OptionalTensor grad =
-        grad_attended ? OptionalTensor(grad_attended->contiguous(layout)) : std::nullopt;
+    OptionalTensor grad;
+    if (grad_attended) grad = grad_attended->contiguous(layout);
     const OptionalTensor of_map = dense(grad_map);
     const Tensor dense_map = map.contiguous();
     const auto& kernels = cpu::kernels<cpu::SpatialKernels>();

@@ -40,8 +40,9 @@ struct Layer {
     return {{attended, map}, {map}};
   }
 
-  static variable_list backward(at::TensorList t, at::TensorList saved, const variable_list& grads,
-                                const std::array<bool, inputs>& needs, const Options& options) {
+  static std::array<Tensor, inputs> backward(at::TensorList t, at::TensorList saved,
+                                             const variable_list& grads,
+                                             const std::array<bool, inputs>& needs, const Options& options) {
     const Tensor &hidden = t[1], &score = t[2], &hidden_weight = t[3], &map = saved[0];
     const bool term_needed = needs[1] || needs[3] || needs[4];
     // Of the hidden term the backward wants to know the shape alone.
@@ -51,7 +52,8 @@ struct Layer {
                                     attention(t, map.flatten(2), options),
                                     map,
                                     {needs[0], needs[2], term_needed, false, false}});
-    variable_list result{d_features, {}, needs[2] ? d_score.view(score.sizes()) : Tensor(), {}, {}};
+    std::array<Tensor, inputs> result{
+        d_features, {}, needs[2] ? d_score.view(score.sizes()) : Tensor(), {}, {}};
     if (!term_needed) return result;
     const Tensor d = d_term.view({t[0].size(0), -1});
     if (needs[1]) result[1] = at::mm(d, hidden_weight);
@@ -62,17 +64,19 @@ struct Layer {
 };
 
 std::optional<std::tuple<Tensor, Tensor>> try_spatial_attention(const LayerCall& a) {
-  if (a.features.dim() != 4 || a.features.numel() == 0 || a.hidden.dim() != 2 || a.score.dim() != 4)
+  PlainCall call(a.features);
+  if (!call.ok() || a.features.dim() != 4 || a.features.numel() == 0 || a.hidden.dim() != 2 ||
+      a.score.dim() != 4)
     return std::nullopt;
   const int64_t n = a.features.size(0), size = a.hidden.size(1),
                 terms = a.score.size(0) * a.features.size(2) * a.features.size(3);
-  PlainCall call(a.features);
   call(a.hidden, {n, size});
   call(a.score, {a.score.size(0), a.features.size(1), 1, 1});
   call(a.hidden_weight, {terms, size});
   call(a.hidden_bias, {terms});
   if (!call.ok()) return std::nullopt;
-  const variable_list tensors{a.features, a.hidden, a.score, a.hidden_weight, a.hidden_bias};
+  const std::array<Tensor, Layer::inputs> tensors{a.features, a.hidden, a.score, a.hidden_weight,
+                                                  a.hidden_bias};
   const variable_list out = run_eager<Layer>(tensors, a.options, call.recorded()).outputs;
   return std::make_tuple(out[0], out[1]);
 }

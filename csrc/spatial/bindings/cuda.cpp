@@ -34,7 +34,7 @@ class Attention : public CudaArguments {
   const AttentionCall& call() const { return call_; }
   const AttentionShape& shape() const { return call_.shape; }
   int64_t positions() const { return shape().positions(); }
-  at::TensorOptions wide() const { return options().dtype(at::promote_types(dtype_(), at::kFloat)); }
+  at::TensorOptions wide() const { return options().dtype(c10::promoteTypes(dtype_(), at::kFloat)); }
   Tensor empty_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide()); }
 
   // [..., height, width] of the maps.
