@@ -65,16 +65,18 @@ if extension is None and settings.native_enabled():
 
 
 def compare(op: str, arguments: tuple[str, ...]) -> None:
-    """Refuse an extension whose kernel takes other arguments than the op of its name: it is stale."""
+    """Refuse an extension with a kernel that takes other arguments than the op of its name: it is stale."""
     global extension, unavailable_reason
     if extension is None:
         return
-    taken = tuple(getattr(extension.cpu, "signatures", {}).get(op, arguments))
-    if taken != arguments:
-        extension = None
-        unavailable_reason = f"fusednn._C is stale: {op}: got arguments {taken}, expected {arguments}"
-        cuda_modules.clear()
-        _warn()
+    for module in (extension.cpu, getattr(extension, "cuda", extension.cpu)):
+        taken = tuple(getattr(module, "signatures", {op: ()}).get(op, arguments))
+        if taken != arguments:
+            extension = None
+            unavailable_reason = f"fusednn._C is stale: {op}: got arguments {taken}, expected {arguments}"
+            cuda_modules.clear()
+            _warn()
+            return
 
 
 def build_info() -> dict[str, Any]:
