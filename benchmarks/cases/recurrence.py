@@ -33,6 +33,7 @@ from benchmarks.registry import Case, Mode
 
 # B, T, C, H, W
 SEQUENCE = (4, 20, 64, 20, 10)
+SHORT = (4, 4, 64, 20, 10)  # for the small suite: torch.compile unrolls the steps, minutes for twenty of them
 # B, T
 DRIVING = (4, 16)
 # Output channels, kernel, stride; height and width of the output.
@@ -161,13 +162,16 @@ def build_driving(case: Case, device: torch.device) -> SpatialWorkload:
     return make_workload(case, device, TorchDrivingNet(), fused, {"x": (b, t, 3, 160, 80)}, ("control",))
 
 
-def _cases(mode: Mode) -> list[Case]:
-    costs = sequence_flops(mode, SEQUENCE), sequence_bytes(mode, SEQUENCE)
-    sequence = case_of(
-        "attention_lstm", mode, dict(zip("BTCHW", SEQUENCE)), costs, build_sequence, quick=True
-    )
+def _sequence(mode: Mode, shape: tuple[int, int, int, int, int]) -> Case:
+    costs = sequence_flops(mode, shape), sequence_bytes(mode, shape)
+    named = dict(zip("BTCHW", shape))
+    return case_of("attention_lstm", mode, named, costs, build_sequence, quick=shape == SHORT)
+
+
+def _driving(mode: Mode) -> Case:
     costs = driving_flops(mode, DRIVING), driving_bytes(mode, DRIVING)
-    return [sequence, case_of("driving_net", mode, dict(zip("BT", DRIVING)), costs, build_driving)]
+    return case_of("driving_net", mode, dict(zip("BT", DRIVING)), costs, build_driving)
 
 
-CASES = [*_cases("inference"), *_cases("training")]
+_MODES: tuple[Mode, ...] = ("inference", "training")
+CASES = [c for m in _MODES for c in (_sequence(m, SEQUENCE), _sequence(m, SHORT), _driving(m))]
