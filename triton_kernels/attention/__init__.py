@@ -1,11 +1,4 @@
 """Multi-head attention, forward and backward."""
 
-from .launch import (
-    attention_backward,
-    attention_forward,
-)
-
-__all__ = [
-    "attention_backward",
-    "attention_forward",
-]
+from .launch import attention_backward as attention_backward
+from .launch import attention_forward as attention_forward

@@ -15,8 +15,6 @@ from .gradients import NAMES, Gradients
 from .tiles import FORWARD, SCORES
 from .weights import attention_weights_kernel
 
-__all__ = ["attention_backward", "attention_forward"]
-
 
 def _output_and_lse(call: Call, low: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output [B, H, L, V], [B, L, H, V] in memory, and lse [B, H, L]."""

@@ -17,6 +17,13 @@ class Image(NamedTuple):
     width: Any
 
 
+class Weights(NamedTuple):
+    """Of a convolution; the bias may be None."""
+
+    weight: Any
+    bias: Any
+
+
 class Window(NamedTuple):
     """Stride and dilation."""
 

@@ -21,14 +21,6 @@ from .depthwise import (
     tile_size,
 )
 from .geometry import Convolution
-from .separable import separable_conv2d_forward, separable_conv2d_limits
-
-__all__ = [
-    "depthwise_conv2d_backward",
-    "depthwise_conv2d_forward",
-    "separable_conv2d_forward",
-    "separable_conv2d_limits",
-]
 
 # An interpreted program takes about the same time whatever its size.
 GATHER_TILE, WEIGHT_TILE = (32768, 65536) if interpreting() else (512, 4096)

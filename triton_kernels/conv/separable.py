@@ -24,7 +24,7 @@ from ..core.arguments import constants
 from ..core.checks import device_guard
 from ..core.storage import INTERPRETING, load, rounded, store
 from .activations import activated
-from .arguments import Constants
+from .arguments import Constants, Weights
 from .depthwise import column_of, convolved, offset_of, place_of
 from .geometry import Convolution
 
@@ -34,20 +34,9 @@ BLOCK_P = 32
 
 @triton.jit(do_not_specialize=["numbers"])
 def separable_forward_kernel(
-    input,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    residual,
-    output,
-    channels,
-    outputs,
-    window,
-    numbers,
-    C: tl.constexpr,
+    input, depthwise, pointwise, residual, output, channels, outputs, window, numbers, C: tl.constexpr
 ):
-    """Weight1 [C, KH, KW], weight2 [O, C]; biases and residual may be None."""
+    """Weights [C, KH, KW] and [O, C]; biases and residual may be None."""
     place = column_of(place_of(tl.program_id(0), numbers, output, C.BLOCK_P))
     dtype: tl.constexpr = input.data.dtype.element_ty
     o = tl.arange(0, C.BLOCK_O)
@@ -56,16 +45,18 @@ def separable_forward_kernel(
         c = c0 + tl.arange(0, C.BLOCK_C)
         row = c[None, :]
         mask = place.present & (row < channels)
-        z = convolved(input, weight1, bias1, place, row, mask, row < channels, window, numbers, C)
+        z = convolved(
+            input, depthwise.weight, depthwise.bias, place, row, mask, row < channels, window, numbers, C
+        )
         tile = rounded(tl.where(mask, activated(z, C.ACTIVATION), 0.0), dtype)
         there = (c < channels)[:, None] & (o < outputs)[None, :]
-        pointwise = tl.load(weight2 + o[None, :] * channels + c[:, None], mask=there, other=0.0)
+        weight = tl.load(pointwise.weight + o[None, :] * channels + c[:, None], mask=there, other=0.0)
         if INTERPRETING and dtype == tl.bfloat16:  # whose products the interpreter gets wrong
-            tile, pointwise = tile.to(tl.float32), pointwise.to(tl.float32)
-        sums = tl.dot(tile, pointwise, sums, input_precision=C.PRECISION)
+            tile, weight = tile.to(tl.float32), weight.to(tl.float32)
+        sums = tl.dot(tile, weight, sums, input_precision=C.PRECISION)
     o = o[None, :]
-    if bias2 is not None:
-        sums += load(bias2, o, o < outputs)
+    if pointwise.bias is not None:
+        sums += load(pointwise.bias, o, o < outputs)
     sums = activated(sums, C.ACTIVATION2)
     to = offset_of(output, place.image, place.y, place.x) + o.to(tl.int64) * output.c
     mask = place.present & (o < outputs)
@@ -107,8 +98,11 @@ def separable_conv2d_forward(
     for reason in separable_conv2d_limits(input, depthwise_weight, pointwise_weight):
         raise RuntimeError(f"{op}: {reason}")
     channels, outputs = conv.channels, pointwise_weight.shape[0]
-    pointwise = conv.check.dense("pointwise_weight", pointwise_weight, [outputs, channels, 1, 1])
-    bias = conv.check.dense("pointwise_bias", pointwise_bias, [outputs])
+    depthwise = Weights(conv.weight, conv.bias)
+    pointwise = Weights(
+        conv.check.dense("pointwise_weight", pointwise_weight, [outputs, channels, 1, 1]),
+        conv.check.dense("pointwise_bias", pointwise_bias, [outputs]),
+    )
     added = None if residual is None else conv.result_like("residual", residual, outputs)
     output = conv.empty_result(outputs)
     if output.numel() == 0:
@@ -117,20 +111,13 @@ def separable_conv2d_forward(
     # Four elements of the depthwise tile a thread, all loads of a row being in flight.
     wide = block_o > 64 or input.dtype == torch.float32
     chosen = Constants(
-        KH=None,
-        KW=conv.weight.shape[3],
-        MULTIPLIER=conv.multiplier,
-        BLOCK_P=BLOCK_P,
-        BLOCK_C=32 if wide else 16,
-        ACTIVATION=depthwise_activation,
-        BLOCK_O=block_o,
-        ACTIVATION2=pointwise_activation,
+        None, conv.weight.shape[3], conv.multiplier, BLOCK_P, 32 if wide else 16, BLOCK_O=block_o,
+        ACTIVATION=depthwise_activation, ACTIVATION2=pointwise_activation,
         PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-    )
-    to = conv.image(output)
+    )  # fmt: skip
     with device_guard(input):
         separable_forward_kernel[(triton.cdiv(conv.positions(output), BLOCK_P),)](
-            conv.image(conv.input), conv.weight, conv.bias, pointwise, bias, added, to, channels, outputs,
+            conv.image(conv.input), depthwise, pointwise, added, conv.image(output), channels, outputs,
             conv.window(), conv.numbers(output), C=constants(chosen), num_warps=8 if wide else 4,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -13,13 +13,6 @@ from .call import Attention
 from .forward import attention_combine_kernel, attention_forward_kernel
 from .gradients import Gradients
 
-__all__ = [
-    "spatial_attention_backward",
-    "spatial_attention_forward",
-    "spatial_softmax_backward",
-    "spatial_softmax_forward",
-]
-
 
 def _additive_scores(call: Attention) -> Tensor:
     """[N, G, P], in the arithmetic's dtype."""
