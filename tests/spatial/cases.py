@@ -203,7 +203,7 @@ def check(work: Work, what: str = "") -> Results:
 
 
 def check_on_average(work: Work) -> None:
-    """Check that the mean over the work's variants of each result's largest error is within the budget.
+    """Check that the largest error of each result is within the budget in the mean over variants.
 
     In a sum over all positions PyTorch's largest error in a sample may be as good as none.
     """

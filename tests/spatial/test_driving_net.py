@@ -86,7 +86,7 @@ def test_the_control_looks_at_the_state_before(recurrence_place):
 
 @pytest.mark.parametrize("encoder", ["plain", "separable"])
 def test_loss_curves_agree(recurrence_place, encoder):
-    """100 steps of SGD beside torch's layers, in float64; 20 in float32, in the mean over seeds.
+    """Steps of SGD with torch's layers and fusednn's: 100 in float64; 20 in float32, in the mean over seeds.
 
     Where rounding puts an activation on the other side of 0, curves of float32 part later: a matter of luck.
     """
