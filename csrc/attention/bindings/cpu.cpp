@@ -1,16 +1,13 @@
 // fusednn._C.cpu: attention on CPU tensors; schemas as in fusednn/attention/ops.py.
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
+#include "attention/bindings/cpu.h"
 
-#include <array>
+#include <ATen/ops/empty_like.h>
+
 #include <cmath>
 
-#include "attention/bindings/cpu.h"
 #include "attention/cpu/params.h"
-#include "core/bindings/bindings.h"
-#include "core/bindings/scratch.h"
-#include "core/bindings/tensor_checks.h"
-#include "core/bindings/torch_parallel.h"
+#include "core/bindings/cpu_kernel.h"
+#include "core/bindings/op.h"
 
 namespace fusednn {
 
@@ -21,9 +18,6 @@ using cpu::HeadRowsOut;
 using cpu::ReturnedWeights;
 
 namespace {
-
-// The last dimension contiguous, as kernels read it.
-Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 HeadRows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 HeadRowsOut out_rows_of(const Tensor& t) {
@@ -40,10 +34,6 @@ ReturnedWeights weights_named(const std::string& name) {
   if (name == "mean") return ReturnedWeights::mean;
   TORCH_CHECK_VALUE(name == "heads", "weights: got '", name, "', expected 'none', 'mean' or 'heads'");
   return ReturnedWeights::heads;
-}
-
-at::ScalarType wide_type(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
@@ -81,18 +71,14 @@ int64_t longest_of(const Tensor& bounds) {
 }
 
 // A call's tensors, checked, and their description.
-struct AttentionTensors {
+struct CheckedCall {
   Tensor query, key, value, cu_seqlens_q, cu_seqlens_k;
   OptionalTensor mask, key_mask, extra_key, extra_value, alibi_slopes;
   Attention call{};
 
-  AttentionTensors(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask_,
-                   const OptionalTensor& key_mask_, const OptionalTensor& extra_key_,
-                   const OptionalTensor& extra_value_, const OptionalTensor& slopes,
-                   const OptionalTensor& bounds_q, const OptionalTensor& bounds_k, const OptionalTensor& seed,
-                   double scale, int64_t left, int64_t right, int64_t offset, double softcap,
-                   double dropout_p)
-      : mask(mask_), key_mask(key_mask_) {
+  CheckedCall(const calls::AttentionTensors& a, const calls::AttentionOptions& options)
+      : mask(a.mask), key_mask(a.key_mask) {
+    const Tensor &q = a.query, &k = a.key, &v = a.value;
     const auto type = q.scalar_type();
     call.dtype = dtype_of(q, "query");
     TORCH_CHECK(q.dim() == 4 && q.device().is_cpu(), "query: got shape ", q.sizes(), " on ", q.device(),
@@ -111,22 +97,21 @@ struct AttentionTensors {
     call.mask = mask_of(mask, "mask", {call.batch, call.heads, call.rows, call.columns}, type);
     if (key_mask) check(*key_mask, "key_mask", {call.batch, call.columns}, key_mask->scalar_type());
     call.key_mask = mask_of(key_mask, "key_mask", {call.batch, call.columns}, type);
-    set_extra(extra_key_, extra_value_, type);
-    if (slopes) {
-      check(*slopes, "alibi_slopes", {call.heads}, at::kFloat);
-      alibi_slopes = slopes->contiguous();
+    set_extra(a.extra_key, a.extra_value, type);
+    if (a.alibi_slopes) {
+      check(*a.alibi_slopes, "alibi_slopes", {call.heads}, at::kFloat);
+      alibi_slopes = a.alibi_slopes->contiguous();
       call.alibi_slopes = alibi_slopes->const_data_ptr<float>();
     }
     call.sequences = call.batch;
-    TORCH_CHECK(bounds_q.has_value() == bounds_k.has_value(),
+    TORCH_CHECK(a.cu_seqlens_q.has_value() == a.cu_seqlens_k.has_value(),
                 "cu_seqlens_q, cu_seqlens_k: expected both or neither");
-    if (bounds_q) set_bounds(*bounds_q, *bounds_k);
-    call.scale = scale, call.softcap = softcap;
-    call.window_left = left, call.window_right = right, call.position_offset = offset;
-    set_dropout(seed, dropout_p);
+    if (a.cu_seqlens_q) set_bounds(*a.cu_seqlens_q, *a.cu_seqlens_k);
+    call.scale = options.scale, call.softcap = options.softcap;
+    call.window_left = options.window_left, call.window_right = options.window_right;
+    call.position_offset = options.position_offset;
+    set_dropout(a.dropout_seed, options.dropout_p);
   }
-
-  bool empty() const { return call.batch * call.heads * call.rows == 0; }
 
  private:
   void set_extra(const OptionalTensor& k, const OptionalTensor& v, at::ScalarType type) {
@@ -164,96 +149,73 @@ struct AttentionTensors {
   }
 };
 
-AttentionResult run_forward(const AttentionTensors& t, const std::string& weights, const Tensor& output,
-                            bool with_lse = true) {
-  const Attention& c = t.call;
+bool empty(const Attention& c) { return c.batch * c.heads * c.rows == 0 || c.sequences == 0; }
+
+at::DimVector weights_sizes(const Attention& c, ReturnedWeights returned) {
+  const int64_t columns = c.columns + c.extra;
+  if (returned == ReturnedWeights::none) return {0};
+  if (returned == ReturnedWeights::mean) return {c.batch, c.rows, columns};
+  return {c.batch, c.heads, c.rows, columns};
+}
+
+AttentionResult run_forward(const Attention& c, const Tensor& like, const std::string& weights,
+                            const Tensor& output, bool with_lse = true) {
   cpu::AttentionForward p{};
+  p.call = c;
   p.returned = weights_named(weights);
   TORCH_CHECK(p.returned == ReturnedWeights::none || !c.cu_seqlens_q, "weights: got '", weights,
               "', expected 'none' for packed sequences");
-  const auto options = t.query.options();
   Tensor lse;
-  if (with_lse) lse = at::empty({c.batch, c.heads, c.rows}, options.dtype(wide_type(t.query)));
-  const int64_t columns = c.columns + c.extra;
-  at::DimVector sizes{0};
-  if (p.returned == ReturnedWeights::mean) sizes = {c.batch, c.rows, columns};
-  if (p.returned == ReturnedWeights::heads) sizes = {c.batch, c.heads, c.rows, columns};
-  const Tensor found = at::empty(sizes, options);
-  if (t.empty() || c.sequences == 0) {
+  if (with_lse) lse = at::empty({c.batch, c.heads, c.rows}, like.options().dtype(wide_dtype(like)));
+  const Tensor found = at::empty(weights_sizes(c, p.returned), like.options());
+  if (empty(c)) {
     if (found.numel()) found.zero_();  // the mean of no heads
     return {output, lse, found};
   }
   p.output = out_rows_of(output);
   p.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
   p.weights = found.numel() ? found.mutable_data_ptr() : nullptr;
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  p.call = c;
-  const Scratch scratch(kernels.forward_workspace(p, threads.threads));
-  p.call.workspace = scratch.data();
-  kernels.forward(p, threads);
+  const auto& kernels = cpu::kernels<cpu::AttentionKernels>();
+  run_kernel(kernels.forward_workspace, kernels.forward, p);
   return {output, lse, found};
 }
 
-AttentionResult attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                  const OptionalTensor& mask, const OptionalTensor& key_mask,
-                                  const OptionalTensor& extra_key, const OptionalTensor& extra_value,
-                                  const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
-                                  const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed,
-                                  int64_t, int64_t, double scale, int64_t window_left, int64_t window_right,
-                                  int64_t position_offset, double softcap, double dropout_p,
-                                  const std::string& weights) {
-  const AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes,
-                           cu_seqlens_q, cu_seqlens_k, dropout_seed, scale, window_left, window_right,
-                           position_offset, softcap, dropout_p);
+AttentionResult attention_forward(const calls::AttentionForward& a) {
+  const CheckedCall t(a.tensors, a.options);
   const Attention& c = t.call;
-  return run_forward(t, weights, empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size));
+  const Tensor& query = a.tensors.query;
+  return run_forward(c, query, a.options.weights,
+                     empty_by_rows(query, c.batch, c.heads, c.rows, c.value_size));
 }
 
-AttentionGradients attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_lse,
-                                      const OptionalTensor& grad_weights, const Tensor& query,
-                                      const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                                      const OptionalTensor& key_mask, const OptionalTensor& extra_key,
-                                      const OptionalTensor& extra_value, const OptionalTensor& alibi_slopes,
-                                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                      const OptionalTensor& dropout_seed, const Tensor& output,
-                                      const Tensor& lse, int64_t, int64_t, double scale, int64_t window_left,
-                                      int64_t window_right, int64_t position_offset, double softcap,
-                                      double dropout_p, const std::string& weights,
-                                      std::array<bool, 7> output_mask) {
-  AttentionTensors t(query, key, value, mask, key_mask, extra_key, extra_value, alibi_slopes, cu_seqlens_q,
-                     cu_seqlens_k, dropout_seed, scale, window_left, window_right, position_offset, softcap,
-                     dropout_p);
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_backward(const calls::AttentionBackward& a) {
+  const auto& [query, key, value, mask, key_mask, extra_key, extra_value, alibi, bounds_q, bounds_k, seed] =
+      a.tensors;
+  const auto& output_mask = a.output_mask;
+  const CheckedCall t(a.tensors, a.options);
   const Attention& c = t.call;
   const auto type = query.scalar_type();
   const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size},
       lse_sizes{c.batch, c.heads, c.rows};
-  check(output, "output", output_sizes, type);
-  check(grad_output, "grad_output", output_sizes, type);
-  check(lse, "lse", lse_sizes, wide_type(query));
-  check(grad_lse, "grad_lse", lse_sizes, wide_type(query));
+  check(a.output, "output", output_sizes, type);
+  check(a.grad_output, "grad_output", output_sizes, type);
+  check(a.lse, "lse", lse_sizes, wide_dtype(query));
+  check(a.grad_lse, "grad_lse", lse_sizes, wide_dtype(query));
 
   cpu::AttentionBackward p{};
-  p.returned = weights_named(weights);
-  const Tensor outputs = with_dense_rows(output), sums = lse.contiguous();
-  OptionalTensor grads, sum_grads, weight_grads;
-  if (grad_output) grads = with_dense_rows(*grad_output);
-  if (grad_lse) sum_grads = grad_lse->contiguous();
-  if (grad_weights && p.returned != ReturnedWeights::none) {
-    const int64_t columns = c.columns + c.extra;
-    const at::DimVector sizes = p.returned == ReturnedWeights::mean
-                                    ? at::DimVector{c.batch, c.rows, columns}
-                                    : at::DimVector{c.batch, c.heads, c.rows, columns};
-    check(*grad_weights, "grad_weights", sizes, type);
-    weight_grads = grad_weights->contiguous();
+  p.call = c;
+  p.returned = weights_named(a.options.weights);
+  const Tensor outputs = with_dense_rows(a.output), sums = a.lse.contiguous();
+  OptionalTensor grads, weight_grads;
+  if (a.grad_output) grads = with_dense_rows(*a.grad_output);
+  const OptionalTensor sum_grads = dense(a.grad_lse);
+  if (p.returned != ReturnedWeights::none) {
+    check(a.grad_weights, "grad_weights", weights_sizes(c, p.returned), type);
+    weight_grads = dense(a.grad_weights);
   }
-  const std::array<const Tensor*, 7> like{&query,
-                                          &key,
-                                          &value,
-                                          mask ? &*mask : nullptr,
-                                          key_mask ? &*key_mask : nullptr,
-                                          extra_key ? &*extra_key : nullptr,
-                                          extra_value ? &*extra_value : nullptr};
+  const std::array<OptionalTensor, 7> like{query, key, value, mask, key_mask, extra_key, extra_value};
   // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the
   // end.
   std::array<Tensor, 7> found, written;
@@ -266,7 +228,7 @@ AttentionGradients attention_backward(const OptionalTensor& grad_output, const O
     const bool dense = i < 3 ? found[i].size(-1) <= 1 || found[i].stride(-1) == 1 : found[i].is_contiguous();
     written[i] = dense ? found[i] : at::empty(found[i].sizes(), found[i].options());
   }
-  if (t.empty() || c.sequences == 0) {
+  if (empty(c)) {
     for (Tensor& f : found) f.zero_();
     return std::tuple_cat(found);
   }
@@ -283,40 +245,42 @@ AttentionGradients attention_backward(const OptionalTensor& grad_output, const O
   p.grad_mask = dense_out(3), p.grad_key_mask = dense_out(4);
   p.grad_extra_key = dense_out(5), p.grad_extra_value = dense_out(6);
   for (int64_t i = 0; mask && i < 4; ++i) p.mask_sizes[i] = mask->size(i);
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  p.call = c;
-  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
-  p.call.workspace = scratch.data();
-  kernels.backward(p, threads);
+  const auto& kernels = cpu::kernels<cpu::AttentionKernels>();
+  run_kernel(kernels.backward_workspace, kernels.backward, p);
   for (int i = 0; i < 7; ++i)
     if (output_mask[i] && !written[i].is_same(found[i])) found[i].copy_(written[i]);
   return std::tuple_cat(found);
 }
 
-}  // namespace
-
-namespace {
-
-AttentionTensors layer_tensors(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask) {
-  const double scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(heads[0].size(3), 1)));
-  return AttentionTensors(heads[0], heads[1], heads[2], {}, key_mask, {}, {}, {}, {}, {}, {}, scale, -1, -1,
-                          0, 0, 0);
+// A plain call on parts of one tensor, which the caller made.
+Attention layer_call(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask) {
+  const Tensor &q = heads[0], &k = heads[1], &v = heads[2];
+  Attention c{};
+  c.dtype = dtype_of(q, "query");
+  c.batch = c.sequences = q.size(0);
+  c.heads = c.groups = q.size(1);
+  c.rows = c.columns = q.size(2);
+  c.size = c.value_size = q.size(3);
+  c.query = rows_of(q), c.key = rows_of(k), c.value = rows_of(v);
+  c.key_mask = mask_of(key_mask, "key_mask", {c.batch, c.columns}, q.scalar_type());
+  c.scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(c.size, 1)));
+  c.window_left = c.window_right = -1;
+  return c;
 }
 
 }  // namespace
 
 AttentionResult self_attention_forward(const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
                                        const std::string& weights, const Tensor& output, bool with_lse) {
-  return run_forward(layer_tensors(heads, key_mask), weights, output, with_lse);
+  return run_forward(layer_call(heads, key_mask), heads[0], weights, output, with_lse);
 }
 
 void self_attention_backward(const OptionalTensor& grad_output, const OptionalTensor& grad_weights,
                              const std::array<Tensor, 3>& heads, const OptionalTensor& key_mask,
                              const std::string& weights, const Tensor& output, const Tensor& lse,
                              const std::array<Tensor, 3>& grads) {
-  const AttentionTensors t = layer_tensors(heads, key_mask);
   cpu::AttentionBackward p{};
+  p.call = layer_call(heads, key_mask);
   p.returned = weights_named(weights);
   if (grad_output) p.grad_output = rows_of(*grad_output);
   p.output = rows_of(output);
@@ -324,17 +288,13 @@ void self_attention_backward(const OptionalTensor& grad_output, const OptionalTe
   p.grad_weights = data_or_null(grad_weights);
   p.grad_query = out_rows_of(grads[0]), p.grad_key = out_rows_of(grads[1]),
   p.grad_value = out_rows_of(grads[2]);
-  const cpu::AttentionKernels& kernels = cpu::attention_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  p.call = t.call;
-  const Scratch scratch(kernels.backward_workspace(p, threads.threads));
-  p.call.workspace = scratch.data();
-  kernels.backward(p, threads);
+  const auto& kernels = cpu::kernels<cpu::AttentionKernels>();
+  run_kernel(kernels.backward_workspace, kernels.backward, p);
 }
 
-void bind_attention_cpu(pybind11::module_& m) {
-  m.def("attention_forward", &attention_forward);
-  m.def("attention_backward", &attention_backward);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "attention_forward", &attention_forward);
+  op(m, "attention_backward", &attention_backward);
 }
 
 }  // namespace fusednn

@@ -1,20 +1,13 @@
-// What the bindings of attention on the CPU share: its ops; schemas and shapes in fusednn/attention/ops.py
-// and projection_ops.py.
+// What the bindings of attention on the CPU share.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <string>
 #include <tuple>
 
-#include "core/bindings/tensor_checks.h"
+#include "attention/bindings/calls.h"
 
 namespace fusednn {
 
 using AttentionResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using AttentionGradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Self-attention of a layer: query, key and value are parts of `heads`, masked by `key_mask` alone; results
 // go where the caller says, the last dimension dense. Without lse it is undefined.
@@ -25,10 +18,7 @@ void self_attention_backward(const OptionalTensor& grad_output, const OptionalTe
                              const std::string& weights, const at::Tensor& output, const at::Tensor& lse,
                              const std::array<at::Tensor, 3>& grads);
 
-at::Tensor projection_forward(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias);
-std::tuple<at::Tensor, at::Tensor, at::Tensor> projection_backward(const at::Tensor& grad,
-                                                                   const at::Tensor& input,
-                                                                   const at::Tensor& weight,
-                                                                   std::array<bool, 3> output_mask);
+at::Tensor projection_forward(const calls::ProjectionForward& a);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> projection_backward(const calls::ProjectionBackward& a);
 
 }  // namespace fusednn

@@ -1,22 +1,18 @@
 // Python face of the CUDA launchers of attention; schema as in fusednn/attention/ops.py.
 //
-// Device-agnostic, as rnn_cuda.cpp: the tensors' device decides the guard, stream_of the stream.
+// Device-agnostic: the tensors' device decides the guard, current_stream the stream.
 #include "attention/cuda/params.h"
 
-#include <ATen/Functions.h>
-#include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <limits>
-#include <string>
 #include <tuple>
 
+#include "attention/bindings/calls.h"
 #include "attention/philox.h"
-#include "core/bindings/bindings.h"
 #include "core/bindings/cuda_arguments.h"
+#include "core/bindings/op.h"
 
 namespace fusednn {
 namespace {
@@ -48,8 +44,8 @@ Operand operand(const Tensor& t) {
 // A call's tensors, checked.
 class Attention : public CudaArguments {
  public:
-  Attention(const char* op, const Tensor& query, const Tensor& key, const Tensor& value)
-      : CudaArguments(op, "query", query) {
+  Attention(const char* op, const calls::AttentionForward& a) : CudaArguments(op, "query", a.tensors.query) {
+    const Tensor &query = a.tensors.query, &key = a.tensors.key, &value = a.tensors.value;
     TORCH_CHECK(query.dim() == 4, op, ": query: got shape ", query.sizes(), ", expected [B, H, L, D]");
     TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": key, value: got shapes ", key.sizes(), " and ",
                 value.sizes(), ", expected [B, G, S, D] and [B, G, S, V]");
@@ -65,12 +61,20 @@ class Attention : public CudaArguments {
     same("key", key, {call_.batch, call_.key_heads, call_.keys, call_.head_size});
     same("value", value, {call_.batch, call_.key_heads, call_.keys, call_.value_size});
     call_.query = operand(query), call_.key = operand(key), call_.value = operand(value);
+    set_masks(a.tensors.mask, a.tensors.key_mask);
+    set_extra(a.tensors.extra_key, a.tensors.extra_value);
+    set_alibi(a.tensors.alibi_slopes);
+    set_scores(a.options);
+    set_dropout(a.tensors.dropout_seed, a.options.dropout_p);
+    set_lengths(a);
+    check_weights(a.options.weights);
   }
 
   const Call& call() const { return call_; }
   bool packed() const { return call_.cu_seqlens_q != nullptr; }
   at::TensorOptions wide() const { return options().dtype(dtype() == DType::f64 ? at::kDouble : at::kFloat); }
 
+ private:
   void set_masks(const OptionalTensor& mask, const OptionalTensor& key_mask) {
     if (mask) {
       const int64_t full[] = {call_.batch, call_.heads, call_.queries, call_.keys};
@@ -111,8 +115,8 @@ class Attention : public CudaArguments {
     call_.alibi_slopes = slopes_.const_data_ptr<float>();
   }
 
-  void set_lengths(const OptionalTensor& of_queries, const OptionalTensor& of_keys, int64_t longest_query,
-                   int64_t longest_key) {
+  void set_lengths(const calls::AttentionForward& a) {
+    const OptionalTensor &of_queries = a.tensors.cu_seqlens_q, &of_keys = a.tensors.cu_seqlens_k;
     TORCH_CHECK(of_queries.has_value() == of_keys.has_value(), op(),
                 ": cu_seqlens_q, cu_seqlens_k: expected both or neither");
     if (!of_queries) return;
@@ -130,7 +134,8 @@ class Attention : public CudaArguments {
     call_.cu_seqlens_q = of_queries_.const_data_ptr<int32_t>();
     call_.cu_seqlens_k = of_keys_.const_data_ptr<int32_t>();
     call_.batch = of_queries->size(0) - 1;
-    call_.queries = small("max_seqlen_q", longest_query), call_.keys = small("max_seqlen_k", longest_key);
+    call_.queries = small("max_seqlen_q", a.options.max_seqlen_q);
+    call_.keys = small("max_seqlen_k", a.options.max_seqlen_k);
   }
 
   void set_dropout(const OptionalTensor& seed, double p) {
@@ -144,11 +149,13 @@ class Attention : public CudaArguments {
     call_.dropout_threshold = math::dropout_threshold(p), call_.dropout_scale = math::dropout_scale(p);
   }
 
-  void set_scores(double scale, int64_t left, int64_t right, int64_t offset, double softcap) {
+  void set_scores(const calls::AttentionOptions& options) {
     constexpr int64_t kFar = int64_t{1} << 60;  // sums of a few don't overflow
+    const int64_t offset = options.position_offset;
     TORCH_CHECK(offset > -kFar && offset < kFar, op(), ": position_offset: got ", offset);
-    call_.scale = scale, call_.softcap = softcap, call_.position_offset = offset;
-    call_.window_left = std::min(left, kFar), call_.window_right = std::min(right, kFar);
+    call_.scale = options.scale, call_.softcap = options.softcap, call_.position_offset = offset;
+    call_.window_left = std::min(options.window_left, kFar);
+    call_.window_right = std::min(options.window_right, kFar);
   }
 
   void check_weights(const std::string& kind) const {
@@ -158,7 +165,6 @@ class Attention : public CudaArguments {
                 "', expected none with cu_seqlens");
   }
 
- private:
   int small(const char* name, int64_t value) const {
     TORCH_CHECK(value >= 0 && value <= kMostRows, op(), ": ", name, ": got ", value, ", expected 0 to ",
                 kMostRows);
@@ -239,60 +245,34 @@ Tensor run_weights(const Attention& attention, const Tensor& softmax, bool mean,
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Attention& attention, const Tensor& query,
-                                                     const Tensor& value, const std::string& weights,
-                                                     CUstream_st* stream) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(const calls::AttentionForward& a) {
+  const Tensor &query = a.tensors.query, &value = a.tensors.value;
+  const c10::DeviceGuard guard(query.device());
+  CUstream_st* stream = current_stream(query);
+  const Attention attention("attention_forward", a);
   const Tensor output =
       at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, attention.options());
   const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, attention.wide());
+  const bool weights = a.options.weights != "none";
   Tensor softmax;
-  if (weights != "none")
-    softmax = at::empty({query.size(0), query.size(1), query.size(2), 2}, attention.wide());
+  if (weights) softmax = at::empty({query.size(0), query.size(1), query.size(2), 2}, attention.wide());
   run_forward(attention, output, lse, softmax, stream);
   return {output.transpose(1, 2), lse,
-          softmax.defined() ? run_weights(attention, softmax, weights == "mean", stream)
-                            : at::empty({0}, attention.options())};
+          weights ? run_weights(attention, softmax, a.options.weights == "mean", stream)
+                  : at::empty({0}, attention.options())};
 }
 
-// A function of the schema's arguments that returns use(call, query, value, weights).
-template <class Use>
-auto with_attention(Use use) {
-  return
-      [=](const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-          const OptionalTensor& key_mask, const OptionalTensor& extra_key, const OptionalTensor& extra_value,
-          const OptionalTensor& alibi_slopes, const OptionalTensor& cu_seqlens_q,
-          const OptionalTensor& cu_seqlens_k, const OptionalTensor& dropout_seed, int64_t max_seqlen_q,
-          int64_t max_seqlen_k, double scale, int64_t window_left, int64_t window_right,
-          int64_t position_offset, double softcap, double dropout_p, const std::string& weights) {
-        const c10::DeviceGuard guard(query.device());
-        Attention attention("attention_forward", query, key, value);
-        attention.set_masks(mask, key_mask);
-        attention.set_extra(extra_key, extra_value);
-        attention.set_alibi(alibi_slopes);
-        attention.set_scores(scale, window_left, window_right, position_offset, softcap);
-        attention.set_dropout(dropout_seed, dropout_p);
-        attention.set_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
-        attention.check_weights(weights);
-        return use(attention, query, value, weights);
-      };
+// Blocks that share the keys of a row in such a call.
+int attention_forward_splits(const calls::AttentionForward& a) {
+  const c10::DeviceGuard guard(a.tensors.query.device());
+  return splits_of(Attention("attention_forward", a));
 }
 
 }  // namespace
 
-void bind_attention_cuda(pybind11::module_& m, StreamOf stream_of) {
-  // wrap_* turns torch's exceptions into Python's and releases the GIL.
-  m.def(
-      "attention_forward",
-      torch::wrap_pybind_function_no_gil(with_attention([=](const Attention& attention, const Tensor& query,
-                                                            const Tensor& value, const std::string& weights) {
-        return attention_forward(attention, query, value, weights, stream_of(query));
-      })));
-  m.def("attention_forward_splits",
-        torch::wrap_pybind_function_no_gil(
-            with_attention([](const Attention& attention, const Tensor&, const Tensor&, const std::string&) {
-              return splits_of(attention);
-            })),
-        "Blocks that share the keys of a row in such a call.");
+FUSEDNN_BINDINGS(cuda) {
+  op(m, "attention_forward", &attention_forward);
+  op(m, "attention_forward_splits", &attention_forward_splits);
 }
 
 }  // namespace fusednn

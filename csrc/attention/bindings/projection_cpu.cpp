@@ -1,17 +1,11 @@
 // fusednn._C.cpu: linear maps of many rows on CPU tensors; schemas as in fusednn/attention/projection_ops.py.
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
-
-#include <array>
+#include <ATen/ops/sum.h>
 
 #include "attention/bindings/cpu.h"
 #include "attention/cpu/projection_params.h"
-#include "core/bindings/bindings.h"
-#include "core/bindings/scratch.h"
-#include "core/bindings/tensor_checks.h"
-#include "core/bindings/torch_parallel.h"
+#include "core/bindings/cpu_kernel.h"
+#include "core/bindings/op.h"
 #include "core/bindings/weight_cache.h"
-#include "core/cpu/features.h"
 
 namespace fusednn {
 
@@ -19,8 +13,6 @@ using at::Tensor;
 using cpu::MatrixProduct;
 
 namespace {
-
-constexpr int kProjectionVariants = 192;  // in the weight cache, beside those of other kernels
 
 struct Sizes {
   int64_t rows, inputs, outputs;
@@ -35,10 +27,8 @@ Sizes sizes_of(const Tensor& input, const Tensor& weight) {
   return s;
 }
 
-Tensor dense_rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous(); }
-
 Tensor packed(const Tensor& t, int64_t columns, int64_t depth, int64_t column_stride, int64_t depth_stride) {
-  const cpu::ProjectionKernels& kernels = cpu::projection_kernels();
+  const auto& kernels = cpu::kernels<cpu::ProjectionKernels>();
   const Tensor to = at::empty({kernels.packed_elements(columns, depth)}, t.options());
   kernels.pack(
       {columns, depth, t.const_data_ptr<float>(), column_stride, depth_stride, to.mutable_data_ptr<float>()},
@@ -46,28 +36,23 @@ Tensor packed(const Tensor& t, int64_t columns, int64_t depth, int64_t column_st
   return to;
 }
 
-void run(MatrixProduct& p) {
-  const cpu::ProjectionKernels& kernels = cpu::projection_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  const Scratch scratch(kernels.workspace(p, threads.threads));
-  p.workspace = scratch.data();
-  kernels.multiply(p, threads);
+void run(const MatrixProduct& p) {
+  const auto& kernels = cpu::kernels<cpu::ProjectionKernels>();
+  run_kernel(kernels.workspace, kernels.multiply, p);
 }
 
 }  // namespace
 
-Tensor projection_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  const Sizes s = sizes_of(input, weight);
-  check(bias, "bias", {s.outputs}, at::kFloat);
-  const Tensor out = at::empty({s.rows, s.outputs}, input.options());
+Tensor projection_forward(const calls::ProjectionForward& a) {
+  const Sizes s = sizes_of(a.input, a.weight);
+  check(a.bias, "bias", {s.outputs}, at::kFloat);
+  Tensor out = at::empty({s.rows, s.outputs}, a.input.options());
   if (out.numel() == 0) return out;
-  if (s.inputs == 0) return bias ? out.copy_(*bias) : out.zero_();
-  const Tensor x = dense_rows(input), w = dense_rows(weight);
-  OptionalTensor b;
-  if (bias) b = bias->contiguous();
+  if (s.inputs == 0) return a.bias ? out.copy_(*a.bias) : out.zero_();
+  const Tensor x = with_dense_rows(a.input), w = with_dense_rows(a.weight);
+  const OptionalTensor b = dense(a.bias);
   const auto pack = [&] { return packed(w, s.outputs, s.inputs, w.stride(0), 1); };
-  const int variant = kProjectionVariants + static_cast<int>(cpu::current_isa());
-  Tensor panels = WeightCache::instance().find({weight}, variant, pack);
+  Tensor panels = WeightCache::instance().find({"projection"}, {a.weight}, pack);
   if (!panels.defined()) panels = pack();
   MatrixProduct p{};
   p.rows = s.rows, p.columns = s.outputs, p.depth = s.inputs;
@@ -79,13 +64,12 @@ Tensor projection_forward(const Tensor& input, const Tensor& weight, const Optio
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const Tensor& input,
-                                                       const Tensor& weight,
-                                                       std::array<bool, 3> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> projection_backward(const calls::ProjectionBackward& a) {
+  const auto& [grad, input, weight, output_mask] = a;
   const Sizes s = sizes_of(input, weight);
   check(grad, "grad", {s.rows, s.outputs}, at::kFloat);
   const auto empty = [&](bool wanted, at::IntArrayRef sizes) {
-    return at::empty(wanted ? sizes : at::IntArrayRef{0}, input.options());
+    return at::empty(wanted ? sizes : at::IntArrayRef{0}, a.input.options());
   };
   const Tensor d_input = empty(output_mask[0], {s.rows, s.inputs});
   const Tensor d_weight = empty(output_mask[1] || output_mask[2], {s.outputs, s.inputs});
@@ -97,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const
       d_bias.zero_();
     return {d_input.zero_(), output_mask[1] ? d_weight.zero_() : empty(false, {}), d_bias};
   }
-  const Tensor g = dense_rows(grad), x = dense_rows(input), w = dense_rows(weight);
+  const Tensor g = with_dense_rows(grad), x = with_dense_rows(input), w = with_dense_rows(weight);
   if (output_mask[0]) {
     const Tensor panels = packed(w, s.inputs, s.outputs, 1, w.stride(0));
     MatrixProduct p{};
@@ -122,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> projection_backward(const Tensor& grad, const
   return {d_input, empty(false, {}), d_bias};
 }
 
-void bind_projection_cpu(pybind11::module_& m) {
-  m.def("projection_forward", &projection_forward);
-  m.def("projection_backward", &projection_backward);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "projection_forward", &projection_forward);
+  op(m, "projection_backward", &projection_backward);
 }
 
 }  // namespace fusednn

@@ -7,34 +7,27 @@
 namespace fusednn::cpu::FUSEDNN_ISA {
 namespace {
 
-size_t forward_workspace(const AttentionForward& p, int threads) {
+template <template <class, class> class Kernel, class Call>
+size_t workspace(const Call& p, int threads) {
   Carver count(nullptr);
-  with_types(p.call.dtype, [&]<class T, class S>() { AttentionForwardKernel<T, S>(p, threads, count); });
+  with_types(p.call.dtype, [&]<class T, class S>() { Kernel<T, S>(p, threads, count); });
   return count.bytes;
 }
 
-void forward(const AttentionForward& p, const Parallel& parallel) {
-  Carver shared(p.call.workspace);
-  with_types(p.call.dtype, [&]<class T, class S>() {
-    AttentionForwardKernel<T, S>(p, parallel.threads, shared).run(parallel);
-  });
-}
-
-size_t backward_workspace(const AttentionBackward& p, int threads) {
-  Carver count(nullptr);
-  with_types(p.call.dtype, [&]<class T, class S>() { AttentionBackwardKernel<T, S>(p, threads, count); });
-  return count.bytes;
-}
-
-void backward(const AttentionBackward& p, const Parallel& parallel) {
-  Carver shared(p.call.workspace);
-  with_types(p.call.dtype, [&]<class T, class S>() {
-    AttentionBackwardKernel<T, S>(p, parallel.threads, shared).run(parallel);
-  });
+template <template <class, class> class Kernel, class Call>
+void run(const Call& p, const Parallel& parallel) {
+  Carver shared(p.workspace);
+  with_types(p.call.dtype,
+             [&]<class T, class S>() { Kernel<T, S>(p, parallel.threads, shared).run(parallel); });
 }
 
 }  // namespace
 
-extern const AttentionKernels attention_table = {forward_workspace, forward, backward_workspace, backward};
+FUSEDNN_KERNELS(AttentionKernels) = {
+    workspace<AttentionForwardKernel>,
+    run<AttentionForwardKernel>,
+    workspace<AttentionBackwardKernel>,
+    run<AttentionBackwardKernel>,
+};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/cpu/kernel_table.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 
@@ -45,7 +46,6 @@ struct Attention {
   uint32_t dropout_threshold;
   double dropout_scale;
   uint64_t dropout_seed;
-  void* workspace;
 };
 
 struct AttentionForward {
@@ -54,6 +54,7 @@ struct AttentionForward {
   void* lse;           // [B, H, L], float or double, or null
   ReturnedWeights returned;
   void* weights;  // [B, L, S + X] or [B, H, L, S + X]
+  void* workspace;
 };
 
 struct AttentionBackward {
@@ -70,6 +71,7 @@ struct AttentionBackward {
   void* grad_mask;
   int64_t mask_sizes[4];
   void* grad_key_mask;  // [B, S]
+  void* workspace;
 };
 
 struct AttentionKernels {
@@ -78,7 +80,5 @@ struct AttentionKernels {
   size_t (*backward_workspace)(const AttentionBackward&, int threads);
   void (*backward)(const AttentionBackward&, const Parallel&);
 };
-
-const AttentionKernels& attention_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

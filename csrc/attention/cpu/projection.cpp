@@ -122,6 +122,6 @@ void multiply_all(const MatrixProduct& p, const Parallel& parallel) {
 
 }  // namespace
 
-extern const ProjectionKernels projection_table = {packed_elements, pack, workspace, multiply_all};
+FUSEDNN_KERNELS(ProjectionKernels) = {packed_elements, pack, workspace, multiply_all};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

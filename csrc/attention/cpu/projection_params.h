@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/cpu/kernel_table.h"
 #include "core/parallel.h"
 
 namespace fusednn::cpu {
@@ -35,7 +36,5 @@ struct ProjectionKernels {
   size_t (*workspace)(const MatrixProduct&, int threads);
   void (*multiply)(const MatrixProduct&, const Parallel&);
 };
-
-const ProjectionKernels& projection_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

@@ -1,32 +1,18 @@
 // fusednn._C.cpu: depthwise and depthwise-separable convolution on CPU tensors; schemas as in
 // fusednn/conv/ops.py.
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
-
 #include "conv/bindings/cpu.h"
-#include "core/bindings/bindings.h"
-#include "core/bindings/scratch.h"
-#include "core/bindings/tensor_checks.h"
-#include "core/bindings/torch_parallel.h"
+
+#include "core/bindings/cpu_kernel.h"
+#include "core/bindings/op.h"
 #include "core/bindings/weight_cache.h"
-#include "core/cpu/features.h"
 
 namespace fusednn {
 
 using at::Tensor;
-using cpu::Activation;
 using cpu::DepthwiseShape;
 
-Activation activation_named(const std::string& name, const char* argument) {
-  constexpr const char* names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh"};
-  for (int i = 0; i < 7; ++i)
-    if (name == names[i]) return static_cast<Activation>(i);
-  TORCH_CHECK_VALUE(false, argument, ": got '", name,
-                    "', expected 'none', 'relu', 'relu6', 'silu', 'hardswish', 'gelu' or 'gelu_tanh'");
-}
-
-DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const Pair& stride,
-                               const Padding& padding, const Pair& dilation) {
+DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const calls::Geometry& g) {
+  const auto& [stride, padding, dilation] = g;
   dtype_of(input, "input");
   TORCH_CHECK(input.dim() == 4, "input: got ", input.dim(), "D, expected 4D [N, C, H, W]");
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, "depthwise weight: got shape ", weight.sizes(),
@@ -79,10 +65,9 @@ cpu::Image DenseImage::image() const { return {const_cast<void*>(tensor.const_da
 Tensor pack_separable(const DepthwiseShape& shape, const Tensor& depthwise_weight,
                       const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
                       const OptionalTensor& pointwise_bias) {
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const auto& kernels = cpu::kernels<cpu::ConvKernels>();
   const DType dtype = dtype_of(depthwise_weight, "depthwise weight");
   const int64_t out_channels = pointwise_weight.size(0);
-  const auto dense = [](const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; };
   const Tensor w1 = depthwise_weight.contiguous(), w2 = pointwise_weight.contiguous();
   const OptionalTensor b1 = dense(depthwise_bias), b2 = dense(pointwise_bias);
   Tensor packed =
@@ -95,7 +80,7 @@ Tensor pack_separable(const DepthwiseShape& shape, const Tensor& depthwise_weigh
 Tensor run_separable(const SeparableCall& call, const Tensor& input, const Tensor& packed,
                      const OptionalTensor& residual) {
   const DepthwiseShape& shape = call.shape;
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
+  const auto& kernels = cpu::kernels<cpu::ConvKernels>();
   const cpu::Parallel threads = torch_parallel();
   const DType dtype = dtype_of(input, "input");
   Tensor out = at::empty({shape.batch, call.out_channels, shape.out_height, shape.out_width}, input.options(),
@@ -121,16 +106,12 @@ Tensor run_separable(const SeparableCall& call, const Tensor& input, const Tenso
   return out;
 }
 
-Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_weight,
-                                const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
-                                const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
-                                const Pair& stride, const Padding& padding, const Pair& dilation,
-                                const std::string& depthwise_activation,
-                                const std::string& pointwise_activation) {
-  const SeparableCall call{depthwise_shape(input, depthwise_weight, stride, padding, dilation),
-                           pointwise_weight.size(0), conv_format(input, {depthwise_weight, pointwise_weight}),
-                           activation_named(depthwise_activation, "depthwise_activation"),
-                           activation_named(pointwise_activation, "pointwise_activation")};
+Tensor separable_conv2d_forward(const calls::SeparableForward& a) {
+  const auto& [input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual, geometry,
+               activations] = a;
+  const SeparableCall call{depthwise_shape(input, depthwise_weight, geometry), pointwise_weight.size(0),
+                           conv_format(input, {depthwise_weight, pointwise_weight}), activations.depthwise(),
+                           activations.pointwise()};
   const DepthwiseShape& shape = call.shape;
   const auto type = input.scalar_type();
   check(depthwise_bias, "depthwise_bias", {shape.channels}, type);
@@ -141,14 +122,14 @@ Tensor separable_conv2d_forward(const Tensor& input, const Tensor& depthwise_wei
   if (c10::multiply_integers(out_sizes) == 0) return at::empty(out_sizes, input.options(), call.format);
 
   const auto pack = [&] {
-    return pack_separable(shape, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias);
+    return pack_separable(shape, a.depthwise_weight, a.depthwise_bias, a.pointwise_weight, a.pointwise_bias);
   };
   std::vector<Tensor> parts{depthwise_weight, pointwise_weight};
   for (const OptionalTensor& bias : {depthwise_bias, pointwise_bias})
     if (bias) parts.push_back(*bias);
-  // Numbers of its own beside those of the recurrent cells.
-  const int variant = 64 + static_cast<int>(cpu::current_isa()) + 4 * (depthwise_bias.has_value() ? 1 : 0);
-  const Tensor kept = WeightCache::instance().find(parts, variant, pack);
+  const PackingKey key{"separable_conv2d",
+                       {depthwise_bias ? 1. : 0.}};  // which of the biases is the third part
+  const Tensor kept = WeightCache::instance().find(key, parts, pack);
   return run_separable(call, input, kept.defined() ? kept : pack(), residual);
 }
 
@@ -158,10 +139,10 @@ namespace {
 pybind11::dict separable_conv2d_plan(const Tensor& input, const Tensor& depthwise_weight,
                                      const Tensor& pointwise_weight, bool residual, const Pair& stride,
                                      const Padding& padding, const Pair& dilation) {
-  const DepthwiseShape shape = depthwise_shape(input, depthwise_weight, stride, padding, dilation);
+  const DepthwiseShape shape = depthwise_shape(input, depthwise_weight, {stride, padding, dilation});
   const int threads = torch_parallel().threads;
-  const cpu::ConvPlan plan = cpu::conv_kernels().separable_plan(dtype_of(input, "input"), shape,
-                                                                pointwise_weight.size(0), residual, threads);
+  const cpu::ConvPlan plan = cpu::kernels<cpu::ConvKernels>().separable_plan(
+      dtype_of(input, "input"), shape, pointwise_weight.size(0), residual, threads);
   pybind11::dict d;
   d["fused"] = plan.fused;
   d["threads"] = threads;
@@ -176,9 +157,8 @@ pybind11::dict separable_conv2d_plan(const Tensor& input, const Tensor& depthwis
 
 }  // namespace
 
-void bind_conv_cpu(pybind11::module_& m) {
-  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("separable_conv2d_forward", &separable_conv2d_forward, unlocked);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "separable_conv2d_forward", &separable_conv2d_forward);
   m.def("separable_conv2d_plan", &separable_conv2d_plan);
 }
 

@@ -1,47 +1,29 @@
 // Python face of the CUDA launchers of the conv family; schemas as in fusednn/conv/ops.py.
 //
-// Device-agnostic, as rnn_cuda.cpp: the tensors' device decides the guard, stream_of the stream.
+// Device-agnostic: the tensors' device decides the guard, current_stream the stream.
 #include <ATen/Context.h>
-#include <ATen/Functions.h>
-#include <c10/core/DeviceGuard.h>
+#include <ATen/ops/empty_like.h>
 #include <cuda_runtime_api.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
-#include <array>
 #include <limits>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
+#include "conv/bindings/calls.h"
 #include "conv/cuda/params.h"
-#include "core/bindings/bindings.h"
 #include "core/bindings/cuda_arguments.h"
+#include "core/bindings/op.h"
 
 namespace fusednn {
 namespace {
 
 using at::Tensor;
-using Pair = std::array<int64_t, 2>;
-using Padding = std::array<int64_t, 4>;  // top, bottom, left, right
 using cuda::DepthwiseShape;
-
-Activation activation_named(const char* op, const char* argument, const std::string& name) {
-  constexpr const char* names[] = {"none", "relu", "relu6", "silu", "hardswish", "gelu", "gelu_tanh"};
-  for (int i = 0; i < 7; ++i) {
-    if (name == names[i]) return static_cast<Activation>(i);
-  }
-  TORCH_CHECK_VALUE(false, op, ": ", argument, ": got '", name,
-                    "', expected none, relu, relu6, silu, hardswish, gelu or gelu_tanh");
-}
 
 // A depthwise call's tensors, checked: dense, and all images in the format of the result.
 class Convolution : public CudaArguments {
  public:
   Convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-              const Pair& stride, const Padding& padding, const Pair& dilation,
-              const OptionalTensor& other_weight = {})
+              const calls::Geometry& geometry, const OptionalTensor& other_weight = {})
       : CudaArguments(op, "input", input) {
     TORCH_CHECK(input.dim() == 4, op, ": input: got shape ", input.sizes(), ", expected [N, C, H, W]");
     TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, op,
@@ -51,7 +33,7 @@ class Convolution : public CudaArguments {
                 " channels, expected a multiple of the input's ", in_channels);
     const bool last = is_last(input) || is_last(weight) || (other_weight && is_last(*other_weight));
     format_ = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    set_shape(input, weight, stride, padding, dilation);
+    set_shape(input, weight, geometry);
     input_ = input.contiguous(format_);
     weight_ = dense("weight", weight, weight.sizes());
     bias_ = dense("bias", bias, {channels});
@@ -84,8 +66,8 @@ class Convolution : public CudaArguments {
     return static_cast<int>(value);
   }
 
-  void set_shape(const Tensor& input, const Tensor& weight, const Pair& stride, const Padding& padding,
-                 const Pair& dilation) {
+  void set_shape(const Tensor& input, const Tensor& weight, const calls::Geometry& geometry) {
+    const auto& [stride, padding, dilation] = geometry;
     DepthwiseShape& s = shape_;
     s.batch = input.size(0);
     s.channels = small("channels", weight.size(0));
@@ -123,17 +105,14 @@ class Convolution : public CudaArguments {
   OptionalTensor bias_;
 };
 
-Tensor depthwise_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& weight,
-                                const OptionalTensor& bias, const Pair& stride, const Padding& padding,
-                                const Pair& dilation, const std::string& activation) {
-  constexpr const char* op = "depthwise_conv2d_forward";
-  const c10::DeviceGuard guard(input.device());
-  const Convolution conv(op, input, weight, bias, stride, padding, dilation);
+Tensor depthwise_conv2d_forward(const calls::DepthwiseForward& a) {
+  const c10::DeviceGuard guard(a.input.device());
+  const Convolution conv("depthwise_conv2d_forward", a.input, a.weight, a.bias, a.geometry);
   Tensor out = conv.empty_image(conv.shape().channels);
   conv.succeeded(
-      cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(op, "activation", activation),
+      cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(a.activation, "activation"),
                                conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
-                              stream_of(input)));
+                              current_stream(a.input)));
   return out;
 }
 
@@ -150,24 +129,19 @@ Tensor grad_before_activation(const Convolution& conv, const Tensor& grad_output
   return grad_z;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of, const Tensor& grad_output,
-                                                             const Tensor& input, const Tensor& weight,
-                                                             const OptionalTensor& bias, const Pair& stride,
-                                                             const Padding& padding, const Pair& dilation,
-                                                             const std::string& activation,
-                                                             const std::array<bool, 3>& output_mask) {
-  constexpr const char* op = "depthwise_conv2d_backward";
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const calls::DepthwiseBackward& a) {
+  const Tensor &input = a.input, &weight = a.weight;
   const c10::DeviceGuard guard(input.device());
-  const auto [needs_input, needs_weight, needs_bias] = output_mask;
+  const auto [needs_input, needs_weight, needs_bias] = a.output_mask;
   Tensor grad_input = at::empty({0}, input.options()), grad_weight = at::empty({0}, input.options()),
          grad_bias = at::empty({0}, input.options());
   if (!needs_input && !needs_weight && !needs_bias) return {grad_input, grad_weight, grad_bias};
 
-  const Convolution conv(op, input, weight, bias, stride, padding, dilation);
+  const Convolution conv("depthwise_conv2d_backward", input, weight, a.bias, a.geometry);
   const DepthwiseShape& shape = conv.shape();
-  CUstream_st* stream = stream_of(input);
+  CUstream_st* stream = current_stream(input);
   const Tensor grad_z =
-      grad_before_activation(conv, grad_output, activation_named(op, "activation", activation), stream);
+      grad_before_activation(conv, a.grad_output, activation_named(a.activation, "activation"), stream);
   if (needs_input) {
     grad_input = conv.empty_input();
     conv.succeeded(cuda::depthwise_grad_input(
@@ -176,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(StreamOf stream_of,
   }
   if (needs_weight || needs_bias) {
     const int splits = cuda::depthwise_grad_weight_splits(shape);
-    const auto wide = conv.options().dtype(at::promote_types(input.scalar_type(), at::kFloat));
+    const auto wide = conv.options().dtype(c10::promoteTypes(input.scalar_type(), at::kFloat));
     Tensor partials = at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, wide);
     Tensor dense = at::empty(weight.sizes(), conv.options());
     if (needs_bias) grad_bias = at::empty({shape.channels}, conv.options());
@@ -212,16 +186,12 @@ std::vector<std::string> separable_conv2d_limits(const Tensor& input, const Tens
   return reasons;
 }
 
-Tensor separable_conv2d_forward(StreamOf stream_of, const Tensor& input, const Tensor& depthwise_weight,
-                                const OptionalTensor& depthwise_bias, const Tensor& pointwise_weight,
-                                const OptionalTensor& pointwise_bias, const OptionalTensor& residual,
-                                const Pair& stride, const Padding& padding, const Pair& dilation,
-                                const std::string& depthwise_activation,
-                                const std::string& pointwise_activation) {
+Tensor separable_conv2d_forward(const calls::SeparableForward& a) {
+  const auto& [input, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual, geometry,
+               activations] = a;
   constexpr const char* op = "separable_conv2d_forward";
   const c10::DeviceGuard guard(input.device());
-  const Convolution conv(op, input, depthwise_weight, depthwise_bias, stride, padding, dilation,
-                         pointwise_weight);
+  const Convolution conv(op, input, depthwise_weight, depthwise_bias, geometry, pointwise_weight);
   for (const std::string& reason : separable_conv2d_limits(input, depthwise_weight, pointwise_weight)) {
     TORCH_CHECK(false, op, ": ", reason);
   }
@@ -231,47 +201,22 @@ Tensor separable_conv2d_forward(StreamOf stream_of, const Tensor& input, const T
   const OptionalTensor bias = conv.dense("pointwise_bias", pointwise_bias, {outputs});
   const OptionalTensor added = conv.image("residual", residual, outputs);
   Tensor out = conv.empty_image(outputs);
-  conv.succeeded(cuda::separable_forward(
-      {conv.dtype(), conv.shape(), static_cast<int>(outputs),
-       activation_named(op, "depthwise_activation", depthwise_activation),
-       activation_named(op, "pointwise_activation", pointwise_activation), conv.input(), conv.weight(),
-       conv.bias(), pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
-       out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
-      stream_of(input)));
+  conv.succeeded(
+      cuda::separable_forward({conv.dtype(), conv.shape(), static_cast<int>(outputs), activations.depthwise(),
+                               activations.pointwise(), conv.input(), conv.weight(), conv.bias(),
+                               pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
+                               out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
+                              current_stream(input)));
   return out;
 }
 
 }  // namespace
 
-void bind_conv_cuda(pybind11::module_& m, StreamOf stream_of) {
-  // wrap_* turns torch's exceptions into Python's and releases the GIL.
-  m.def("depthwise_conv2d_forward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Pair& stride,
-                const Padding& padding, const Pair& dilation, const std::string& activation) {
-              return depthwise_conv2d_forward(stream_of, input, weight, bias, stride, padding, dilation,
-                                              activation);
-            }));
-  m.def("depthwise_conv2d_backward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                const OptionalTensor& bias, const Pair& stride, const Padding& padding, const Pair& dilation,
-                const std::string& activation, const std::array<bool, 3>& output_mask) {
-              return depthwise_conv2d_backward(stream_of, grad_output, input, weight, bias, stride, padding,
-                                               dilation, activation, output_mask);
-            }));
-  m.def("separable_conv2d_forward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const Tensor& input, const Tensor& depthwise_weight, const OptionalTensor& depthwise_bias,
-                const Tensor& pointwise_weight, const OptionalTensor& pointwise_bias,
-                const OptionalTensor& residual, const Pair& stride, const Padding& padding,
-                const Pair& dilation, const std::string& depthwise_activation,
-                const std::string& pointwise_activation) {
-              return separable_conv2d_forward(stream_of, input, depthwise_weight, depthwise_bias,
-                                              pointwise_weight, pointwise_bias, residual, stride, padding,
-                                              dilation, depthwise_activation, pointwise_activation);
-            }));
-  m.def("separable_conv2d_limits", torch::wrap_pybind_function_no_gil(&separable_conv2d_limits));
+FUSEDNN_BINDINGS(cuda) {
+  op(m, "depthwise_conv2d_forward", &depthwise_conv2d_forward);
+  op(m, "depthwise_conv2d_backward", &depthwise_conv2d_backward);
+  op(m, "separable_conv2d_forward", &separable_conv2d_forward);
+  m.def("separable_conv2d_limits", &separable_conv2d_limits);
 }
 
 }  // namespace fusednn

@@ -1,17 +1,16 @@
 // fusednn._C.cpu: depthwise convolution with its gradients.
 #include "conv/bindings/depthwise_cpu.h"
 
-#include <torch/csrc/utils/pybind.h>
+#include "core/bindings/op.h"
 
 namespace fusednn {
 
 using at::Tensor;
-using cpu::Activation;
 using cpu::DepthwiseShape;
 
-Depthwise::Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, const Pair& stride,
-                     const Padding& padding, const Pair& dilation)
-    : shape(depthwise_shape(x, w, stride, padding, dilation)),
+Depthwise::Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b,
+                     const calls::Geometry& geometry)
+    : shape(depthwise_shape(x, w, geometry)),
       dtype(dtype_of(x, "input")),
       input(x),
       weight(w.contiguous()),
@@ -20,14 +19,10 @@ Depthwise::Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b, 
 }
 
 void Depthwise::run(Activation activation, cpu::Image output, void* statistics) const {
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  cpu::DepthwiseForward p{
-      dtype,  shape,      activation, weight.const_data_ptr(), data_or_null(bias), input.image(),
-      output, statistics, nullptr};
-  const Scratch scratch(kernels.depthwise_workspace(p, threads.threads));
-  p.workspace = scratch.data();
-  kernels.depthwise_forward(p, threads);
+  const auto& kernels = cpu::kernels<cpu::ConvKernels>();
+  run_kernel(kernels.depthwise_workspace, kernels.depthwise_forward,
+             {dtype, shape, activation, weight.const_data_ptr(), data_or_null(bias), input.image(), output,
+              statistics, nullptr});
 }
 
 DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DepthwiseGradientOf& of, bool want_input,
@@ -46,24 +41,21 @@ DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DepthwiseGra
     for (Tensor* t : {&r.input, &r.weight, &r.bias})
       if (t->defined()) t->zero_();
   } else {
-    const cpu::ConvKernels& kernels = cpu::conv_kernels();
-    const cpu::Parallel threads = torch_parallel();
-    cpu::DepthwiseBackward p{conv.dtype,
-                             s,
-                             of.activation,
-                             of.grad,
-                             of.blocked_grad,
-                             of.norm,
-                             conv.input.image(),
-                             conv.weight.const_data_ptr(),
-                             data_or_null(conv.bias),
-                             {data(r.input), format == at::MemoryFormat::ChannelsLast},
-                             data(r.weight),
-                             data(r.bias),
-                             nullptr};
-    const Scratch scratch(kernels.depthwise_backward_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.depthwise_backward(p, threads);
+    const auto& kernels = cpu::kernels<cpu::ConvKernels>();
+    run_kernel(kernels.depthwise_backward_workspace, kernels.depthwise_backward,
+               {conv.dtype,
+                s,
+                of.activation,
+                of.grad,
+                of.blocked_grad,
+                of.norm,
+                conv.input.image(),
+                conv.weight.const_data_ptr(),
+                data_or_null(conv.bias),
+                {mutable_data_or_null(r.input), format == at::MemoryFormat::ChannelsLast},
+                mutable_data_or_null(r.weight),
+                mutable_data_or_null(r.bias),
+                nullptr});
   }
   if (want_input && s.multiplier > 1)
     r.input = r.input.contiguous()
@@ -77,39 +69,32 @@ DepthwiseGradients depthwise_gradients(const Depthwise& conv, const DepthwiseGra
 
 namespace {
 
-Tensor depthwise_conv2d_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                const Pair& stride, const Padding& padding, const Pair& dilation,
-                                const std::string& activation) {
-  const Depthwise conv(input, weight, bias, stride, padding, dilation);
-  const Activation act = activation_named(activation, "activation");
-  const auto format = conv_format(input, {weight});
-  Tensor out = at::empty(conv.out_sizes(), input.options(), format);
+Tensor depthwise_conv2d_forward(const calls::DepthwiseForward& a) {
+  const Depthwise conv(a.input, a.weight, a.bias, a.geometry);
+  const Activation activation = activation_named(a.activation, "activation");
+  const auto format = conv_format(a.input, {a.weight});
+  Tensor out = at::empty(conv.out_sizes(), a.input.options(), format);
   if (out.numel() > 0)
-    conv.run(act, {out.mutable_data_ptr(), format == at::MemoryFormat::ChannelsLast}, nullptr);
+    conv.run(activation, {out.mutable_data_ptr(), format == at::MemoryFormat::ChannelsLast}, nullptr);
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const Tensor& grad_output, const Tensor& input,
-                                                             const Tensor& weight, const OptionalTensor& bias,
-                                                             const Pair& stride, const Padding& padding,
-                                                             const Pair& dilation,
-                                                             const std::string& activation,
-                                                             const std::array<bool, 3>& mask) {
-  const Depthwise conv(input, weight, bias, stride, padding, dilation);
-  check(grad_output, "grad_output", conv.out_sizes(), input.scalar_type());
-  const DenseImage grad(grad_output);
-  const auto r = depthwise_gradients(conv, {activation_named(activation, "activation"), grad.image()},
-                                     mask[0], mask[1], mask[2]);
-  return {or_empty(mask[0], r.input, input), or_empty(mask[1], r.weight, weight),
-          or_empty(mask[2], r.bias, weight)};
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const calls::DepthwiseBackward& a) {
+  const Depthwise conv(a.input, a.weight, a.bias, a.geometry);
+  check(a.grad_output, "grad_output", conv.out_sizes(), a.input.scalar_type());
+  const DenseImage grad(a.grad_output);
+  const auto [input, weight, bias] = a.output_mask;
+  const auto r = depthwise_gradients(conv, {activation_named(a.activation, "activation"), grad.image()},
+                                     input, weight, bias);
+  return {or_empty(input, r.input, a.input), or_empty(weight, r.weight, a.weight),
+          or_empty(bias, r.bias, a.weight)};
 }
 
 }  // namespace
 
-void bind_conv_depthwise_cpu(pybind11::module_& m) {
-  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("depthwise_conv2d_forward", &depthwise_conv2d_forward, unlocked);
-  m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward, unlocked);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "depthwise_conv2d_forward", &depthwise_conv2d_forward);
+  op(m, "depthwise_conv2d_backward", &depthwise_conv2d_backward);
 }
 
 }  // namespace fusednn

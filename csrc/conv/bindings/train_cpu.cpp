@@ -1,13 +1,16 @@
 // fusednn._C.cpu: training of the depthwise-separable block.
-#include <torch/csrc/utils/pybind.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "conv/bindings/depthwise_cpu.h"
+#include "core/bindings/op.h"
 
 namespace fusednn {
 namespace {
 
 using at::Tensor;
-using cpu::Activation;
 using cpu::DepthwiseShape;
 using cpu::padded_channels;
 
@@ -55,10 +58,10 @@ void merge(BlockNorm& n, DType dtype, int64_t channels, const Records& records, 
   const std::vector<int64_t>& counts = records.counts;
   int64_t count = 0;
   for (const int64_t c : counts) count += c;
-  cpu::conv_kernels().merge_statistics(
+  cpu::kernels<cpu::ConvKernels>().merge_statistics(
       {dtype, channels, static_cast<int64_t>(counts.size()), count, counts.data(),
-       n.present ? const_data(records.values) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias),
-       data(n.mean), data(n.rstd), n.norm.mutable_data_ptr()},
+       n.present ? data_or_null(records.values) : nullptr, eps, data_or_null(n.weight), data_or_null(n.bias),
+       mutable_data_or_null(n.mean), mutable_data_or_null(n.rstd), n.norm.mutable_data_ptr()},
       torch_parallel());
 }
 
@@ -91,25 +94,18 @@ struct Pointwise {
 
 }  // namespace
 
-BlockForward separable_conv2d_train_forward(const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
-                                            const OptionalTensor& norm1_weight,
-                                            const OptionalTensor& norm1_bias, const Tensor& w2,
-                                            const OptionalTensor& b2, const OptionalTensor& norm2_weight,
-                                            const OptionalTensor& norm2_bias, const OptionalTensor& residual,
-                                            const Pair& stride, const Padding& padding, const Pair& dilation,
-                                            double eps1, double eps2, const std::string& depthwise_activation,
-                                            const std::string& pointwise_activation, bool has_norm1,
-                                            bool has_norm2) {
-  const Depthwise conv(input, w1, b1, stride, padding, dilation);
+BlockForward separable_conv2d_train_forward(const calls::TrainForward& a) {
+  const auto& [input, w1, b1, norm1_weight, norm1_bias, w2, b2, norm2_weight, norm2_bias] = a.block;
+  const calls::TrainOptions& o = a.options;
+  const Depthwise conv(input, w1, b1, o.geometry);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
   const int64_t C = s.channels, O = point.out_channels;
-  BlockNorm norm1(has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
-      norm2(has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
-  const Activation act1 = activation_named(depthwise_activation, "depthwise_activation"),
-                   act2 = activation_named(pointwise_activation, "pointwise_activation");
+  BlockNorm norm1(o.has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
+      norm2(o.has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
+  const Activation act1 = o.activations.depthwise(), act2 = o.activations.pointwise();
   const at::DimVector sizes{s.batch, O, s.out_height, s.out_width};
-  check(residual, "residual", sizes, input.scalar_type());
+  check(a.residual, "residual", sizes, input.scalar_type());
 
   const auto format = conv_format(input, {w1, w2});
   const bool last = format == at::MemoryFormat::ChannelsLast;
@@ -117,52 +113,36 @@ BlockForward separable_conv2d_train_forward(const Tensor& input, const Tensor& w
   Tensor z2 = at::empty(sizes, input.options(), at::MemoryFormat::ChannelsLast);
   if (out.numel() == 0 || C == 0) {
     TORCH_CHECK(O == 0 || out.numel() == 0, "input: got no channels, expected at least one");
-    return {out,       needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
-            norm2.rstd};
+    return {out,        needs_z2(o.has_norm2, act2) ? z2 : z2.new_empty({0}),
+            norm1.mean, norm1.rstd,
+            norm2.mean, norm2.rstd};
   }
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
-  const cpu::Parallel threads = torch_parallel();
+  const auto& kernels = cpu::kernels<cpu::ConvKernels>();
+  const Records records1(kernels.depthwise_strips, s, o.has_norm1 ? C : 0, norm1);
+  if (o.has_norm1) conv.run(Activation::none, {nullptr, true}, mutable_data_or_null(records1.values));
+  merge(norm1, conv.dtype, C, records1, o.eps1);
 
-  const Records records1(kernels.depthwise_strips, s, has_norm1 ? C : 0, norm1);
-  if (has_norm1) conv.run(Activation::none, {nullptr, true}, data(records1.values));
-  merge(norm1, conv.dtype, C, records1, eps1);
+  const Records records2(kernels.train_strips, s, o.has_norm2 ? O : 0, norm2);
+  run_kernel(
+      kernels.pointwise_forward_workspace, kernels.pointwise_forward,
+      {conv.dtype, s, O, act1, conv.input.image(), conv.weight.const_data_ptr(), data_or_null(conv.bias),
+       norm1.norm.const_data_ptr(), point.weight.const_data_ptr(), data_or_null(point.bias),
+       z2.mutable_data_ptr(), mutable_data_or_null(records2.values), nullptr});
+  merge(norm2, conv.dtype, O, records2, o.eps2);
 
-  const Records records2(kernels.train_strips, s, has_norm2 ? O : 0, norm2);
-  cpu::PointwiseForward p{conv.dtype,
-                          s,
-                          O,
-                          act1,
-                          conv.input.image(),
-                          conv.weight.const_data_ptr(),
-                          data_or_null(conv.bias),
-                          norm1.norm.const_data_ptr(),
-                          point.weight.const_data_ptr(),
-                          data_or_null(point.bias),
-                          z2.mutable_data_ptr(),
-                          data(records2.values),
-                          nullptr};
-  {
-    const Scratch scratch(kernels.pointwise_forward_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.pointwise_forward(p, threads);
-  }
-  merge(norm2, conv.dtype, O, records2, eps2);
-
-  const Tensor add = residual ? residual->contiguous(format) : Tensor();
-  cpu::NormActivation a{conv.dtype,
-                        s.batch,
-                        point.area,
-                        O,
-                        act2,
-                        z2.const_data_ptr(),
-                        norm2.norm.const_data_ptr(),
-                        {const_cast<void*>(const_data(add)), last},
-                        {out.mutable_data_ptr(), last},
-                        nullptr};
-  const Scratch scratch(kernels.norm_activation_workspace(a, threads.threads));
-  a.workspace = scratch.data();
-  kernels.norm_activation(a, threads);
-  return {out,       needs_z2(has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
+  const Tensor add = a.residual ? a.residual->contiguous(format) : Tensor();
+  run_kernel(kernels.norm_activation_workspace, kernels.norm_activation,
+             {conv.dtype,
+              s.batch,
+              point.area,
+              O,
+              act2,
+              z2.const_data_ptr(),
+              norm2.norm.const_data_ptr(),
+              {const_cast<void*>(data_or_null(add)), last},
+              {out.mutable_data_ptr(), last},
+              nullptr});
+  return {out,       needs_z2(o.has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
           norm2.rstd};
 }
 
@@ -175,39 +155,33 @@ struct NormGradients {
     weight = at::empty({channels}, wide);
     bias = at::empty({channels}, wide);
     coefficients = at::empty({4, padded_channels(channels)}, wide);
-    cpu::conv_kernels().norm_coefficients(
-        {dtype, channels, sums.defined() ? sums.size(0) : 0, count, const_data(sums),
-         n.present ? n.mean.const_data_ptr() : nullptr, const_data(n.rstd), data_or_null(n.weight),
-         data(weight), data(bias), coefficients.mutable_data_ptr()},
+    cpu::kernels<cpu::ConvKernels>().norm_coefficients(
+        {dtype, channels, sums.defined() ? sums.size(0) : 0, count, data_or_null(sums),
+         n.present ? n.mean.const_data_ptr() : nullptr, data_or_null(n.rstd), data_or_null(n.weight),
+         mutable_data_or_null(weight), mutable_data_or_null(bias), coefficients.mutable_data_ptr()},
         torch_parallel());
   }
 };
 
 }  // namespace
 
-BlockGradients separable_conv2d_train_backward(
-    const Tensor& grad_out, const Tensor& input, const Tensor& w1, const OptionalTensor& b1,
-    const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias, const Tensor& w2,
-    const OptionalTensor& b2, const OptionalTensor& norm2_weight, const OptionalTensor& norm2_bias,
-    const Tensor& z2_, const Tensor& mean1, const Tensor& rstd1, const Tensor& mean2, const Tensor& rstd2,
-    const Pair& stride, const Padding& padding, const Pair& dilation, const std::string& depthwise_activation,
-    const std::string& pointwise_activation, bool has_norm1, bool has_norm2,
-    const std::array<bool, 9>& mask) {
-  const Depthwise conv(input, w1, b1, stride, padding, dilation);
+BlockGradients separable_conv2d_train_backward(const calls::TrainBackward& a) {
+  const auto& [input, w1, b1, norm1_weight, norm1_bias, w2, b2, norm2_weight, norm2_bias] = a.block;
+  const auto& mask = a.output_mask;
+  const Depthwise conv(input, w1, b1, a.geometry);
   const DepthwiseShape& s = conv.shape;
   const Pointwise point(w2, b2, s, input);
   const int64_t C = s.channels, O = point.out_channels, count = s.batch * point.area;
-  BlockNorm norm1(has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
-      norm2(has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
-  const Activation act1 = activation_named(depthwise_activation, "depthwise_activation"),
-                   act2 = activation_named(pointwise_activation, "pointwise_activation");
+  BlockNorm norm1(a.has_norm1, norm1_weight, norm1_bias, C, input, "norm1"),
+      norm2(a.has_norm2, norm2_weight, norm2_bias, O, input, "norm2");
+  const Activation act1 = a.activations.depthwise(), act2 = a.activations.pointwise();
   const auto type = input.scalar_type();
   const at::DimVector sizes{s.batch, O, s.out_height, s.out_width};
-  check(grad_out, "grad_out", sizes, type);
-  if (needs_z2(has_norm2, act2)) check(z2_, "z2", sizes, type);
+  check(a.grad_out, "grad_out", sizes, type);
+  if (needs_z2(a.has_norm2, act2)) check(a.z2, "z2", sizes, type);
   for (const auto& [t, name, present, channels] :
-       {std::tuple(&mean1, "mean1", has_norm1, C), std::tuple(&rstd1, "rstd1", has_norm1, C),
-        std::tuple(&mean2, "mean2", has_norm2, O), std::tuple(&rstd2, "rstd2", has_norm2, O)})
+       {std::tuple(&a.mean1, "mean1", a.has_norm1, C), std::tuple(&a.rstd1, "rstd1", a.has_norm1, C),
+        std::tuple(&a.mean2, "mean2", a.has_norm2, O), std::tuple(&a.rstd2, "rstd2", a.has_norm2, O)})
     if (present) check(*t, name, {channels}, wide_dtype(input));
   const auto as = [&](int i, const Tensor& t, const Tensor& like) {
     return mask[i] ? t.reshape(like.sizes()).to(type) : at::empty({0}, input.options());
@@ -232,65 +206,37 @@ BlockGradients separable_conv2d_train_backward(
         zero_vector(7, O, norm2_weight),
         zero_vector(8, O, norm2_bias)};
   }
-  restore(norm1, C, mean1, rstd1);
-  restore(norm2, O, mean2, rstd2);
-  const DenseImage grad(grad_out);
+  restore(norm1, C, a.mean1, a.rstd1);
+  restore(norm2, O, a.mean2, a.rstd2);
+  const DenseImage grad(a.grad_out);
   // Without norm and activation nothing depends on z2: any values do.
-  const Tensor z2 = channels_last(needs_z2(has_norm2, act2) ? z2_ : grad_out);
-  const cpu::ConvKernels& kernels = cpu::conv_kernels();
-  const cpu::Parallel threads = torch_parallel();
+  const Tensor z2 = channels_last(needs_z2(a.has_norm2, act2) ? a.z2 : a.grad_out);
+  const auto& kernels = cpu::kernels<cpu::ConvKernels>();
   const auto wide = norm1.norm.options();
   const int64_t strips = kernels.train_strips(s, nullptr);
 
   Tensor sums2;
-  if (has_norm2) {
+  if (a.has_norm2) {
     sums2 = at::empty({strips, 2, padded_channels(O)}, wide);
-    cpu::NormSums p{conv.dtype,
-                    s,
-                    O,
-                    act2,
-                    grad.image(),
-                    z2.const_data_ptr(),
-                    norm2.norm.const_data_ptr(),
-                    sums2.mutable_data_ptr(),
-                    nullptr};
-    const Scratch scratch(kernels.norm_sums_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.norm_sums(p, threads);
+    run_kernel(kernels.norm_sums_workspace, kernels.norm_sums,
+               {conv.dtype, s, O, act2, grad.image(), z2.const_data_ptr(), norm2.norm.const_data_ptr(),
+                sums2.mutable_data_ptr(), nullptr});
   }
   const NormGradients g2(norm2, conv.dtype, O, sums2, count);
 
   const Tensor sums1 = at::empty({strips, 2, padded_channels(C)}, wide);
   const Tensor grad_w2 = at::empty({O, C}, wide), grad_b2 = at::empty({O}, wide);
   const Scratch da1(count * padded_channels(C) * wide.dtype().itemsize());
-  cpu::PointwiseBackward p{conv.dtype,
-                           s,
-                           O,
-                           act1,
-                           act2,
-                           grad.image(),
-                           conv.input.image(),
-                           conv.weight.const_data_ptr(),
-                           data_or_null(conv.bias),
-                           z2.const_data_ptr(),
-                           norm1.norm.const_data_ptr(),
-                           norm2.norm.const_data_ptr(),
-                           has_norm2 ? g2.coefficients.const_data_ptr() : nullptr,
-                           point.weight.const_data_ptr(),
-                           da1.data(),
-                           sums1.mutable_data_ptr(),
-                           grad_w2.mutable_data_ptr(),
-                           grad_b2.mutable_data_ptr(),
-                           nullptr};
-  {
-    const Scratch scratch(kernels.pointwise_backward_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.pointwise_backward(p, threads);
-  }
+  run_kernel(
+      kernels.pointwise_backward_workspace, kernels.pointwise_backward,
+      {conv.dtype, s, O, act1, act2, grad.image(), conv.input.image(), conv.weight.const_data_ptr(),
+       data_or_null(conv.bias), z2.const_data_ptr(), norm1.norm.const_data_ptr(), norm2.norm.const_data_ptr(),
+       a.has_norm2 ? g2.coefficients.const_data_ptr() : nullptr, point.weight.const_data_ptr(), da1.data(),
+       sums1.mutable_data_ptr(), grad_w2.mutable_data_ptr(), grad_b2.mutable_data_ptr(), nullptr});
   const NormGradients g1(norm1, conv.dtype, C, sums1, count);
   DepthwiseGradientOf behind;
   behind.blocked_grad = da1.data();
-  behind.norm = has_norm1 ? g1.coefficients.const_data_ptr() : nullptr;
+  behind.norm = a.has_norm1 ? g1.coefficients.const_data_ptr() : nullptr;
   const auto d = depthwise_gradients(conv, behind, mask[0], mask[1], mask[2]);
   return {or_empty(mask[0], d.input, input), or_empty(mask[1], d.weight, w1),
           or_empty(mask[2], d.bias, w1),     as_bias(3, g1.weight, norm1_weight),
@@ -299,10 +245,9 @@ BlockGradients separable_conv2d_train_backward(
           as_bias(8, g2.bias, norm2_bias)};
 }
 
-void bind_conv_train_cpu(pybind11::module_& m) {
-  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("separable_conv2d_train_forward", &separable_conv2d_train_forward, unlocked);
-  m.def("separable_conv2d_train_backward", &separable_conv2d_train_backward, unlocked);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "separable_conv2d_train_forward", &separable_conv2d_train_forward);
+  op(m, "separable_conv2d_train_backward", &separable_conv2d_train_backward);
 }
 
 }  // namespace fusednn

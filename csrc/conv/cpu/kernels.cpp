@@ -99,7 +99,7 @@ void backward_pointwise(const PointwiseBackward& p, const Parallel& parallel) {
 
 }  // namespace
 
-extern const ConvKernels conv_table = {
+FUSEDNN_KERNELS(ConvKernels) = {
     plan,
     packed_bytes,
     pack,

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "core/activation.h"
+#include "core/cpu/kernel_table.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 
@@ -197,7 +198,5 @@ struct ConvKernels {
   size_t (*pointwise_backward_workspace)(const PointwiseBackward&, int threads);
   void (*pointwise_backward)(const PointwiseBackward&, const Parallel&);
 };
-
-const ConvKernels& conv_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

@@ -1,12 +1,17 @@
 // What the CUDA bindings ask of a call: other tensors as its first one, launches that succeed.
 #pragma once
 
-#include <ATen/Functions.h>
+#include <c10/core/DeviceGuard.h>
 #include <cuda_runtime_api.h>
 
 #include "core/bindings/tensor_checks.h"
 
+struct CUstream_st;
+
 namespace fusednn {
+
+// The stream on which kernels for `tensor` are launched; whoever links the bindings defines it.
+CUstream_st* current_stream(const at::Tensor& tensor);
 
 // Checks the arguments of one call against its first, which sets dtype and device.
 class CudaArguments {

@@ -1,14 +1,10 @@
 // The product's stream: PyTorch's current one on the tensor's device.
 #include <c10/cuda/CUDAStream.h>
 
-#include "core/bindings/bindings.h"
+#include "core/bindings/cuda_arguments.h"
 
-namespace fusednn {
-
-CUstream_st* current_cuda_stream(const at::Tensor& tensor) {
+CUstream_st* fusednn::current_stream(const at::Tensor& tensor) {
   TORCH_CHECK(tensor.is_cuda(), "the cuda kernels: got tensors on ", tensor.device(),
               ", expected a CUDA device");
   return at::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
 }
-
-}  // namespace fusednn

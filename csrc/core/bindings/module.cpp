@@ -1,23 +1,20 @@
 // The extension module fusednn._C.
-#include <pybind11/pybind11.h>
-
 #include <string>
 
-#include "core/bindings/bindings.h"
+#include "core/bindings/registry.h"
+#include "core/bindings/weight_cache.h"
 #include "core/cpu/features.h"
 
+namespace fusednn {
 namespace {
 
-using fusednn::cpu::Isa;
-
-std::string current_isa() { return fusednn::cpu::name(fusednn::cpu::current_isa()); }
-std::string best_isa() { return fusednn::cpu::name(fusednn::cpu::best_isa()); }
+using cpu::Isa;
 
 void set_isa(const std::string& wanted) {
   for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
-    if (wanted != fusednn::cpu::name(isa)) continue;
-    if (!fusednn::cpu::set_isa(isa))
-      throw pybind11::value_error("isa: got " + wanted + ", expected at most " + best_isa() +
+    if (wanted != cpu::name(isa)) continue;
+    if (!cpu::set_isa(isa))
+      throw pybind11::value_error("isa: got " + wanted + ", expected at most " + cpu::name(cpu::best_isa()) +
                                   " on this machine");
     return;
   }
@@ -26,29 +23,21 @@ void set_isa(const std::string& wanted) {
 
 }  // namespace
 
+FUSEDNN_BINDINGS(cpu) {
+  m.def("isa", [] { return cpu::name(cpu::current_isa()); }, "Instruction set in use.");
+  m.def(
+      "best_isa", [] { return cpu::name(cpu::best_isa()); },
+      "Best instruction set of this machine and binary.");
+  m.def("set_isa", &set_isa, "Cap the instruction set.");
+  m.def("keep_packed_weights", [](bool keep) { WeightCache::instance().keep(keep); });
+  m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
+  m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
+}
+
+}  // namespace fusednn
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fusednn; used through torch.ops.fusednn.";
-  pybind11::module_ cpu = m.def_submodule("cpu", "Kernels for CPU tensors.");
-  cpu.def("isa", &current_isa, "Instruction set in use.");
-  cpu.def("best_isa", &best_isa, "Best instruction set of this machine and binary.");
-  cpu.def("set_isa", &set_isa, "Cap the instruction set.");
-  fusednn::bind_rnn_cpu(cpu);
-  fusednn::bind_conv_cpu(cpu);
-  fusednn::bind_conv_depthwise_cpu(cpu);
-  fusednn::bind_conv_train_cpu(cpu);
-  fusednn::bind_conv_cpu_eager(cpu);
-  fusednn::bind_spatial_cpu(cpu);
-  fusednn::bind_spatial_cpu_eager(cpu);
-  fusednn::bind_attention_cpu(cpu);
-  fusednn::bind_attention_cpu_eager(cpu);
-  fusednn::bind_attention_lstm_cpu(cpu);
-  fusednn::bind_projection_cpu(cpu);
-#if defined(FUSEDNN_WITH_CUDA)
-  pybind11::module_ cuda = m.def_submodule("cuda", "Kernels for CUDA tensors.");
-  fusednn::bind_rnn_cuda(cuda, &fusednn::current_cuda_stream);
-  fusednn::bind_conv_cuda(cuda, &fusednn::current_cuda_stream);
-  fusednn::bind_spatial_cuda(cuda, &fusednn::current_cuda_stream);
-  fusednn::bind_attention_cuda(cuda, &fusednn::current_cuda_stream);
-  fusednn::bind_attention_lstm_cuda(cuda, &fusednn::current_cuda_stream);
-#endif
+  fusednn::Bindings::fill_submodule(m, "cpu", "Kernels for CPU tensors.");
+  fusednn::Bindings::fill_submodule(m, "cuda", "Kernels for CUDA tensors.");
 }

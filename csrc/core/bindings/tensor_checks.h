@@ -2,14 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
-#include <optional>
-
+#include "core/bindings/arguments.h"
 #include "core/dtype.h"
 
 namespace fusednn {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 inline DType dtype_of(const at::Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -37,6 +35,29 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef siz
   if (t) check(*t, name, sizes, dtype);
 }
 
+// The dtype of arithmetic on `t`.
+inline at::ScalarType wide_dtype(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 inline const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void* data_or_null(const at::Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr;
+}
+inline void* mutable_data_or_null(const at::Tensor& t) {
+  return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr;
+}
+
+inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
+
+// The same values with neighbours in the last dimension next to each other; a view where they are already.
+inline at::Tensor with_dense_rows(const at::Tensor& t) {
+  return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+// A gradient as an op returns it: empty where it is not wanted.
+inline at::Tensor or_empty(bool wanted, const at::Tensor& t, const at::Tensor& like) {
+  return wanted ? t : at::empty({0}, like.options());
+}
 
 }  // namespace fusednn

@@ -58,8 +58,8 @@ bool WeightCache::may_keep(const std::vector<at::Tensor>& weights) const {
   return keeps_ && std::all_of(weights.begin(), weights.end(), counts_writes);
 }
 
-at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant,
-                             const std::function<at::Tensor()>& pack, const std::vector<double>& constants) {
+at::Tensor WeightCache::find(PackingKey key, const std::vector<at::Tensor>& weights,
+                             const std::function<at::Tensor()>& pack) {
   if (!may_keep(weights)) return {};
   std::vector<WeightIdentity> identities(weights.begin(), weights.end());
   const auto all = [&](const Entry& entry, auto test) {
@@ -67,9 +67,7 @@ at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant
   };
   const std::lock_guard<std::mutex> lock(mutex_);
   for (Entry& entry : entries_) {
-    if (entry.variant != variant || entry.constants != constants ||
-        !all(entry, std::mem_fn(&WeightIdentity::same_place)))
-      continue;
+    if (entry.key != key || !all(entry, std::mem_fn(&WeightIdentity::same_place))) continue;
     if (all(entry, std::mem_fn(&WeightIdentity::same_content))) {
       if (!entry.packed.defined()) entry.packed = pack();
       return entry.packed;
@@ -82,7 +80,7 @@ at::Tensor WeightCache::find(const std::vector<at::Tensor>& weights, int variant
     return std::any_of(entry.weights.begin(), entry.weights.end(), std::mem_fn(&WeightIdentity::expired));
   });
   if (entries_.size() == kMostEntries) entries_.erase(entries_.begin());
-  entries_.push_back({std::move(identities), variant, constants, {}});
+  entries_.push_back({std::move(key), std::move(identities), {}});
   return {};
 }
 

@@ -6,7 +6,10 @@
 #include <atomic>
 #include <functional>
 #include <mutex>
+#include <string_view>
 #include <vector>
+
+#include "core/cpu/features.h"
 
 namespace fusednn {
 
@@ -31,26 +34,33 @@ class WeightIdentity {
   uint64_t fingerprint_;
 };
 
+// How weights were packed.
+struct PackingKey {
+  std::string_view kind;          // who reads the packing: a literal
+  std::vector<double> numbers{};  // that the packing depends on too
+  cpu::Isa isa = cpu::current_isa();
+
+  bool operator==(const PackingKey&) const = default;
+};
+
 class WeightCache {
  public:
   static WeightCache& instance();  // the process's
 
   // Whether a packing of these weights may outlive a call.
   bool may_keep(const std::vector<at::Tensor>& weights) const;
-  // The packing of `weights` for `variant` (a layout's number), made by `pack` at the second sight of the
-  // same weights and then kept; undefined at the first: what is used once is not worth the memory.
-  // `constants`: numbers that the packing depends on too.
-  at::Tensor find(const std::vector<at::Tensor>& weights, int variant,
-                  const std::function<at::Tensor()>& pack, const std::vector<double>& constants = {});
+  // The packing of `weights` for `key`, made by `pack` at the second sight of the same weights and then kept;
+  // undefined at the first: what is used once is not worth the memory.
+  at::Tensor find(PackingKey key, const std::vector<at::Tensor>& weights,
+                  const std::function<at::Tensor()>& pack);
   void keep(bool on) { keeps_ = on; }  // off: find() finds nothing
   void clear();
   int64_t packed_entries();
 
  private:
   struct Entry {
+    PackingKey key;
     std::vector<WeightIdentity> weights;
-    int variant;
-    std::vector<double> constants;
     at::Tensor packed;
   };
   static constexpr size_t kMostEntries = 256;

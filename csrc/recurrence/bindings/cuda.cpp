@@ -1,22 +1,24 @@
-// Python face of the CUDA launchers of attend-and-recur; schemas as in fusednn/spatial/ops.py.
+// Python face of the CUDA launchers of attend-and-recur.
 //
 // Products over all steps are torch's, before and after the kernels of the recurrence; nothing waits for the
-// device, so that a call can be captured in a graph. Device-agnostic, as rnn_cuda.cpp.
-#include <ATen/ATen.h>
-#include <c10/core/DeviceGuard.h>
+// device, so that a call can be captured in a graph. Device-agnostic, as rnn/bindings/cuda.cpp.
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <cuda_runtime_api.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <limits>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
-#include "core/bindings/bindings.h"
 #include "core/bindings/cuda_arguments.h"
+#include "core/bindings/op.h"
+#include "recurrence/bindings/calls.h"
 #include "recurrence/bindings/gradients.h"
 #include "recurrence/cuda/params.h"
 
@@ -76,12 +78,11 @@ std::vector<std::string> attention_lstm_limits(const Tensor& features, const Ten
 // A call's tensors, checked, dense or wide as the kernels take them.
 class Recurrence : public CudaArguments {
  public:
-  Recurrence(const char* op, const Tensor& features, const OptionalTensor& c0, const Tensor& score_weight,
-             const Tensor& hidden_weight, const OptionalTensor& hidden_bias, const OptionalTensor& v,
-             const OptionalTensor& learned, double temperature, const Tensor& weight_ih,
-             const Tensor& weight_hh, const OptionalTensor& lengths, const std::string& output,
-             const std::string& cell, const std::string& form)
-      : CudaArguments(op, "features", features) {
+  Recurrence(const char* op, const calls::RecurrenceTensors& a, const calls::RecurrenceOptions& options)
+      : CudaArguments(op, "features", a.features) {
+    const auto& [features, h0, c0, score_weight, hidden_weight, hidden_bias, v, temperature, weight_ih,
+                 weight_hh] = a;
+    const auto& [lengths, output, cell, form] = options;
     TORCH_CHECK(features.dim() == 5, op, ": features: got ", features.dim(), "D, expected 5D");
     TORCH_CHECK(score_weight.dim() == 2 && weight_hh.dim() == 2, op,
                 ": score_weight or weight_hh: got another number of dimensions than 2");
@@ -103,14 +104,14 @@ class Recurrence : public CudaArguments {
     weight_hh_ = dense("weight_hh", weight_hh, {q_.gate_rows(), q_.hidden_size});
     q_.v = data_or_null(v_);
     set_lengths(lengths);
-    set_temperature(learned, temperature);
+    set_temperature(temperature);
     set_frames(features);
   }
 
   AttentionLstm& q() { return q_; }
   const AttentionLstm& q() const { return q_; }
   bool flatten() const { return flatten_; }
-  at::ScalarType wide() const { return at::promote_types(storage(), at::kFloat); }
+  at::ScalarType wide() const { return c10::promoteTypes(storage(), at::kFloat); }
   at::ScalarType storage() const { return c10::typeMetaToScalarType(options().dtype()); }
   const OptionalTensor& lengths() const { return lengths_; }
   const Tensor& frames() const { return frames_; }  // wide [F, C, P]
@@ -144,7 +145,9 @@ class Recurrence : public CudaArguments {
     q_.lengths = lengths_->const_data_ptr<int64_t>();
   }
 
-  void set_temperature(const OptionalTensor& learned, double fixed) {
+  void set_temperature(const calls::Temperature& given) {
+    const OptionalTensor& learned = given.learned_temperature;
+    const double fixed = given.temperature;
     const auto wide_options = options().dtype(wide());
     q_.temperature = fixed;
     const double tiny = wide() == at::kDouble ? std::numeric_limits<double>::min()
@@ -222,37 +225,31 @@ void run_forward(const Recurrence& r, cuda::AttentionLstmForward p, CUstream_st*
   }
 }
 
-SixTensors attention_lstm_forward(StreamOf stream_of, const Tensor& features, const Tensor& h0,
-                                  const OptionalTensor& c0, const Tensor& score_weight,
-                                  const Tensor& hidden_weight, const OptionalTensor& hidden_bias,
-                                  const OptionalTensor& v, const OptionalTensor& learned, double temperature,
-                                  const Tensor& weight_ih, const Tensor& weight_hh,
-                                  const OptionalTensor& bias_ih_, const OptionalTensor& bias_hh_,
-                                  const OptionalTensor& lengths, const std::string& output,
-                                  const std::string& cell, const std::string& form, bool save) {
+SixTensors attention_lstm_forward(const calls::AttentionLstmForward& a) {
+  const Tensor& features = a.tensors.features;
+  const OptionalTensor& c0 = a.tensors.c0;
   const c10::DeviceGuard guard(features.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Recurrence r("attention_lstm_forward", features, c0, score_weight, hidden_weight, hidden_bias, v,
-                     learned, temperature, weight_ih, weight_hh, lengths, output, cell, form);
+  const Recurrence r("attention_lstm_forward", a.tensors, a.options);
   const AttentionLstm& q = r.q();
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size, J = q.gate_rows();
-  const OptionalTensor bias_ih = r.dense("bias_ih", bias_ih_, {J}),
-                       bias_hh = r.dense("bias_hh", bias_hh_, {J});
+  const OptionalTensor bias_ih = r.dense("bias_ih", a.bias_ih, {J}),
+                       bias_hh = r.dense("bias_hh", a.bias_hh, {J});
   const Tensor weight = r.state_weights().t().contiguous();
   const Tensor weight_of_sum = q.input == CellInput::sum ? r.weight_ih().t().contiguous() : Tensor();
-  Tensor h = r.state("h0", h0), c = c0 ? r.state("c0", *c0) : Tensor();
+  Tensor h = r.state("h0", a.tensors.h0), c = c0 ? r.state("c0", *c0) : Tensor();
   Tensor hidden = r.made({B, T, H}, r.storage());
   Tensor maps = r.made({B, T, 1, features.size(3), features.size(4)}, r.storage());
-  Tensor gates = save ? r.made({B, T, 4 * H}, r.wide()) : at::empty({0}, h.options());
-  Tensor cells = save && c0 ? r.made({B, T, H}, r.wide()) : at::empty({0}, h.options());
+  Tensor gates = a.save ? r.made({B, T, 4 * H}, r.wide()) : at::empty({0}, h.options());
+  Tensor cells = a.save && c0 ? r.made({B, T, H}, r.wide()) : at::empty({0}, h.options());
   cuda::AttentionLstmForward p{};
   p.q = q;
   p.weight = data(weight), p.weight_ih = data(weight_of_sum);
   p.bias_ih = data_or_null(bias_ih), p.bias_hh = data_or_null(bias_hh);
   p.hidden_bias = data_or_null(r.hidden_bias());
   p.h = data(h), p.c = data(c), p.hidden = data(hidden), p.maps = data(maps);
-  p.gates = save ? data(gates) : nullptr, p.cells = save && c0 ? data(cells) : nullptr;
-  run_forward(r, p, stream_of(features));
+  p.gates = a.save ? data(gates) : nullptr, p.cells = a.save && c0 ? data(cells) : nullptr;
+  run_forward(r, p, current_stream(features));
   return {hidden, maps, h.to(r.storage()), c.defined() ? c.to(r.storage()) : at::empty({0}, r.options()),
           gates,  cells};
 }
@@ -274,18 +271,11 @@ void run_backward(const Recurrence& r, cuda::AttentionLstmBackward p, const Tens
   }
 }
 
-std::vector<Tensor> attention_lstm_backward(
-    StreamOf stream_of, const OptionalTensor& grad_hidden_, const OptionalTensor& grad_maps_,
-    const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& features, const Tensor& h0_,
-    const OptionalTensor& c0_, const Tensor& score_weight, const Tensor& hidden_weight,
-    const OptionalTensor& hidden_bias, const OptionalTensor& v, const OptionalTensor& learned,
-    double temperature, const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& lengths,
-    const std::string& output, const std::string& cell, const std::string& form, const Tensor& hidden_,
-    const Tensor& maps_, const Tensor& gates_, const Tensor& cells_, const AttentionLstmWanted& wanted) {
+std::vector<Tensor> attention_lstm_backward(const calls::AttentionLstmBackward& a) {
+  const Tensor& features = a.tensors.features;
   const c10::DeviceGuard guard(features.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Recurrence r("attention_lstm_backward", features, c0_, score_weight, hidden_weight, hidden_bias, v,
-                     learned, temperature, weight_ih, weight_hh, lengths, output, cell, form);
+  const Recurrence r("attention_lstm_backward", a.tensors, a.options);
   const AttentionLstm& q = r.q();
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size, P = q.positions, K = q.energies;
   const auto saved = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
@@ -296,21 +286,22 @@ std::vector<Tensor> attention_lstm_backward(
     return t.contiguous();
   };
   const std::vector<int64_t> map_sizes{B, T, 1, features.size(3), features.size(4)};
-  const Tensor h0 = r.dense("h0", h0_, {B, H}), hidden = r.dense("hidden", hidden_, {B, T, H});
-  const OptionalTensor c0 = r.dense("c0", c0_, {B, H});
-  const Tensor maps = r.dense("maps", maps_, map_sizes), gates = saved("gates", gates_, {B, T, 4 * H});
-  const Tensor cells = c0 ? saved("cells", cells_, {B, T, H}) : Tensor();
-  const OptionalTensor grad_hidden = r.dense("grad_hidden", grad_hidden_, {B, T, H});
-  const OptionalTensor grad_maps = r.dense("grad_maps", grad_maps_, map_sizes);
+  const Tensor h0 = r.dense("h0", a.tensors.h0, {B, H}), hidden = r.dense("hidden", a.hidden, {B, T, H});
+  const OptionalTensor c0 = r.dense("c0", a.tensors.c0, {B, H});
+  const Tensor maps = r.dense("maps", a.maps, map_sizes), gates = saved("gates", a.gates, {B, T, 4 * H});
+  const Tensor cells = c0 ? saved("cells", a.cells, {B, T, H}) : Tensor();
+  const OptionalTensor grad_hidden = r.dense("grad_hidden", a.grad_hidden, {B, T, H});
+  const OptionalTensor grad_maps = r.dense("grad_maps", a.grad_maps, map_sizes);
   const auto state = [&](const char* name, const OptionalTensor& grad) {
     return grad ? r.state(name, *grad) : at::zeros({B, H}, r.options().dtype(r.wide()));
   };
   AttentionLstmSteps s{};
   s.flatten = r.flatten(), s.features = features, s.frames = r.frames();
   s.score_weight = r.score_weight(), s.weight_ih = r.weight_ih().to(r.wide());
-  s.lengths = r.lengths(), s.learned = learned, s.temperature = r.temperature();
+  s.lengths = r.lengths(), s.learned = a.tensors.temperature.learned_temperature,
+  s.temperature = r.temperature();
   s.h0 = h0.to(r.wide()), s.hidden = hidden.to(r.wide()), s.map = maps.to(r.wide()).view({B * T, 1, P});
-  s.d_h = state("grad_h", grad_h), s.d_c = q.lstm ? state("grad_c", grad_c) : Tensor();
+  s.d_h = state("grad_h", a.grad_h), s.d_c = q.lstm ? state("grad_c", a.grad_c) : Tensor();
   s.d_x = r.made({B, T, q.gate_rows()}, r.wide());
   s.d_r = q.lstm ? s.d_x : r.made(s.d_x.sizes(), r.wide());
   s.d_scaled = r.made({B, T, P}, r.wide()), s.d_products = r.made({B, T, K, P}, r.wide());
@@ -333,24 +324,16 @@ std::vector<Tensor> attention_lstm_backward(
   p.d_h = data(s.d_h), p.d_c = data(s.d_c), p.d_x = data(s.d_x), p.d_r = q.lstm ? nullptr : data(s.d_r);
   p.d_scaled = data(s.d_scaled), p.d_products = data(s.d_products);
   p.d_terms = q.additive ? data(s.d_terms) : nullptr, p.d_v = data(s.d_v);
-  run_backward(r, p, s.d_x, stream_of(features));
-  return attention_lstm_gradients(s, wanted);
-}
-
-// `f` as Python calls it: on the stream of its module, without the GIL, with torch's exceptions turned into
-// Python's.
-template <class Result, class... Arguments>
-auto on_stream(Result (*f)(StreamOf, Arguments...), StreamOf stream_of) {
-  return torch::wrap_pybind_function_no_gil(
-      [=](Arguments... arguments) -> Result { return f(stream_of, std::forward<Arguments>(arguments)...); });
+  run_backward(r, p, s.d_x, current_stream(features));
+  return attention_lstm_gradients(s, a.output_mask);
 }
 
 }  // namespace
 
-void bind_attention_lstm_cuda(pybind11::module_& m, StreamOf stream_of) {
-  m.def("attention_lstm_limits", torch::wrap_pybind_function_no_gil(&attention_lstm_limits));
-  m.def("attention_lstm_forward", on_stream(&attention_lstm_forward, stream_of));
-  m.def("attention_lstm_backward", on_stream(&attention_lstm_backward, stream_of));
+FUSEDNN_BINDINGS(cuda) {
+  m.def("attention_lstm_limits", &attention_lstm_limits);
+  op(m, "attention_lstm_forward", &attention_lstm_forward);
+  op(m, "attention_lstm_backward", &attention_lstm_backward);
 }
 
 }  // namespace fusednn

@@ -1,6 +1,12 @@
 #include "recurrence/bindings/gradients.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/xlogy.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace fusednn {

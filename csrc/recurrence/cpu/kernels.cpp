@@ -21,32 +21,24 @@ void pack(const AttentionLstm& q, void* packed, const Parallel& parallel) {
   with_element(q, [&]<class T>() { pack_weight(q, static_cast<T*>(packed), parallel); });
 }
 
-size_t forward_workspace(const AttentionLstm& q, int threads) {
+template <template <class> class Pass, class Call>
+size_t workspace(const Call& p, int threads) {
   Carver count(nullptr);
-  with_element(q, [&]<class T>() { ForwardPass<T>::layout(q, threads, count); });
+  with_element(p.q, [&]<class T>() { Pass<T>::layout(p.q, threads, count); });
   return count.bytes;
 }
 
-void forward(const AttentionLstmForward& p, const Parallel& parallel) {
+template <template <class> class Pass, class Call>
+void run(const Call& p, const Parallel& parallel) {
   Carver shared(p.workspace);
-  with_element(p.q, [&]<class T>() { ForwardPass<T>(p, parallel, shared).run(); });
-}
-
-size_t backward_workspace(const AttentionLstm& q, int threads) {
-  Carver count(nullptr);
-  with_element(q, [&]<class T>() { BackwardPass<T>::layout(q, threads, count); });
-  return count.bytes;
-}
-
-void backward(const AttentionLstmBackward& p, const Parallel& parallel) {
-  Carver shared(p.workspace);
-  with_element(p.q, [&]<class T>() { BackwardPass<T>(p, parallel, shared).run(); });
+  with_element(p.q, [&]<class T>() { Pass<T>(p, parallel, shared).run(); });
 }
 
 }  // namespace
 
-extern const AttentionLstmKernels attention_lstm_table = {
-    packed_elements, pack, forward_workspace, forward, backward_workspace, backward,
+FUSEDNN_KERNELS(AttentionLstmKernels) = {
+    packed_elements,   pack, workspace<ForwardPass>, run<ForwardPass>, workspace<BackwardPass>,
+    run<BackwardPass>,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/cpu/kernel_table.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 #include "rnn/cpu/params.h"
@@ -78,12 +79,10 @@ struct AttentionLstmKernels {
   // weight_ih in the order in which the hoisted product of flattened frames reads it.
   int64_t (*packed_elements)(const AttentionLstm&);
   void (*pack)(const AttentionLstm&, void* packed, const Parallel&);
-  size_t (*forward_workspace)(const AttentionLstm&, int threads);
+  size_t (*forward_workspace)(const AttentionLstmForward&, int threads);
   void (*forward)(const AttentionLstmForward&, const Parallel&);
-  size_t (*backward_workspace)(const AttentionLstm&, int threads);
+  size_t (*backward_workspace)(const AttentionLstmBackward&, int threads);
   void (*backward)(const AttentionLstmBackward&, const Parallel&);
 };
-
-const AttentionLstmKernels& attention_lstm_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

@@ -1,15 +1,11 @@
 // fusednn._C.cpu: LSTM and GRU cells on CPU tensors.
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
-
-#include <atomic>
-
-#include "core/bindings/bindings.h"
-#include "core/bindings/tensor_checks.h"
-#include "core/bindings/torch_parallel.h"
-#include "core/bindings/weight_cache.h"
-#include "core/cpu/features.h"
 #include "rnn/bindings/cpu.h"
+
+#include <ATen/ops/empty_like.h>
+
+#include "core/bindings/cpu_kernel.h"
+#include "core/bindings/op.h"
+#include "core/bindings/weight_cache.h"
 #include "rnn/cpu/params.h"
 
 namespace fusednn {
@@ -19,21 +15,9 @@ using at::Tensor;
 using cpu::Cell;
 using cpu::Rows;
 
-cpu::Parallel parallel() { return torch_parallel(); }
-
-at::ScalarType product_dtype(const Tensor& t) {
-  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// The same values with neighbours in the last dimension next to each other; a view where they are already.
-Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
-Tensor as_operand(const Tensor& t) { return with_dense_rows(t.to(product_dtype(t))); }
+Tensor as_operand(const Tensor& t) { return with_dense_rows(t.to(wide_dtype(t))); }
 
 Rows rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-
-Tensor workspace(size_t bytes_per_thread, const cpu::Parallel& threads) {
-  return at::empty({static_cast<int64_t>(bytes_per_thread) * threads.threads}, at::kByte);
-}
 
 struct CellTensors {
   Cell cell;
@@ -41,9 +25,10 @@ struct CellTensors {
   int64_t batch, input_size, hidden, gate_rows;
   bool wide_state;
 
-  CellTensors(Cell which, const Tensor& x, const Tensor& hx, const Tensor& previous, const Tensor& w_ih,
-              const Tensor& w_hh)
-      : cell(which) {
+  // `previous`: the state that the step starts from, cx or hx.
+  template <class Call>
+  CellTensors(Cell which, const Call& a, const Tensor& previous) : cell(which) {
+    const Tensor &x = a.input, &w_ih = a.weight_ih, &w_hh = a.weight_hh;
     TORCH_CHECK(x.dim() == 2, "input: got ", x.dim(), "D, expected 2D");
     TORCH_CHECK(w_hh.dim() == 2, "weight_hh: got ", w_hh.dim(), "D, expected 2D");
     batch = x.size(0);
@@ -56,7 +41,7 @@ struct CellTensors {
     TORCH_CHECK(!wide_state || (state_type == at::kFloat && type != at::kDouble), "state: got ", state_type,
                 " beside input of ", type, ", expected the same or, beside 16 bits, float32");
     check(x, "input", {batch, input_size}, type);
-    check(hx, "hx", {batch, hidden}, state_type);
+    check(a.hx, "hx", {batch, hidden}, state_type);
     check(previous, "cx", {batch, hidden}, state_type);
     check(w_ih, "weight_ih", {gate_rows, input_size}, type);
     check(w_hh, "weight_hh", {gate_rows, hidden}, type);
@@ -84,10 +69,10 @@ struct CellTensors {
 // The weights packed, where they were kept for these weights; training changes them before they are seen
 // again.
 Tensor packed_weights(const cpu::RnnKernels& kernels, const cpu::CellWeights& weights, const CellTensors& t) {
-  const int variant = static_cast<int>(weights.cell) + 2 * static_cast<int>(cpu::current_isa());
-  return WeightCache::instance().find({t.weight_ih, t.weight_hh}, variant, [&] {
+  const PackingKey key{weights.cell == Cell::lstm ? "lstm_cell" : "gru_cell"};
+  return WeightCache::instance().find(key, {t.weight_ih, t.weight_hh}, [&] {
     Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(weights))}, at::kByte);
-    kernels.pack_weights(weights, packed.mutable_data_ptr(), parallel());
+    kernels.pack_weights(weights, packed.mutable_data_ptr(), torch_parallel());
     return packed;
   });
 }
@@ -96,51 +81,45 @@ struct ForwardResult {
   Tensor h, c, gates;
 };
 
-ForwardResult cell_forward(Cell cell, const Tensor& input, const Tensor& hx, const Tensor& previous,
-                           const Tensor& weight_ih, const Tensor& weight_hh, const OptionalTensor& bias_ih_,
-                           const OptionalTensor& bias_hh_, bool save_gates) {
-  const CellTensors t(cell, input, hx, previous, weight_ih, weight_hh);
-  check(bias_ih_, "bias_ih", {t.gate_rows}, input.scalar_type());
-  check(bias_hh_, "bias_hh", {t.gate_rows}, input.scalar_type());
-  const auto dense = [](const OptionalTensor& b) { return b ? OptionalTensor(b->contiguous()) : b; };
-  const OptionalTensor bias_ih = dense(bias_ih_), bias_hh = dense(bias_hh_);
+template <class Call>
+ForwardResult cell_forward(Cell cell, const Call& a, const Tensor& previous) {
+  const Tensor& input = a.input;
+  const CellTensors t(cell, a, previous);
+  check(a.bias_ih, "bias_ih", {t.gate_rows}, input.scalar_type());
+  check(a.bias_hh, "bias_hh", {t.gate_rows}, input.scalar_type());
+  const OptionalTensor bias_ih = dense(a.bias_ih), bias_hh = dense(a.bias_hh);
   ForwardResult r;
   r.h = at::empty({t.batch, t.hidden}, previous.options());
   if (cell == Cell::lstm) r.c = at::empty_like(r.h);
   r.gates =
-      at::empty(save_gates ? at::IntArrayRef{t.batch, 4 * t.hidden} : at::IntArrayRef{0}, input.options());
+      at::empty(a.save_gates ? at::IntArrayRef{t.batch, 4 * t.hidden} : at::IntArrayRef{0}, input.options());
   if (t.empty()) return r;
 
-  const cpu::RnnKernels& kernels = cpu::rnn_kernels();
-  const cpu::Parallel threads = parallel();
+  const auto& kernels = cpu::kernels<cpu::RnnKernels>();
+  const cpu::Parallel threads = torch_parallel();
   cpu::CellWeights weights = t.weights(bias_ih, bias_hh);
   const bool by_panels = kernels.by_panels(weights, t.batch);
   Tensor packed;
   if (by_panels) packed = packed_weights(kernels, weights, t);
   if (packed.defined()) weights.packed = packed.const_data_ptr();
-  const Tensor x = as_operand(input), h = as_operand(hx);
-  const Tensor scratch = workspace(kernels.forward_workspace(weights), threads);
+  const Tensor x = as_operand(input), h = as_operand(a.hx);
+  const Scratch scratch(kernels.forward_workspace(weights) * threads.threads);
   kernels.cell_forward({weights, t.batch, t.wide_state, by_panels, rows(x), rows(h), rows(t.state),
                         r.h.mutable_data_ptr(), cell == Cell::lstm ? r.c.mutable_data_ptr() : nullptr,
-                        save_gates ? r.gates.mutable_data_ptr() : nullptr, scratch.mutable_data_ptr()},
+                        a.save_gates ? r.gates.mutable_data_ptr() : nullptr, scratch.data()},
                        threads);
   return r;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& cx,
-                                                     const Tensor& weight_ih, const Tensor& weight_hh,
-                                                     const OptionalTensor& bias_ih,
-                                                     const OptionalTensor& bias_hh, bool save_gates) {
-  auto r = cell_forward(Cell::lstm, input, hx, cx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates);
+std::tuple<Tensor, Tensor, Tensor> lstm_cell_forward(const calls::LstmCellForward& a) {
+  const ForwardResult r = cell_forward(Cell::lstm, a, a.cx);
   return {r.h, r.c, r.gates};
 }
 
-std::tuple<Tensor, Tensor> gru_cell_forward(const Tensor& input, const Tensor& hx, const Tensor& weight_ih,
-                                            const Tensor& weight_hh, const OptionalTensor& bias_ih,
-                                            const OptionalTensor& bias_hh, bool save_gates) {
-  auto r = cell_forward(Cell::gru, input, hx, hx, weight_ih, weight_hh, bias_ih, bias_hh, save_gates);
+std::tuple<Tensor, Tensor> gru_cell_forward(const calls::GruCellForward& a) {
+  const ForwardResult r = cell_forward(Cell::gru, a, a.hx);
   return {r.h, r.gates};
 }
 
@@ -189,10 +168,10 @@ class Gradients {
 
   void run() {
     if (sums_.weight_count + sums_.row_sum_count == 0) return;
-    const cpu::RnnKernels& kernels = cpu::rnn_kernels();
-    const cpu::Parallel threads = parallel();
-    const Tensor scratch = workspace(kernels.gradient_workspace(sums_.wide), threads);
-    sums_.workspace = scratch.mutable_data_ptr();
+    const auto& kernels = cpu::kernels<cpu::RnnKernels>();
+    const cpu::Parallel threads = torch_parallel();
+    const Scratch scratch(kernels.gradient_workspace(sums_.wide) * threads.threads);
+    sums_.workspace = scratch.data();
     kernels.gradient_sums(sums_, threads);
   }
 
@@ -211,7 +190,7 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
   check(grad_h, "grad_h", {t.batch, t.hidden}, state_type);
   check(grad_c, "grad_c", {t.batch, t.hidden}, state_type);
   check(gates, "gates", {t.batch, 4 * t.hidden}, t.input.scalar_type());
-  const auto options = t.input.options().dtype(product_dtype(t.input));
+  const auto options = t.input.options().dtype(wide_dtype(t.input));
   GateGradients d;
   d.gates = at::empty({t.batch, t.gate_rows}, options);
   d.gates_h = t.cell == Cell::gru ? at::empty_like(d.gates) : d.gates;
@@ -221,12 +200,12 @@ GateGradients gates_backward(const CellTensors& t, const OptionalTensor& grad_h,
   const Tensor g_h = grad_h ? with_dense_rows(*grad_h) : Tensor(),
                g_c = grad_c ? with_dense_rows(*grad_c) : Tensor();
   const auto rows_or_null = [](const Tensor& x) { return x.defined() ? rows(x) : Rows{nullptr, 0}; };
-  cpu::rnn_kernels().gates_backward(
+  cpu::kernels<cpu::RnnKernels>().gates_backward(
       {t.cell, dtype_of(t.input, "input"), t.wide_state, t.batch, t.hidden, rows_or_null(g_h),
        rows_or_null(g_c), rows(t.state), c_dense.defined() ? c_dense.const_data_ptr() : nullptr,
        g.const_data_ptr(), d.gates.mutable_data_ptr(), d.gates_h.mutable_data_ptr(),
        d.state.mutable_data_ptr()},
-      parallel());
+      torch_parallel());
   return d;
 }
 
@@ -241,66 +220,41 @@ SixTensors as_gradients(const SixTensors& grads, const std::array<Tensor, 6>& of
 
 }  // namespace
 
-SixTensors lstm_cell_backward(const OptionalTensor& grad_h, const OptionalTensor& grad_c, const Tensor& input,
-                              const Tensor& hx, const Tensor& cx, const Tensor& weight_ih,
-                              const Tensor& weight_hh, const Tensor& c, const Tensor& gates,
-                              const std::array<bool, 6>& mask) {
-  const CellTensors t(Cell::lstm, input, hx, cx, weight_ih, weight_hh);
-  check(c, "c", {t.batch, t.hidden}, t.state.scalar_type());
-  const GateGradients d = gates_backward(t, grad_h, grad_c, c, gates);
+SixTensors lstm_cell_backward(const calls::LstmCellBackward& a) {
+  const CellTensors t(Cell::lstm, a, a.cx);
+  check(a.c, "c", {t.batch, t.hidden}, t.state.scalar_type());
+  const GateGradients d = gates_backward(t, a.grad_h, a.grad_c, a.c, a.gates);
   Gradients sums(d.gates.scalar_type() == at::kDouble);
-  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, input, d.gates, mask[0], mask[3]);
-  const auto [grad_hx, grad_weight_hh] = sums.through(t.weight_hh, hx, d.gates, mask[1], mask[4]);
+  const auto& mask = a.output_mask;
+  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, a.input, d.gates, mask[0], mask[3]);
+  const auto [grad_hx, grad_weight_hh] = sums.through(t.weight_hh, a.hx, d.gates, mask[1], mask[4]);
   const Tensor grad_bias = mask[5] ? sums.sum_rows(d.gates) : Tensor();
   sums.run();
   return as_gradients(
       {grad_input, grad_hx, mask[2] ? d.state : Tensor(), grad_weight_ih, grad_weight_hh, grad_bias},
-      {input, hx, cx, weight_ih, weight_hh, weight_ih});
+      {a.input, a.hx, a.cx, a.weight_ih, a.weight_hh, a.weight_ih});
 }
 
-SixTensors gru_cell_backward(const Tensor& grad_h, const Tensor& input, const Tensor& hx,
-                             const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& gates,
-                             const std::array<bool, 6>& mask) {
-  const CellTensors t(Cell::gru, input, hx, hx, weight_ih, weight_hh);
-  const GateGradients d = gates_backward(t, grad_h, std::nullopt, {}, gates);
+SixTensors gru_cell_backward(const calls::GruCellBackward& a) {
+  const CellTensors t(Cell::gru, a, a.hx);
+  const GateGradients d = gates_backward(t, a.grad_h, std::nullopt, {}, a.gates);
   Gradients sums(d.gates.scalar_type() == at::kDouble);
-  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, input, d.gates, mask[0], mask[2]);
-  const auto [grad_hx, grad_weight_hh] = sums.through(t.weight_hh, hx, d.gates_h, mask[1], mask[3], d.state);
+  const auto& mask = a.output_mask;
+  const auto [grad_input, grad_weight_ih] = sums.through(t.weight_ih, a.input, d.gates, mask[0], mask[2]);
+  const auto [grad_hx, grad_weight_hh] =
+      sums.through(t.weight_hh, a.hx, d.gates_h, mask[1], mask[3], d.state);
   const Tensor grad_bias_ih = mask[4] ? sums.sum_rows(d.gates) : Tensor(),
                grad_bias_hh = mask[5] ? sums.sum_rows(d.gates_h) : Tensor();
   sums.run();
   return as_gradients({grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh},
-                      {input, hx, weight_ih, weight_hh, weight_ih, weight_hh});
+                      {a.input, a.hx, a.weight_ih, a.weight_hh, a.weight_ih, a.weight_hh});
 }
 
-namespace {
-
-Tensor vector_math(const std::string& function, const Tensor& x) {
-  const int number = function == "exp" ? 0 : function == "tanh" ? 1 : function == "sigmoid" ? 2 : -1;
-  TORCH_CHECK_VALUE(number >= 0, "function: got ", function, ", expected exp, tanh or sigmoid");
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, "x: got ", x.scalar_type(),
-              ", expected float32 or float64");
-  const Tensor dense = x.contiguous();
-  Tensor out = at::empty_like(dense);
-  cpu::rnn_kernels().vector_math(number, x.scalar_type() == at::kDouble, x.numel(), dense.const_data_ptr(),
-                                 out.mutable_data_ptr());
-  return out;
-}
-
-}  // namespace
-
-void bind_rnn_cpu(pybind11::module_& m) {
-  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("lstm_cell_forward", &lstm_cell_forward, unlocked);
-  m.def("lstm_cell_backward", &lstm_cell_backward, unlocked);
-  m.def("gru_cell_forward", &gru_cell_forward, unlocked);
-  m.def("gru_cell_backward", &gru_cell_backward, unlocked);
-  m.def("vector_math", &vector_math, unlocked);
-  m.def("try_lstm_cell", &try_lstm_cell);
-  m.def("try_gru_cell", &try_gru_cell);
-  m.def("keep_packed_weights", [](bool keep) { WeightCache::instance().keep(keep); });
-  m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
-  m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "lstm_cell_forward", &lstm_cell_forward);
+  op(m, "lstm_cell_backward", &lstm_cell_backward);
+  op(m, "gru_cell_forward", &gru_cell_forward);
+  op(m, "gru_cell_backward", &gru_cell_backward);
 }
 
 }  // namespace fusednn

@@ -67,21 +67,11 @@ void gradient_sums(const GradientSums& p, const Parallel& parallel) {
   });
 }
 
-void vector_math(int function, bool wide, int64_t n, const void* x, void* out) {
-  with_accumulator(wide, [&]<class T>() {
-    for (int64_t i = 0; i < n; i += Vec<T>::size) {
-      const Vec<T> v = Vec<T>::load(static_cast<const T*>(x) + i, n - i);
-      const Vec<T> y = function == 0 ? exp(v) : function == 1 ? tanh(v) : sigmoid(v);
-      y.store(static_cast<T*>(out) + i, n - i);
-    }
-  });
-}
-
 }  // namespace
 
-extern const RnnKernels rnn_table = {
-    by_panels, packed_bytes,       pack_weights,  forward_workspace, forward,
-    backward,  gradient_workspace, gradient_sums, vector_math,
+FUSEDNN_KERNELS(RnnKernels) = {
+    by_panels, packed_bytes, pack_weights,       forward_workspace,
+    forward,   backward,     gradient_workspace, gradient_sums,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

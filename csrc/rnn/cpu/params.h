@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/cpu/kernel_table.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 
@@ -108,11 +109,6 @@ struct RnnKernels {
   size_t (*gradient_workspace)(bool wide);
   // Every sum over K or over rows in an order that the number of threads doesn't change.
   void (*gradient_sums)(const GradientSums&, const Parallel&);
-
-  // out[i] = f(x[i]), f = 0: exp, 1: tanh, 2: sigmoid; for the accuracy tests.
-  void (*vector_math)(int function, bool wide, int64_t n, const void* x, void* out);
 };
-
-const RnnKernels& rnn_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

@@ -1,15 +1,12 @@
-// fusednn._C.cpu: spatial attention and the softmax over positions on CPU tensors; schemas as in
-// fusednn/spatial/ops.py.
+// fusednn._C.cpu: spatial attention and the softmax over positions on CPU tensors.
 #include "spatial/bindings/cpu.h"
 
-#include <ATen/ATen.h>
-#include <torch/csrc/utils/pybind.h>
+#include <ATen/ops/full.h>
 
 #include <cmath>
 
-#include "core/bindings/bindings.h"
-#include "core/bindings/scratch.h"
-#include "core/bindings/torch_parallel.h"
+#include "core/bindings/cpu_kernel.h"
+#include "core/bindings/op.h"
 #include "spatial/cpu/params.h"
 
 namespace fusednn {
@@ -29,19 +26,16 @@ SpatialOutput output_named(const std::string& name) {
 }
 
 // T for the kernels, which hold it to the smallest normal number: NaN unless it is positive.
-double temperature_of(const OptionalTensor& learned, double fixed) {
-  if (!learned) return fixed;
+double temperature_of(const calls::Temperature& given) {
+  const OptionalTensor& learned = given.learned_temperature;
+  if (!learned) return given.temperature;
   TORCH_CHECK(learned->numel() == 1 && learned->device().is_cpu(), "temperature: got shape ",
               learned->sizes(), " on ", learned->device(), ", expected one number on cpu");
   const double t = learned->item().toDouble();
   return t > 0 ? t : std::nan("");
 }
 
-OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
-
 const bool* bools(const OptionalTensor& mask) { return mask ? mask->const_data_ptr<bool>() : nullptr; }
-
-void* data_if(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 
 // A call's tensors, checked and dense in the layout that its kernel takes. Additive scores and a flat result
 // are made from planes.
@@ -54,42 +48,41 @@ struct AttentionCall {
   Tensor features, weight;
   OptionalTensor hidden_term, v, mask;
 
-  AttentionCall(const Tensor& f, const Tensor& w, const OptionalTensor& term, const OptionalTensor& v_,
-                const OptionalTensor& m, const OptionalTensor& learned, double fixed,
-                const std::string& output, bool backward = false)
-      : dtype(dtype_of(f, "features")),
-        flat(output == "flatten"),
-        temperature(temperature_of(learned, fixed)) {
+  explicit AttentionCall(const calls::SpatialAttentionForward& a, bool backward = false)
+      : dtype(dtype_of(a.features, "features")),
+        flat(a.output == "flatten"),
+        temperature(temperature_of(a.temperature)) {
+    const Tensor &f = a.features, &w = a.weight;
     const auto type = f.scalar_type();
     TORCH_CHECK(f.dim() == 4 && f.device().is_cpu(), "features: got ", f.dim(), "D on ", f.device(),
                 ", expected 4D [N, C, H, W] on cpu");
     TORCH_CHECK(w.dim() == 2, "weight: got ", w.dim(), "D, expected 2D [rows, C]");
     const int64_t n = f.size(0), c = f.size(1), area = f.size(2) * f.size(3), rows = w.size(0);
-    const int64_t glimpses = v_ ? v_->size(0) : rows;
+    const int64_t glimpses = a.v ? a.v->size(0) : rows;
     TORCH_CHECK(area > 0, "features: got shape ", f.sizes(), ", expected positions");
     check(w, "weight", {rows, c}, type);
-    check(v_, "v", {glimpses, rows}, type);
-    if (v_)
-      check(term, "hidden_term", {n, rows}, type);
+    check(a.v, "v", {glimpses, rows}, type);
+    if (a.v)
+      check(a.hidden_term, "hidden_term", {n, rows}, type);
     else
-      check(term, "hidden_term", {n, rows, area}, type);
-    check(m, "mask", {n, area}, at::kBool);
+      check(a.hidden_term, "hidden_term", {n, rows, area}, type);
+    check(a.mask, "mask", {n, area}, at::kBool);
     format = f.suggest_memory_format();
-    layout = flat || v_ ? MemoryFormat::Contiguous : format;
+    layout = flat || a.v ? MemoryFormat::Contiguous : format;
     shape = {n,
              c,
              f.size(2),
              f.size(3),
              glimpses,
              rows,
-             v_.has_value(),
+             a.v.has_value(),
              layout == MemoryFormat::ChannelsLast,
-             output_named(output)};
+             output_named(a.output)};
     features = f.contiguous(layout);
     weight = w.contiguous();
-    hidden_term = backward && !v_ ? term : dense(term);  // looked at, not read
-    v = dense(v_);
-    mask = dense(m);
+    hidden_term = backward && !a.v ? a.hidden_term : dense(a.hidden_term);  // looked at, not read
+    v = dense(a.v);
+    mask = dense(a.mask);
   }
 
   at::DimVector attended_sizes() const {
@@ -119,35 +112,24 @@ struct AttentionCall {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> spatial_attention_forward(const Tensor& features, const Tensor& weight,
-                                                     const OptionalTensor& hidden_term,
-                                                     const OptionalTensor& v, const OptionalTensor& mask,
-                                                     const OptionalTensor& learned_temperature,
-                                                     double temperature, const std::string& output) {
-  const AttentionCall call(features, weight, hidden_term, v, mask, learned_temperature, temperature, output);
+std::tuple<Tensor, Tensor> spatial_attention_forward(const calls::SpatialAttentionForward& a) {
+  const AttentionCall call(a);
   const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
-  const Tensor attended = at::empty(call.attended_sizes(), features.options(), layout);
-  const Tensor map = at::empty(call.map_sizes(), features.options());
+  const Tensor attended = at::empty(call.attended_sizes(), a.features.options(), layout);
+  const Tensor map = at::empty(call.map_sizes(), a.features.options());
   if (call.shape.batch > 0) {
-    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
-    const cpu::Parallel threads = torch_parallel();
-    cpu::SpatialForward p = call.arguments(data_if(attended), map);
-    const Scratch scratch(kernels.attention_forward_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.attention_forward(p, threads);
+    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
+    run_kernel(kernels.attention_forward_workspace, kernels.attention_forward,
+               call.arguments(mutable_data_or_null(attended), map));
   }
   return {call.of_images() ? attended.contiguous(call.format) : attended, map};
 }
 
-SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
-                                            const OptionalTensor& grad_map, const Tensor& features,
-                                            const Tensor& weight, const OptionalTensor& hidden_term,
-                                            const OptionalTensor& v, const OptionalTensor& mask,
-                                            const OptionalTensor& learned_temperature, double temperature,
-                                            const std::string& output, const Tensor& map,
-                                            const std::array<bool, 5>& output_mask) {
-  const AttentionCall call(features, weight, hidden_term, v, mask, learned_temperature, temperature, output,
-                           true);
+SpatialGradients spatial_attention_backward(const calls::SpatialAttentionBackward& a) {
+  const auto& [grad_attended, grad_map, forward, map, output_mask] = a;
+  const auto& [features, weight, hidden_term, v, mask, temperature, output] = forward;
+  const OptionalTensor& learned_temperature = temperature.learned_temperature;
+  const AttentionCall call(forward, true);
   const auto type = features.scalar_type();
   check(map, "map", call.map_sizes(), type);
   check(grad_map, "grad_map", call.map_sizes(), type);
@@ -157,8 +139,9 @@ SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
   for (int i = 0; i < 5; ++i)
     TORCH_CHECK(there[i] || !output_mask[i], "output_mask: got true at ", i, ", expected no absent argument");
 
+  const auto options = features.options();
   const auto room = [&](bool wanted, at::IntArrayRef sizes, MemoryFormat format = MemoryFormat::Contiguous) {
-    return wanted ? at::empty(sizes, features.options(), format) : at::empty({0}, features.options());
+    return wanted ? at::empty(sizes, options, format) : at::empty({0}, options);
   };
   const Tensor grad_features = room(output_mask[0], features.sizes(), call.layout);
   const Tensor grad_weight = room(output_mask[1], weight.sizes());
@@ -167,24 +150,16 @@ SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
   double grad_temperature = 0;
   if (call.shape.batch > 0) {
     const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
-    const OptionalTensor grad =
-        grad_attended ? OptionalTensor(grad_attended->contiguous(layout)) : std::nullopt;
+    OptionalTensor grad;
+    if (grad_attended) grad = grad_attended->contiguous(layout);
     const OptionalTensor of_map = dense(grad_map);
     const Tensor dense_map = map.contiguous();
-    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
-    const cpu::Parallel threads = torch_parallel();
-    cpu::SpatialBackward p{call.arguments(nullptr, dense_map),
-                           data_or_null(grad),
-                           data_or_null(of_map),
-                           data_if(grad_features),
-                           data_if(grad_weight),
-                           data_if(grad_term),
-                           data_if(grad_v),
-                           output_mask[4] ? &grad_temperature : nullptr,
-                           nullptr};
-    const Scratch scratch(kernels.attention_backward_workspace(p, threads.threads));
-    p.workspace = scratch.data();
-    kernels.attention_backward(p, threads);
+    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
+    run_kernel(kernels.attention_backward_workspace, kernels.attention_backward,
+               {call.arguments(nullptr, dense_map), data_or_null(grad), data_or_null(of_map),
+                mutable_data_or_null(grad_features), mutable_data_or_null(grad_weight),
+                mutable_data_or_null(grad_term), mutable_data_or_null(grad_v),
+                output_mask[4] ? &grad_temperature : nullptr, nullptr});
   } else {
     grad_weight.zero_();
     grad_v.zero_();
@@ -199,7 +174,7 @@ SpatialGradients spatial_attention_backward(const OptionalTensor& grad_attended,
 namespace {
 
 cpu::SpatialSoftmax softmax_call(const Tensor& t, const char* name, const OptionalTensor& mask,
-                                 const OptionalTensor& learned, double fixed) {
+                                 const calls::Temperature& temperature) {
   const DType dtype = dtype_of(t, name);
   TORCH_CHECK(t.dim() == 4 && t.device().is_cpu(), name, ": got ", t.dim(), "D on ", t.device(),
               ", expected 4D [N, G, H, W] on cpu");
@@ -210,41 +185,34 @@ cpu::SpatialSoftmax softmax_call(const Tensor& t, const char* name, const Option
   p.rows = t.size(0) * t.size(1);
   p.height = t.size(2);
   p.width = t.size(3);
-  p.temperature = temperature_of(learned, fixed);
+  p.temperature = temperature_of(temperature);
   return p;
 }
 
-std::tuple<Tensor, Tensor> spatial_softmax_forward(const Tensor& logits, const OptionalTensor& mask,
-                                                   const OptionalTensor& learned_temperature,
-                                                   double temperature, bool coordinates) {
-  cpu::SpatialSoftmax p = softmax_call(logits, "logits", mask, learned_temperature, temperature);
+std::tuple<Tensor, Tensor> spatial_softmax_forward(const calls::SpatialSoftmaxForward& a) {
+  const auto& [logits, mask, temperature, coordinates] = a;
+  cpu::SpatialSoftmax p = softmax_call(logits, "logits", mask, temperature);
   const Tensor dense_logits = logits.contiguous();
   const OptionalTensor dense_mask = dense(mask);
   const Tensor map = at::empty(logits.sizes(), logits.options());
   const Tensor xy = coordinates ? at::empty({logits.size(0), logits.size(1), 2}, logits.options())
                                 : at::empty({0}, logits.options());
   if (p.rows == 0) return {map, xy};
-  const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
-  const cpu::Parallel threads = torch_parallel();
-  const Scratch scratch(kernels.softmax_workspace(p, threads.threads));
   p.logits = dense_logits.const_data_ptr();
   p.mask = bools(dense_mask);
   p.map = map.mutable_data_ptr();
   p.coordinates = coordinates ? xy.mutable_data_ptr() : nullptr;
-  p.workspace = scratch.data();
-  kernels.softmax_forward(p, threads);
+  const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
+  run_kernel(kernels.softmax_workspace, kernels.softmax_forward, p);
   return {map, xy};
 }
 
-std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_map,
-                                                    const OptionalTensor& grad_coordinates,
-                                                    const OptionalTensor& mask,
-                                                    const OptionalTensor& learned_temperature,
-                                                    double temperature, const Tensor& map,
-                                                    const std::array<bool, 2>& output_mask) {
+std::tuple<Tensor, Tensor> spatial_softmax_backward(const calls::SpatialSoftmaxBackward& a) {
+  const auto& [grad_map, grad_coordinates, mask, temperature, map, output_mask] = a;
+  const OptionalTensor& learned_temperature = temperature.learned_temperature;
   cpu::SpatialSoftmaxBackward b{};
   cpu::SpatialSoftmax& p = b.forward;
-  p = softmax_call(map, "map", mask, learned_temperature, temperature);
+  p = softmax_call(map, "map", mask, temperature);
   const auto type = map.scalar_type();
   check(grad_map, "grad_map", map.sizes(), type);
   check(grad_coordinates, "grad_coordinates", {map.size(0), map.size(1), 2}, type);
@@ -255,7 +223,7 @@ std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_m
   const Tensor grad = output_mask[0] ? at::empty(map.sizes(), map.options()) : at::empty({0}, map.options());
   double grad_temperature = 0;
   if (p.rows > 0) {
-    const cpu::SpatialKernels& kernels = cpu::spatial_kernels();
+    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
     const cpu::Parallel threads = torch_parallel();
     const Scratch scratch(kernels.softmax_workspace(p, threads.threads));
     p.mask = bools(dense_mask);
@@ -263,7 +231,7 @@ std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_m
     p.workspace = scratch.data();
     b.grad_map = data_or_null(of_map);
     b.grad_coordinates = data_or_null(of_xy);
-    b.grad_logits = data_if(grad);
+    b.grad_logits = mutable_data_or_null(grad);
     b.grad_temperature = output_mask[1] ? &grad_temperature : nullptr;
     kernels.softmax_backward(b, threads);
   }
@@ -274,12 +242,11 @@ std::tuple<Tensor, Tensor> spatial_softmax_backward(const OptionalTensor& grad_m
 
 }  // namespace
 
-void bind_spatial_cpu(pybind11::module_& m) {
-  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("spatial_softmax_forward", &spatial_softmax_forward, unlocked);
-  m.def("spatial_softmax_backward", &spatial_softmax_backward, unlocked);
-  m.def("spatial_attention_forward", &spatial_attention_forward, unlocked);
-  m.def("spatial_attention_backward", &spatial_attention_backward, unlocked);
+FUSEDNN_BINDINGS(cpu) {
+  op(m, "spatial_softmax_forward", &spatial_softmax_forward);
+  op(m, "spatial_softmax_backward", &spatial_softmax_backward);
+  op(m, "spatial_attention_forward", &spatial_attention_forward);
+  op(m, "spatial_attention_backward", &spatial_attention_backward);
 }
 
 }  // namespace fusednn

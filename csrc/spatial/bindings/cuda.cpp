@@ -1,21 +1,15 @@
 // Python face of the CUDA launchers of spatial attention; schemas as in fusednn/spatial/ops.py.
 //
-// Device-agnostic, as rnn_cuda.cpp: the tensors' device decides the guard, stream_of the stream.
-#include <ATen/Functions.h>
-#include <c10/core/DeviceGuard.h>
+// Device-agnostic: the tensors' device decides the guard, current_stream the stream.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "core/bindings/bindings.h"
 #include "core/bindings/cuda_arguments.h"
+#include "core/bindings/op.h"
+#include "spatial/bindings/calls.h"
 #include "spatial/cuda/params.h"
 
 namespace fusednn {
@@ -40,7 +34,7 @@ class Attention : public CudaArguments {
   const AttentionCall& call() const { return call_; }
   const AttentionShape& shape() const { return call_.shape; }
   int64_t positions() const { return shape().positions(); }
-  at::TensorOptions wide() const { return options().dtype(at::promote_types(dtype_(), at::kFloat)); }
+  at::TensorOptions wide() const { return options().dtype(c10::promoteTypes(dtype_(), at::kFloat)); }
   Tensor empty_wide(at::IntArrayRef sizes) const { return at::empty(sizes, wide()); }
 
   // [..., height, width] of the maps.
@@ -77,14 +71,14 @@ class Attention : public CudaArguments {
     call_.mask = mask_.const_data_ptr<bool>();
   }
 
-  void set_temperature(const OptionalTensor& learned, double fixed) {
-    if (learned) {
+  void set_temperature(const calls::Temperature& given) {
+    if (const OptionalTensor& learned = given.learned_temperature) {
       TORCH_CHECK(learned->numel() == 1, op(), ": temperature: got ", learned->sizes(),
                   ", expected one number");
       temperature_ = learned->to(wide()).contiguous();
       call_.learned_temperature = temperature_.const_data_ptr();
     }
-    call_.temperature = fixed;
+    call_.temperature = given.temperature;
   }
 
   void set_splits() { call_.splits = cuda::attention_splits(shape(), dtype()); }
@@ -102,14 +96,14 @@ class Attention : public CudaArguments {
 class Softmax : public Attention {
  public:
   Softmax(const char* op, const char* name, const Tensor& first, const OptionalTensor& mask,
-          const OptionalTensor& learned, double temperature, AttentionOutput output)
+          const calls::Temperature& temperature, AttentionOutput output)
       : Attention(op, name, first, first.sizes()) {
     TORCH_CHECK(first.dim() == 4, op, ": ", name, ": got shape ", first.sizes(), ", expected [N, G, H, W]");
     AttentionShape& s = call_.shape;
     s.batch = first.size(0) * first.size(1), s.maps = s.rows = 1;
     set_positions(first.size(2), first.size(3));
     set_mask(mask, {first.size(0), first.size(1), positions()});
-    set_temperature(learned, temperature);
+    set_temperature(temperature);
     call_.output = output;
     set_splits();
   }
@@ -119,10 +113,9 @@ class Softmax : public Attention {
 
 class FeatureAttention : public Attention {
  public:
-  FeatureAttention(const char* op, const Tensor& features, const Tensor& weight, const OptionalTensor& term,
-                   const OptionalTensor& v, const OptionalTensor& mask, const OptionalTensor& learned,
-                   double temperature, const std::string& output)
-      : Attention(op, "features", features, map_size(op, features, v ? *v : weight)) {
+  FeatureAttention(const char* op, const calls::SpatialAttentionForward& a)
+      : Attention(op, "features", a.features, map_size(op, a.features, a.v ? *a.v : a.weight)) {
+    const auto& [features, weight, term, v, mask, temperature, output] = a;
     AttentionShape& s = call_.shape;
     call_.output = output_named(op, output);
     s.batch = features.size(0), s.channels = small("channels", features.size(1));
@@ -140,7 +133,7 @@ class FeatureAttention : public Attention {
               : dense("hidden_term", term, {s.batch, s.maps, positions()});
     v_ = dense("v", v, {s.maps, s.rows});
     set_mask(mask, {s.batch, positions()});
-    set_temperature(learned, temperature);
+    set_temperature(temperature);
     call_.features = features_.const_data_ptr(), call_.weight = weight_.const_data_ptr();
     call_.hidden_term = data_or_null(term_), call_.v = data_or_null(v_);
     set_splits();
@@ -247,18 +240,15 @@ void run_backward(const Attention& attention, const OptionalTensor& grad_attende
   add(partials_of_temperature, grads.temperature, 1, blocks * splits);
 }
 
-std::tuple<Tensor, Tensor> spatial_softmax_forward(StreamOf stream_of, const Tensor& logits,
-                                                   const OptionalTensor& mask, const OptionalTensor& learned,
-                                                   double temperature, bool coordinates) {
-  constexpr const char* op = "spatial_softmax_forward";
-  const c10::DeviceGuard guard(logits.device());
-  Softmax softmax(op, "logits", logits, mask, learned, temperature,
-                  coordinates ? AttentionOutput::coordinates : AttentionOutput::map);
-  const Tensor dense = logits.contiguous(), map = softmax.empty_map();
+std::tuple<Tensor, Tensor> spatial_softmax_forward(const calls::SpatialSoftmaxForward& a) {
+  const c10::DeviceGuard guard(a.logits.device());
+  Softmax softmax("spatial_softmax_forward", "logits", a.logits, a.mask, a.temperature,
+                  a.coordinates ? AttentionOutput::coordinates : AttentionOutput::map);
+  const Tensor dense = a.logits.contiguous(), map = softmax.empty_map();
   softmax.set_logits(dense);
-  Tensor xy = coordinates ? at::empty({logits.size(0), logits.size(1), 2}, softmax.options())
-                          : at::empty({0}, softmax.options());
-  run_forward(softmax, xy, map, stream_of(logits));
+  Tensor xy = a.coordinates ? at::empty({a.logits.size(0), a.logits.size(1), 2}, softmax.options())
+                            : at::empty({0}, softmax.options());
+  run_forward(softmax, xy, map, current_stream(a.logits));
   return {map, xy};
 }
 
@@ -267,14 +257,10 @@ Tensor as_learned(const Tensor& grad, const OptionalTensor& learned, const Tenso
   return grad.defined() ? grad.to(learned->scalar_type()).reshape(learned->sizes()) : nothing;
 }
 
-std::tuple<Tensor, Tensor> spatial_softmax_backward(StreamOf stream_of, const OptionalTensor& grad_map,
-                                                    const OptionalTensor& grad_coordinates,
-                                                    const OptionalTensor& mask, const OptionalTensor& learned,
-                                                    double temperature, const Tensor& map,
-                                                    const std::array<bool, 2>& output_mask) {
-  constexpr const char* op = "spatial_softmax_backward";
+std::tuple<Tensor, Tensor> spatial_softmax_backward(const calls::SpatialSoftmaxBackward& a) {
+  const auto& [grad_map, grad_coordinates, mask, temperature, map, output_mask] = a;
   const c10::DeviceGuard guard(map.device());
-  const Softmax softmax(op, "map", map, mask, learned, temperature,
+  const Softmax softmax("spatial_softmax_backward", "map", map, mask, temperature,
                         grad_coordinates ? AttentionOutput::coordinates : AttentionOutput::map);
   const OptionalTensor grad = softmax.map("grad_map", grad_map);
   const OptionalTensor grad_xy =
@@ -283,38 +269,29 @@ std::tuple<Tensor, Tensor> spatial_softmax_backward(StreamOf stream_of, const Op
   if (output_mask[0]) grads.term = softmax.empty_map();
   if (output_mask[1]) grads.temperature = softmax.empty_wide({1});
   if (output_mask[0] || output_mask[1])
-    run_backward(softmax, grad_xy, grad, map.contiguous(), grads, stream_of(map));
+    run_backward(softmax, grad_xy, grad, map.contiguous(), grads, current_stream(map));
   const Tensor nothing = at::empty({0}, softmax.options());
-  return {output_mask[0] ? grads.term : nothing, as_learned(grads.temperature, learned, nothing.clone())};
+  return {output_mask[0] ? grads.term : nothing,
+          as_learned(grads.temperature, temperature.learned_temperature, nothing.clone())};
 }
 
-std::tuple<Tensor, Tensor> spatial_attention_forward(StreamOf stream_of, const Tensor& features,
-                                                     const Tensor& weight, const OptionalTensor& term,
-                                                     const OptionalTensor& v, const OptionalTensor& mask,
-                                                     const OptionalTensor& learned, double temperature,
-                                                     const std::string& output) {
-  constexpr const char* op = "spatial_attention_forward";
-  const c10::DeviceGuard guard(features.device());
-  const FeatureAttention attention(op, features, weight, term, v, mask, learned, temperature, output);
+std::tuple<Tensor, Tensor> spatial_attention_forward(const calls::SpatialAttentionForward& a) {
+  const c10::DeviceGuard guard(a.features.device());
+  const FeatureAttention attention("spatial_attention_forward", a);
   const Tensor attended =
       at::empty(attention.attended_size(), attention.options(), attention.attended_format());
   const Tensor map = attention.empty_map();
-  run_forward(attention, attended, map, stream_of(features));
+  run_forward(attention, attended, map, current_stream(a.features));
   return {attended, map};
 }
 
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-FiveTensors spatial_attention_backward(StreamOf stream_of, const OptionalTensor& grad_attended,
-                                       const OptionalTensor& grad_map, const Tensor& features,
-                                       const Tensor& weight, const OptionalTensor& term,
-                                       const OptionalTensor& v, const OptionalTensor& mask,
-                                       const OptionalTensor& learned, double temperature,
-                                       const std::string& output, const Tensor& map,
-                                       const std::array<bool, 5>& output_mask) {
-  constexpr const char* op = "spatial_attention_backward";
+FiveTensors spatial_attention_backward(const calls::SpatialAttentionBackward& a) {
+  const auto& [grad_attended, grad_map, forward, map, output_mask] = a;
+  const Tensor &features = forward.features, &weight = forward.weight;
   const c10::DeviceGuard guard(features.device());
-  const FeatureAttention attention(op, features, weight, term, v, mask, learned, temperature, output);
+  const FeatureAttention attention("spatial_attention_backward", forward);
   const OptionalTensor grad =
       attention.dense("grad_attended", grad_attended, attention.attended_size(), attention.attended_format());
   const OptionalTensor grad_of_map = attention.map("grad_map", grad_map);
@@ -324,50 +301,22 @@ FiveTensors spatial_attention_backward(StreamOf stream_of, const OptionalTensor&
   Gradients grads;
   if (output_mask[0]) grads.features = attention.empty_features();
   grads.weight = empty(output_mask[1], weight.sizes());
-  if (output_mask[2]) grads.term = empty(true, term->sizes());
-  if (output_mask[3]) grads.v = empty(true, v->sizes());
+  if (output_mask[2]) grads.term = empty(true, forward.hidden_term->sizes());
+  if (output_mask[3]) grads.v = empty(true, forward.v->sizes());
   if (output_mask[4]) grads.temperature = attention.empty_wide({1});
-  run_backward(attention, grad, grad_of_map, attention.map("map", map), grads, stream_of(features));
+  run_backward(attention, grad, grad_of_map, attention.map("map", map), grads, current_stream(features));
   const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, attention.options()); };
   return {given(grads.features), given(grads.weight), given(grads.term), given(grads.v),
-          as_learned(grads.temperature, learned, given({}))};
+          as_learned(grads.temperature, forward.temperature.learned_temperature, given({}))};
 }
 
 }  // namespace
 
-void bind_spatial_cuda(pybind11::module_& m, StreamOf stream_of) {
-  // wrap_* turns torch's exceptions into Python's and releases the GIL.
-  m.def("spatial_softmax_forward",
-        torch::wrap_pybind_function_no_gil([=](const Tensor& logits, const OptionalTensor& mask,
-                                               const OptionalTensor& learned, double temperature,
-                                               bool coordinates) {
-          return spatial_softmax_forward(stream_of, logits, mask, learned, temperature, coordinates);
-        }));
-  m.def("spatial_softmax_backward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const OptionalTensor& grad_map, const OptionalTensor& grad_coordinates,
-                const OptionalTensor& mask, const OptionalTensor& learned, double temperature,
-                const Tensor& map, const std::array<bool, 2>& output_mask) {
-              return spatial_softmax_backward(stream_of, grad_map, grad_coordinates, mask, learned,
-                                              temperature, map, output_mask);
-            }));
-  m.def("spatial_attention_forward",
-        torch::wrap_pybind_function_no_gil([=](const Tensor& features, const Tensor& weight,
-                                               const OptionalTensor& term, const OptionalTensor& v,
-                                               const OptionalTensor& mask, const OptionalTensor& learned,
-                                               double temperature, const std::string& output) {
-          return spatial_attention_forward(stream_of, features, weight, term, v, mask, learned, temperature,
-                                           output);
-        }));
-  m.def("spatial_attention_backward",
-        torch::wrap_pybind_function_no_gil(
-            [=](const OptionalTensor& grad_attended, const OptionalTensor& grad_map, const Tensor& features,
-                const Tensor& weight, const OptionalTensor& term, const OptionalTensor& v,
-                const OptionalTensor& mask, const OptionalTensor& learned, double temperature,
-                const std::string& output, const Tensor& map, const std::array<bool, 5>& output_mask) {
-              return spatial_attention_backward(stream_of, grad_attended, grad_map, features, weight, term, v,
-                                                mask, learned, temperature, output, map, output_mask);
-            }));
+FUSEDNN_BINDINGS(cuda) {
+  op(m, "spatial_softmax_forward", &spatial_softmax_forward);
+  op(m, "spatial_softmax_backward", &spatial_softmax_backward);
+  op(m, "spatial_attention_forward", &spatial_attention_forward);
+  op(m, "spatial_attention_backward", &spatial_attention_backward);
 }
 
 }  // namespace fusednn

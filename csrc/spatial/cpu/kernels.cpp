@@ -114,7 +114,7 @@ void softmax_backward(const SpatialSoftmaxBackward& b, const Parallel& parallel)
 
 }  // namespace
 
-extern const SpatialKernels spatial_table = {
+FUSEDNN_KERNELS(SpatialKernels) = {
     forward_workspace, forward,         backward_workspace, backward,
     softmax_workspace, softmax_forward, softmax_backward,
 };

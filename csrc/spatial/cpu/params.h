@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/cpu/kernel_table.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 
@@ -78,7 +79,5 @@ struct SpatialKernels {
   void (*softmax_forward)(const SpatialSoftmax&, const Parallel&);
   void (*softmax_backward)(const SpatialSoftmaxBackward&, const Parallel&);
 };
-
-const SpatialKernels& spatial_kernels();  // of current_isa()
 
 }  // namespace fusednn::cpu

@@ -7,18 +7,14 @@ to the general way: the shortcut never refuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import has_torch_function
 
-from ..core import dispatch, native, settings
-from ..core.transforms import gradients_by_autograd
-from . import reference
+from ..core import eager, native
+from . import backends, reference
 
 if TYPE_CHECKING:
     from .modules import MultiheadAttention
@@ -26,19 +22,7 @@ if TYPE_CHECKING:
 
 def applies(query: Any, key: Any, value: Any) -> bool:
     """Whether a call with these inputs may take the shortcut, as far as the layer itself doesn't matter."""
-    return (
-        query is key
-        and key is value
-        and type(query) in (Tensor, nn.Parameter)
-        and query.device.type == "cpu"
-        and query.layout == torch.strided
-        and native.extension is not None
-        and hasattr(native.extension.cpu, "try_multihead_attention")
-        and not torch.compiler.is_compiling()
-        and settings.backend() in ("auto", "cpu")
-        and forward_ad._current_level < 0
-        and not dispatch.explaining()
-    )
+    return query is key and key is value and eager.applies(query)
 
 
 def attend(
@@ -54,43 +38,37 @@ def attend(
     if has_torch_function(tensors) or (padding is not None and type(padding) is not Tensor):
         return None
     found = native.extension.cpu.try_multihead_attention(
-        *tensors, padding, layer.num_heads, layer.batch_first, weights
+        *tensors,
+        padding,
+        layer.num_heads,
+        layer.batch_first,
+        weights,
+        backends.FEWEST_PROJECTED_ROWS,
     )
     if found is None:
         return None
     return found[0], None if weights == "none" else found[1]
 
 
-def layer_gradients(
-    tensors: Sequence[Tensor | None],
-    key_mask: Tensor | None,
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
+@eager.composite("multihead_attention_layer")
+def layer_composite(
+    input: Tensor,  # [B, L, E] or [L, B, E]
+    in_weight: Tensor,  # [3 E, E]
+    in_bias: Tensor | None,  # [3 E]
+    out_weight: Tensor,  # [E, E]
+    out_bias: Tensor | None,  # [E]
+    key_mask: Tensor | None,  # [B, L], True takes part, or added
     heads: int,
     batch_first: bool,
     weights: str,
-) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of a plain call; the extension's autograd node calls it.
-
-    Args:
-        tensors: input [B, L, E] or [L, B, E], the projections' weights and biases: in, in, out, out.
-        key_mask: [B, L], True takes part, or added.
-        grads: of the output and of the weights.
-        needs: which gradients to return; the others are None.
-        heads: of the layer.
-        batch_first: which the input is.
-        weights: as the op names them.
-    """
-
-    def forward(input, in_weight, in_bias, out_weight, out_bias):
-        x = input if batch_first else input.transpose(0, 1)
-        parts = linear(x, in_weight, in_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-        options = (None,) * 6
-        scale = parts.shape[-1] ** -0.5
-        output, _, found = reference.attention_forward(
-            *parts.unbind(0), None, key_mask, *options, 0, 0, scale, -1, -1, 0, 0.0, 0.0, weights
-        )
-        output = linear(output.transpose(1, 2).flatten(2), out_weight, out_bias)
-        return output if batch_first else output.transpose(0, 1), found
-
-    return gradients_by_autograd(forward, tensors, grads, needs)
+    _fewest_rows: int,
+) -> tuple[Tensor, ...]:
+    """Return the output and the weights of a plain call."""
+    x = input if batch_first else input.transpose(0, 1)
+    parts = linear(x, in_weight, in_bias).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    scale = parts.shape[-1] ** -0.5
+    output, _, found = reference.attention_forward(
+        *parts.unbind(0), None, key_mask, *(None,) * 6, 0, 0, scale, -1, -1, 0, 0.0, 0.0, weights
+    )
+    output = linear(output.transpose(1, 2).flatten(2), out_weight, out_bias)
+    return output if batch_first else output.transpose(0, 1), found

@@ -19,7 +19,6 @@ from ..core.dispatch import Reasons
 from ..core.gradients import Gradients
 from ..core.op import Op
 from ..core.tensors import accumulation_dtype, where_needed
-from ..core.transforms import gradients_by_autograd
 from . import reference
 from .shapes import output_format, output_size, saved_format
 
@@ -205,11 +204,3 @@ separable_conv2d_forward = Op(
         passed={"residual": "out"},
     ),
 )
-
-
-def separable_gradients(
-    tensors: Sequence[Tensor | None], grad: Tensor, needs: Sequence[bool], options: Sequence[Any]
-) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of the training forward; the extension's autograd node calls it."""
-    forward = reference.separable_conv2d_train_forward
-    return gradients_by_autograd(lambda *t: forward(*t, None, *options)[:1], tensors, (grad,), needs)

@@ -11,27 +11,22 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
-from ..core import dispatch, native, settings
-from . import checks, eligibility
+from ..core import eager, native
+from . import checks, eligibility, reference
 
 
 def applies(input: Any) -> bool:
     """Whether a call with this input may take the shortcut, as far as the block itself doesn't matter."""
-    return (
-        type(input) in (Tensor, nn.Parameter)
-        and native.extension is not None
-        and hasattr(native.extension.cpu, "BlockOptions")
-        and not torch.compiler.is_compiling()
-        and settings.backend() in ("auto", "cpu")
-        and forward_ad._current_level < 0
-        and not dispatch.explaining()
-        and not torch_module._has_any_global_hook()
-    )
+    return eager.applies(input) and not torch_module._has_any_global_hook()
+
+
+@eager.composite("separable_conv2d_training")
+def training_composite(*args: Any) -> tuple[Tensor, ...]:
+    """Return the result of a block in training, given the op's arguments, as a tuple."""
+    return reference.separable_conv2d_train_forward(*args)[:1]
 
 
 class Shortcut:

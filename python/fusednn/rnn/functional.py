@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..core import dispatch, native, settings
+from ..core import eager, native
 from ..core.checks import check_floating, check_same_kind, check_tensor
 from ..core.transforms import autocast_enabled, may_need_backward
-from . import ops
+from . import ops, reference
+
+
+@eager.composite("lstm_cell")
+def lstm_cell_composite(*tensors: Any) -> tuple[Tensor, ...]:
+    """Return h' and c', given the cell's seven tensors."""
+    return reference.lstm_cell_forward(*tensors, save_gates=False)[:2]
+
+
+@eager.composite("gru_cell")
+def gru_cell_composite(*tensors: Any) -> tuple[Tensor, ...]:
+    """Return h', given the cell's six tensors, as a tuple."""
+    return reference.gru_cell_forward(*tensors, save_gates=False)[:1]
 
 
 def lstm_cell(
@@ -47,7 +60,7 @@ def lstm_cell(
     tensors = (input, *(hx if isinstance(hx, (tuple, list)) else (hx,)), *parameters)
     if has_torch_function(tensors):
         return handle_torch_function(lstm_cell, tensors, input, hx, *parameters)
-    if len(tensors) == 7 and type(hx) is tuple and _shortcut_applies(tensors):
+    if len(tensors) == 7 and type(hx) is tuple and eager.applies(*tensors):
         found = native.extension.cpu.try_lstm_cell(*tensors)
         if found is not None:
             return found
@@ -99,7 +112,7 @@ def gru_cell(
     tensors = (input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     if has_torch_function(tensors):
         return handle_torch_function(gru_cell, tensors, *tensors)
-    if _shortcut_applies(tensors):
+    if eager.applies(*tensors):
         found = native.extension.cpu.try_gru_cell(*tensors)
         if found is not None:
             return found
@@ -109,21 +122,6 @@ def gru_cell(
         input, (hx,), *parameters = _autocast(input, (hx,), *parameters)
     save_gates = may_need_backward(input, hx, *parameters)
     return ops.gru_cell_forward(input, hx, *parameters, save_gates)[0]
-
-
-def _shortcut_applies(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a plain CPU call may go straight to the extension, past the dispatcher.
-
-    An argument that is no tensor is left to the checks, which name it.
-    """
-    return (
-        native.extension is not None
-        and not torch.compiler.is_compiling()
-        and settings.backend() in ("auto", "cpu")
-        and forward_ad._current_level < 0
-        and not dispatch.explaining()
-        and all(t is None or isinstance(t, Tensor) for t in tensors)
-    )
 
 
 def _check(

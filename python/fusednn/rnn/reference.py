@@ -13,14 +13,12 @@ the second derivative's way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.tensors import accumulation_dtype, where_needed
-from ..core.transforms import gradients_by_autograd
 
 
 def lstm_cell_forward(
@@ -132,15 +130,3 @@ def gru_cell_backward(
         lambda: d_gates_h.sum(0),
     )
     return where_needed(grads, output_mask, input)
-
-
-def lstm_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Return the differentiable gradients of the forward's seven tensors, for the eager shortcut."""
-    needs = [t is not None and t.requires_grad for t in tensors]
-    return gradients_by_autograd(lambda *t: lstm_cell_forward(*(*t, False))[:2], tensors, grads, needs)
-
-
-def gru_cell_gradients(grads: Sequence[Any], tensors: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Return the differentiable gradients of the forward's six tensors, for the eager shortcut."""
-    needs = [t is not None and t.requires_grad for t in tensors]
-    return gradients_by_autograd(lambda *t: gru_cell_forward(*(*t, False))[:1], tensors, grads, needs)
