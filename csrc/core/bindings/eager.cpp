@@ -61,7 +61,7 @@ bool watched(const variable_list& grads) {
 
 void composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
                          at::ArrayRef<bool> needs, const pybind11::tuple& options,
-                         at::MutableArrayRef<at::Tensor> found) {
+                         std::span<at::Tensor> found) {
   pybind11::list inputs, cotangents, needed;
   for (const at::Tensor& t : tensors) inputs.append(or_none(t));
   for (const at::Tensor& g : grads) cotangents.append(or_none(g));

@@ -13,6 +13,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
+#include <span>
+
 #include "core/bindings/op.h"
 #include "core/bindings/tensor_checks.h"
 
@@ -60,7 +63,7 @@ bool watched(const variable_list& grads);
 // The gradients as autograd finds them for the layer's composite, which can be differentiated again.
 void composite_gradients(const char* name, at::TensorList tensors, const variable_list& grads,
                          at::ArrayRef<bool> needs, const pybind11::tuple& options,
-                         at::MutableArrayRef<at::Tensor> found);
+                         std::span<at::Tensor> found);
 
 template <class Layer>
 class EagerNode : public torch::autograd::Function<EagerNode<Layer>> {
