@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.overrides import has_torch_function
 
 from ..core import eager, native
-from . import backends, reference
+from . import ops, reference
 
 if TYPE_CHECKING:
     from .modules import MultiheadAttention
@@ -43,7 +43,7 @@ def attend(
         layer.num_heads,
         layer.batch_first,
         weights,
-        backends.FEWEST_PROJECTED_ROWS,
+        ops.FEWEST_PROJECTED_ROWS,
     )
     if found is None:
         return None

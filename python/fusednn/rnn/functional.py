@@ -11,19 +11,19 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..core import eager, native
 from ..core.checks import check_floating, check_same_kind, check_tensor
 from ..core.transforms import autocast_enabled, may_need_backward
-from . import ops, reference
+from . import ops
 
 
 @eager.composite("lstm_cell")
 def lstm_cell_composite(*tensors: Any) -> tuple[Tensor, ...]:
     """Return h' and c', given the cell's seven tensors."""
-    return reference.lstm_cell_forward(*tensors, save_gates=False)[:2]
+    return ops.lstm_cell_forward.reference(*tensors, False)[:2]
 
 
 @eager.composite("gru_cell")
 def gru_cell_composite(*tensors: Any) -> tuple[Tensor, ...]:
     """Return h', given the cell's six tensors, as a tuple."""
-    return reference.gru_cell_forward(*tensors, save_gates=False)[:1]
+    return ops.gru_cell_forward.reference(*tensors, False)[:1]
 
 
 def lstm_cell(
