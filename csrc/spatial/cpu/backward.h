@@ -71,9 +71,15 @@ struct SpatialBackwardPass : SpatialPass<T, S, Image> {
     else if (shape.output == SpatialOutput::sum)
       project(this->features(r), Rows<const T>{s.grads, shape.channels, shape.glimpses}, d);
     else
-      for (int64_t g = 0; g < shape.glimpses; ++g)
-        add_coordinate_gradient(r.length, grad + (r.n * shape.glimpses + g) * 2, this->x + r.first,
-                                this->y + r.first, d.row(g));
+      for (int64_t g = 0; g < shape.glimpses; ++g) {
+        const S* xy = grad + (r.n * shape.glimpses + g) * 2;
+        const Vec<T> by_x(static_cast<T>(widen(xy[0]))), by_y(static_cast<T>(widen(xy[1])));
+        for_vectors<T>(r.length, [&](int64_t i, int64_t) {
+          const Vec<T> along_x = Vec<T>::load(this->x + r.first + i) * by_x,
+                       along_y = Vec<T>::load(this->y + r.first + i) * by_y;
+          (Vec<T>::load(d.row(g) + i) + (along_x + along_y)).store(d.row(g) + i);
+        });
+      }
   }
 
   // d s of sample n; the positional hidden term's gradient is that.

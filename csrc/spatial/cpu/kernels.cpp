@@ -99,8 +99,13 @@ void softmax_backward(const SpatialSoftmaxBackward& b, const Parallel& parallel)
         widen_row(static_cast<const S*>(p.map) + r * area, area, a);
         if (keep) expand_mask(p.mask + r * area, area, keep);
         widen_row_or_zero(typed<S>(b.grad_map, r * area), area, d);
-        if (const S* xy = typed<S>(b.grad_coordinates, 2 * r))
-          add_coordinate_gradient(area, xy, buffers.x, buffers.y, d);
+        if (const S* xy = typed<S>(b.grad_coordinates, 2 * r)) {
+          const Vec<T> by_x(static_cast<T>(widen(xy[0]))), by_y(static_cast<T>(widen(xy[1])));
+          for_vectors<T>(area, [&](int64_t i, int64_t) {
+            const Vec<T> along = Vec<T>::load(buffers.x + i) * by_x + Vec<T>::load(buffers.y + i) * by_y;
+            (Vec<T>::load(d + i) + along).store(d + i);
+          });
+        }
         softmax_backward_row(area, keep, a, t, d, b.grad_temperature ? temperatures + r : nullptr);
         if (b.grad_logits) narrow_row(d, area, static_cast<S*>(b.grad_logits) + r * area);
       }

@@ -154,16 +154,6 @@ void coordinate_rows(int64_t height, int64_t width, T* x, T* y) {
   zero_end(height * width, y);
 }
 
-// d[p] += x[p] g[0] + y[p] g[1], g being the gradient of the coordinates.
-template <class T, class S>
-void add_coordinate_gradient(int64_t count, const S* g, const T* x, const T* y, T* d) {
-  const Vec<T> by_x(static_cast<T>(widen(g[0]))), by_y(static_cast<T>(widen(g[1])));
-  for_vectors<T>(count, [&](int64_t i, int64_t) {
-    const Vec<T> along = Vec<T>::load(x + i) * by_x + Vec<T>::load(y + i) * by_y;
-    (Vec<T>::load(d + i) + along).store(d + i);
-  });
-}
-
 template <class T>
 FUSEDNN_INLINE T dot_rows(int64_t count, const T* a, const T* b) {
   Vec<T> total(T(0));
