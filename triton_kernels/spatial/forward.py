@@ -104,21 +104,21 @@ def attention_combine_kernel(inputs, attended, map, parts, numbers, C: tl.conste
     """Map and attended features from what the tiles of a sample made."""
     accumulator: tl.constexpr = parts.stats.dtype.element_ty
     program, splits = tl.program_id(0), numbers.splits
-    place = place_of(program, inputs, numbers, C)
-    n = place.n
+    n = (program // splits).to(tl.int64)
     t = temperature_of(inputs, numbers, accumulator)
     g = tl.arange(0, C.BLOCK_G)[:, None]
     largest, total = combined(parts.stats, n, splits, g, t, C)
-    own = tl.load(parts.stats + (program.to(tl.int64) * C.MAPS + g) * 2, mask=g < C.MAPS, other=0.0)
-    factor = weight_of(own - or_zero(largest), t)
-    at = (n * C.MAPS + g) * numbers.positions + place.p
-    a = load(parts.weights, at, place.shown & (g < C.MAPS)) * factor
-    a = tl.where(place.shown, a / or_one(total), 0.0)
-    store(map, at, a, place.present & (g < C.MAPS))
     if C.OUTPUT == "sum" or C.OUTPUT == "coordinates":
         items = numbers.channels if C.OUTPUT == "sum" else 2
         if program % splits == 0:
             for k in range(C.MAPS):
                 _combine_sums(parts, attended.data, n, splits, items, k, largest, total, t, C)
-    elif C.OUTPUT != "map":
+    own = tl.load(parts.stats + (program.to(tl.int64) * C.MAPS + g) * 2, mask=g < C.MAPS, other=0.0)
+    factor = weight_of(own - or_zero(largest), t)
+    place = place_of(program, inputs, numbers, C)  # after the loops, which have no registers to spare for it
+    at = (n * C.MAPS + g) * numbers.positions + place.p
+    a = load(parts.weights, at, place.shown & (g < C.MAPS)) * factor
+    a = tl.where(place.shown, a / or_one(total), 0.0)
+    store(map, at, a, place.present & (g < C.MAPS))
+    if C.OUTPUT == "scale" or C.OUTPUT == "flatten":
         _store_scaled(inputs, attended, a, place, numbers.channels, C)
