@@ -1,9 +1,6 @@
 """Multi-head attention, forward and backward."""
 
-from .launch import (
-    attention_backward,
-    attention_forward,
-)
+from .launch import attention_backward, attention_forward
 
 __all__ = [
     "attention_backward",
