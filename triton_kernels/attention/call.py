@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.arguments import as_bytes, bits_of, constants, dense_rows, grid_of
 from ..core.checks import Check
 from .arguments import Constants, Inputs, KeyMask, Numbers, Rows, Scores
-from .tiles import Tile, capability
+from .tiles import Tile, tile_of
 
 MOST_LENGTH = 2**29  # of rows, keys, offsets and windows: positions are 32-bit numbers
 MOST_WIDTH = 256
@@ -39,9 +39,15 @@ class Attention:
             self.rows = min(call.max_seqlen_q, self.rows)
             self.columns = min(call.max_seqlen_k, self.columns)
         self.inputs = self._inputs(check)
+        self.wide = torch.promote_types(call.query.dtype, torch.float32)  # of the arithmetic
+        # Scores are natural logarithms where numbers are added to them, or the dtype is wide.
+        masks = (self.inputs.mask, self.inputs.key_mask)
+        added = any(mask is not None and mask.data.dtype != torch.uint8 for mask in masks)
+        self.natural = added or call.query.dtype == self.wide
 
     def _inputs(self, check: Check) -> Inputs:
-        call, scores = self.call, (*self.query.shape[:3], self.key.shape[2])
+        call, seed = self.call, self.call.dropout_seed
+        scores = (*self.query.shape[:3], self.key.shape[2])
         mask = as_bytes(None if call.mask is None else call.mask.expand(scores))
         key_mask = as_bytes(call.key_mask)
         return Inputs(
@@ -55,41 +61,20 @@ class Attention:
             slopes=check.dense("alibi_slopes", call.alibi_slopes, (self.heads,), torch.float32),
             cu_seqlens_q=call.cu_seqlens_q,
             cu_seqlens_k=call.cu_seqlens_k,
-            seed=call.dropout_seed.reshape(1) if self.drops_out else None,
+            seed=seed.reshape(1) if seed is not None and call.dropout_p > 0 else None,
         )
-
-    @property
-    def drops_out(self) -> bool:
-        """Whether a weight may be dropped."""
-        return self.call.dropout_seed is not None and self.call.dropout_p > 0
-
-    @property
-    def wide(self) -> torch.dtype:
-        """Of the arithmetic."""
-        return torch.promote_types(self.query.dtype, torch.float32)
-
-    @property
-    def natural(self) -> bool:
-        """Whether scores are natural logarithms: numbers are added to them, or the dtype is wide."""
-        masks = (self.inputs.mask, self.inputs.key_mask)
-        added = any(mask is not None and mask.data.dtype != torch.uint8 for mask in masks)
-        return added or self.query.dtype == self.wide
 
     @property
     def keep_scale(self) -> float:
         """What a weight that dropout keeps is multiplied by."""
-        if not self.drops_out:
+        if self.inputs.seed is None:
             return 1.0
         return 0.0 if self.call.dropout_p >= 1 else 1 / (1 - self.call.dropout_p)
 
     def tile(self, kernel: str) -> Tile:
         """Blocks of `kernel`; of the shape of a sample alone, so that bits don't depend on B."""
-        return Tile.of(
-            kernel, self.query.shape[3], self.value.shape[3], self.query.element_size(),
-            self.rows, self.columns, capability(),
-            masked=self.inputs.mask is not None, padded=self.inputs.key_mask is not None,
-            dropout=self.drops_out, capped=self.call.softcap > 0,
-        )  # fmt: skip
+        sizes = (self.query.shape[3], self.value.shape[3])
+        return tile_of(kernel, self.inputs, *sizes, self.rows, self.columns, self.call.softcap > 0)
 
     def empty_rows(self) -> Tensor:
         """Uninitialised [B, H, L] of the arithmetic's dtype."""

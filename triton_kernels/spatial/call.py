@@ -64,20 +64,23 @@ class Tile:
         return {"num_warps": self.warps, "enable_fp_fusion": True}
 
 
-@dataclass(frozen=True)
 class Attention:
     """One call, all tensors dense; see `of` and `of_maps`."""
 
-    check: Check
-    map_size: tuple[int, ...]
-    output: str
-    batch: int
-    maps: int
-    rows: int
-    channels: int
-    inputs: Inputs
-    temperature: float
-    format: torch.memory_format
+    def __init__(
+        self, call: Any, check: Check, inputs: Inputs, size: Sequence[int], output: str,
+        format: torch.memory_format,
+    ) -> None:  # fmt: skip
+        """Of checked `inputs` and maps of this size."""
+        n, g, height, width = self.map_size = tuple(size)
+        self.check, self.like, self.inputs, self.temperature = check, check.like, inputs, call.temperature
+        self.output, self.format, self.positions = output, format, height * width
+        self.wide = torch.promote_types(self.like.dtype, torch.float32)  # of the arithmetic
+        self.last = format is torch.channels_last  # images are [N, H, W, C] in memory
+        self.additive = inputs.v is not None  # scores are
+        self.batch, self.maps, self.rows, self.channels = n * g, 1, 1, 1
+        if inputs.weight is not None:
+            self.batch, self.maps, (self.rows, self.channels) = n, g, inputs.weight.shape
 
     @classmethod
     def of_maps(cls, call: Any, logits: str, coordinates: bool) -> Attention:
@@ -94,7 +97,7 @@ class Attention:
             learned=_checked_temperature(check, call.learned_temperature),
         )
         output, format = "coordinates" if coordinates else "map", torch.contiguous_format
-        return cls(check, size, output, n * g, 1, 1, 1, inputs, call.temperature, format)
+        return cls(call, check, inputs, size, output, format)
 
     @classmethod
     def of(cls, call: Any) -> Attention:
@@ -116,28 +119,7 @@ class Attention:
             mask=_mask(check("mask", call.mask, (n, height * width), torch.bool)),
             learned=_checked_temperature(check, call.learned_temperature),
         )
-        size = (n, maps, height, width)
-        return cls(check, size, output, n, maps, rows, channels, inputs, call.temperature, format)
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the call's dtype and device: its features or logits, as they were given."""
-        return self.check.like
-
-    @property
-    def positions(self) -> int:
-        """Of a map."""
-        return self.map_size[2] * self.map_size[3]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """Of the arithmetic."""
-        return torch.promote_types(self.like.dtype, torch.float32)
-
-    @property
-    def last(self) -> bool:
-        """Whether images are [N, H, W, C] in memory."""
-        return self.format is torch.channels_last
+        return cls(call, check, inputs, (n, maps, height, width), output, format)
 
     @property
     def tile(self) -> Tile:
@@ -159,11 +141,6 @@ class Attention:
     def programs(self, tile: Tile) -> int:
         """Of all samples."""
         return self.batch * self.splits(tile)
-
-    @property
-    def additive(self) -> bool:
-        """Whether scores are."""
-        return self.inputs.v is not None
 
     def images(self, t: Tensor) -> Features:
         """Dense images in the call's format."""
