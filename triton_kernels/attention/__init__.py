@@ -2,7 +2,4 @@
 
 from .launch import attention_backward, attention_forward
 
-__all__ = [
-    "attention_backward",
-    "attention_forward",
-]
+__all__ = ["attention_backward", "attention_forward"]

@@ -17,6 +17,7 @@ from .tiles import Tile, tile_of
 
 MOST_LENGTH = 2**29  # of rows, keys, offsets and windows: positions are 32-bit numbers
 MOST_WIDTH = 256
+MOST_EXTRA = 16
 LOG2E = 1 / math.log(2)
 WEIGHTS = ("none", "mean", "heads")
 
@@ -47,6 +48,7 @@ class Attention:
 
     def _inputs(self, check: Check) -> Inputs:
         call, seed = self.call, self.call.dropout_seed
+        extra = (self.key_heads, self.extra)
         scores = (*self.query.shape[:3], self.key.shape[2])
         mask = as_bytes(None if call.mask is None else call.mask.expand(scores))
         key_mask = as_bytes(call.key_mask)
@@ -56,8 +58,8 @@ class Attention:
             value=Rows.of(self.value),
             mask=Scores.of(mask),
             key_mask=None if key_mask is None else KeyMask(key_mask, *key_mask.stride()),
-            extra_key=None if call.extra_key is None else call.extra_key.contiguous(),
-            extra_value=None if call.extra_value is None else call.extra_value.contiguous(),
+            extra_key=check.dense("extra_key", call.extra_key, (*extra, self.key.shape[3])),
+            extra_value=check.dense("extra_value", call.extra_value, (*extra, self.value.shape[3])),
             slopes=check.dense("alibi_slopes", call.alibi_slopes, (self.heads,), torch.float32),
             cu_seqlens_q=call.cu_seqlens_q,
             cu_seqlens_k=call.cu_seqlens_k,
@@ -164,12 +166,18 @@ def _check_heads(call: Any) -> Check:
     return check
 
 
+def _check_both(check: Check, call: Any, *names: str) -> dict[str, Tensor]:
+    """Tensors that are given together, or empty."""
+    found = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
+    if found and len(found) < len(names):
+        raise check.error(f"got one of {' and '.join(names)}, expected both or neither")
+    return found
+
+
 def _check_packed(check: Check, call: Any) -> None:
-    bounds = {name: getattr(call, name) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-    if bounds["cu_seqlens_q"] is None and bounds["cu_seqlens_k"] is None:
+    bounds = _check_both(check, call, "cu_seqlens_q", "cu_seqlens_k")
+    if not bounds:
         return
-    if None in bounds.values():
-        raise check.error("got one of cu_seqlens_q and cu_seqlens_k, expected both or neither")
     for name, t in bounds.items():
         check(name, t, (max(t.numel(), 1),), torch.int32)
     batch, others = call.query.shape[0], (call.mask, call.key_mask, call.extra_key, call.extra_value)
@@ -196,13 +204,6 @@ def _check_mask(check: Check, name: str, mask: Tensor | None, shape: Sequence[in
 
 
 def _check_extra(check: Check, call: Any) -> None:
-    extra_key, extra_value, groups = call.extra_key, call.extra_value, call.key.shape[1]
-    if extra_key is None and extra_value is None:
-        return
-    if extra_key is None or extra_value is None:
-        raise check.error("got one of extra_key and extra_value, expected both or neither")
-    extra = extra_key.shape[1] if extra_key.dim() == 3 else 0
-    if not 1 <= extra <= 16:
-        raise check.error(f"extra_key: got shape {list(extra_key.shape)}, expected [G, X, D], X to 16")
-    check("extra_key", extra_key, (groups, extra, call.key.shape[3]))
-    check("extra_value", extra_value, (groups, extra, call.value.shape[3]))
+    for name, t in _check_both(check, call, "extra_key", "extra_value").items():
+        if t.dim() != 3 or not 1 <= t.shape[1] <= MOST_EXTRA:
+            raise check.error(f"{name}: got shape {list(t.shape)}, expected [G, X, D], X to {MOST_EXTRA}")

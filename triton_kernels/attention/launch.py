@@ -58,8 +58,5 @@ def attention_forward(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_backward(call: Any) -> tuple[Tensor, ...]:
-    """Gradients of `attention_forward`, whose weights are made again from lse; empty where masked.
-
-    That of a mask has the mask's own shape. Raises RuntimeError if a shape, dtype or device misfits.
-    """
+    """Gradients, empty where masked; raises RuntimeError if a shape, dtype or device misfits."""
     return Gradients(call).run()

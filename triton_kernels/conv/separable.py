@@ -34,19 +34,9 @@ BLOCK_P = 32
 
 @triton.jit(do_not_specialize=["numbers"])
 def separable_forward_kernel(
-    input,
-    weight1,
-    bias1,
-    weight2,
-    bias2,
-    residual,
-    output,
-    channels,
-    outputs,
-    window,
-    numbers,
+    input, weight1, bias1, weight2, bias2, residual, output, channels, outputs, window, numbers,
     C: tl.constexpr,
-):
+):  # fmt: skip
     """Weight1 [C, KH, KW], weight2 [O, C]; biases and residual may be None."""
     place = column_of(place_of(tl.program_id(0), numbers, output, C.BLOCK_P))
     dtype: tl.constexpr = input.data.dtype.element_ty
@@ -101,17 +91,11 @@ def separable_conv2d_forward(call: Any) -> Tensor:
     block_o = max(triton.next_power_of_2(outputs), 16)
     # Four elements of the depthwise tile a thread, all loads of a row being in flight.
     wide = block_o > 64 or call.input.dtype == torch.float32
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     chosen = Constants(
-        KH=None,
-        KW=conv.weight.shape[3],
-        MULTIPLIER=conv.multiplier,
-        BLOCK_P=BLOCK_P,
-        BLOCK_C=32 if wide else 16,
-        ACTIVATION=call.depthwise_activation,
-        BLOCK_O=block_o,
-        ACTIVATION2=call.pointwise_activation,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-    )
+        None, conv.weight.shape[3], conv.multiplier, BLOCK_P, 32 if wide else 16, BLOCK_O=block_o,
+        ACTIVATION=call.depthwise_activation, ACTIVATION2=call.pointwise_activation, PRECISION=precision,
+    )  # fmt: skip
     to = conv.image(output)
     with device_guard(call.input):
         separable_forward_kernel[(triton.cdiv(conv.positions(output), BLOCK_P),)](
