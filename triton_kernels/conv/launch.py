@@ -136,9 +136,9 @@ def depthwise_conv2d_backward(call: Any) -> tuple[Tensor, ...]:
     needed, found = wanted(names, call.output_mask), {}
     if needed:
         grad_z = _grad_before_activation(conv, call)
-        found = _parameter_gradients(conv, grad_z, needed)
         if "input" in needed:
             found["input"] = _grad_input(conv, grad_z)
+        found |= _parameter_gradients(conv, grad_z, needed)
     like = torch.empty_like(call.weight)
     if "weight" in found and not like.is_contiguous():
         found["weight"] = like.copy_(found["weight"])

@@ -92,8 +92,8 @@ def _of_scores(attention: Attention, incoming: Incoming, d_scores: Tensor | None
         attention.launch(attention_map_gradient_kernel, (programs,), tile, incoming, d_scores, stats)
     found = (None if d_f is None else attention.images(d_f), d_term, weights, temperatures)
     attention.launch(attention_backward_kernel, (programs,), tile, incoming, d_scores, stats, *found)
-    d_t = None if learned is None else added_up(temperatures, learned.shape, learned.dtype)
     d_weight = added_up(weights, (maps, channels), like.dtype)
+    d_t = None if learned is None else added_up(temperatures, learned.shape, learned.dtype)
     return {"features": d_f, "term": d_term, "weight": d_weight, "temperature": d_t}
 
 
