@@ -67,12 +67,12 @@ def test_the_command_reports_every_case(tmp_path):
     report = tmp_path / "aot.json"
     command = [sys.executable, str(ROOT / "tools" / "triton_aot.py"), "--json", str(report)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    chosen = ["lstm_forward/wide", "--arch", "90", "80", "--dtype", "fp32"]
+    chosen = ["lstm/bare", "--arch", "90", "80", "--dtype", "fp32"]
     done = subprocess.run([*command, *chosen], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(report.read_text())
     assert [(r["case"], r["dtype"], r["arch"], r["ok"]) for r in results] == [
-        ("lstm_forward/wide", "fp32", arch, True) for arch in (90, 80)
+        ("lstm/bare", "fp32", arch, True) for arch in (90, 80)
     ]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.places import ALL, INTERPRETED, running_on
 
-from .triton_calls import SEED, check, make, run
+from .triton_calls import SEED, check, forward, make, run
 
 pytestmark = pytest.mark.interpreter
 INTERPRETER = next(place for place in ALL if place.name == "triton-interpreted")
@@ -234,10 +234,10 @@ def test_output_is_laid_out_by_rows(kernels):
 def test_errors_name_the_argument(kernels):
     work = make((1, 4, 3, 5, 6, 8, 8))
     with pytest.raises(RuntimeError, match="key: got 3 heads, expected a divisor of the query's 4"):
-        kernels.attention_forward(*work.tensors, *work.options)
+        forward(kernels, work)
     work = make((1, 2, 1, 5, 6, 8, 8), mask=torch.zeros(1, 1, 5, 7))
     with pytest.raises(RuntimeError, match="mask: got shape"):
-        kernels.attention_forward(*work.tensors, *work.options)
+        forward(kernels, work)
     work = make((1, 2, 1, 5, 6, 257, 8))
     with pytest.raises(RuntimeError, match="query: got head size 257, expected at most 256"):
-        kernels.attention_forward(*work.tensors, *work.options)
+        forward(kernels, work)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusednn.attention import reference
+from fusednn.core.op import OPS
 from fusednn.testing import assert_close_to_oracle
 
 RESULTS = ("output", "lse", "weights")
@@ -94,13 +95,18 @@ def make(
     return Work(tensors, options, grads)
 
 
+def forward(kernels: Any, work: Work) -> tuple[Tensor, ...]:
+    """Output, lse and weights by the launcher."""
+    return kernels.attention_forward(OPS["attention_forward"].Call(*work.tensors, *work.options))
+
+
 def run(kernels: Any, work: Work) -> dict[str, Tensor]:
     """All results and gradients by the launchers."""
-    results = kernels.attention_forward(*work.tensors, *work.options)
-    grads = kernels.attention_backward(
+    results = forward(kernels, work)
+    call = OPS["attention_backward"].Call(
         *work.grads, *work.tensors, results[0], results[1], *work.options, work.needs()
     )
-    return _named(work, results, grads)
+    return _named(work, results, kernels.attention_backward(call))
 
 
 def expected(work: Work) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fusednn
+from fusednn.core.op import OPS
 from tests.places import ALL, INTERPRETED, running_on
 
 from .cases import check, fused_step, make, run
@@ -102,8 +103,9 @@ def test_offsets_beyond_2_31(kernels, tmp_path):
     f, out = (files(str(tmp_path / name)).as_strided((n, c, p), strides) for name in "fo")
     f.copy_(torch.randn(n, c, p))
     weight, map = torch.randn(1, c).half(), torch.empty(n, 1, p).half()
+    features = torch.zeros(n, c, 2, 2).half()
     call = kernels.Attention.of(
-        "test", torch.zeros(n, c, 2, 2).half(), weight, None, None, None, None, 1.0, "scale"
+        OPS["spatial_attention_forward"].Call(features, weight, None, None, None, None, 1.0, "scale")
     )
     inputs = call.inputs._replace(features=Features(f, *strides))
     attended = Attended(out, strides[0], 0, *strides[1:])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..core.aot import AotCase, empty
+from ..core.aot import AotCase, empty, launch
 from .launch import attention_backward, attention_forward
 
 _BATCH, _HEADS, _KEY_HEADS, _LENGTH, _EXTRA = 2, 4, 2, 4096, 2
@@ -41,14 +41,14 @@ def _call(
         empty(1, dtype=torch.int64) if dropout_p else None,
     )  # fmt: skip
     options = (_LENGTH, _LENGTH, 0.125, window_left, window_right, 0, softcap, dropout_p, weights)
-    output, lse, found = attention_forward(*tensors, *options)
+    output, lse, found = launch(attention_forward, *tensors, *options)
     grads = (
         output,
         empty(*lse.shape, dtype=wide) if grad_lse else None,
         found if weights != "none" else None,
     )
     needed = (True, True, True, mask, False, extra, extra)
-    attention_backward(*grads, *tensors, output, lse, *options, needed)
+    launch(attention_backward, *grads, *tensors, output, lse, *options, needed)
 
 
 def _case(variant: str, size: int, *dtypes: torch.dtype) -> AotCase:

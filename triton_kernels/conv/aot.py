@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core.aot import AotCase, empty
+from ..core.aot import AotCase, empty, launch
 from .launch import depthwise_conv2d_backward, depthwise_conv2d_forward
 from .separable import separable_conv2d_forward
 
@@ -26,8 +26,8 @@ def _depthwise(
         inputs = (_image(format, dtype), empty(_CHANNELS, 1, size, size, dtype=dtype),
                   empty(_CHANNELS, dtype=dtype))  # fmt: skip
         options = ((stride, stride), (size // 2,) * 4, (1, 1), activation)
-        output = depthwise_conv2d_forward(*inputs, *options)
-        depthwise_conv2d_backward(output, *inputs, *options, (True, True, True))
+        output = launch(depthwise_conv2d_forward, *inputs, *options)
+        launch(depthwise_conv2d_backward, output, *inputs, *options, (True, True, True))
 
     return AotCase(f"depthwise/{str(format)[6:]} k{size} s{stride} {activation}", call, dtypes)
 
@@ -46,9 +46,8 @@ def _separable(
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
-            separable_conv2d_forward(
-                _image(format, dtype), *weights, residual, (1, 1), (1,) * 4, (1, 1), "relu6", "none"
-            )
+            options = ((1, 1), (1,) * 4, (1, 1), "relu6", "none")
+            launch(separable_conv2d_forward, _image(format, dtype), *weights, residual, *options)
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 

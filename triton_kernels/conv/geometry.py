@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,78 +21,42 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
     return last if any(suggest_memory_format(t) == last for t in tensors) else torch.contiguous_format
 
 
-@dataclass(frozen=True)
 class Convolution:
-    """Input [N, C, H, W], weight [C m, 1, kh, kw] and bias [C m], dense and in one format; see `of`."""
+    """Of a call: input [N, C, H, W], weight [C m, 1, kh, kw] and bias [C m], dense and in one format."""
 
-    check: Check
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    stride: tuple[int, int]
-    pad: tuple[int, int]  # top, left
-    dilation: tuple[int, int]
-    out_size: tuple[int, int]
-    format: torch.memory_format
-
-    @classmethod
-    def of(
-        cls,
-        op: str,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        *other_weights: Tensor,
-    ) -> Convolution:
+    def __init__(self, call: Any, weight: Tensor, bias: Tensor | None, *other_weights: Tensor) -> None:
         """Raises RuntimeError if a shape, dtype or device does not fit."""
-        check = Check.of(op, "input", input, 4)
-        channels, in_channels = weight.shape[0], input.shape[1]
-        if weight.dim() != 4 or weight.shape[1] != 1 or channels % max(in_channels, 1):
+        self.check = check = Check.of_call(call, "input", 4)
+        input, in_channels = call.input, call.input.shape[1]
+        self.channels = weight.shape[0]  # of the result
+        self.multiplier = self.channels // max(in_channels, 1)
+        if weight.dim() != 4 or weight.shape[1] != 1 or self.channels % max(in_channels, 1):
             raise check.error(
                 f"weight: got shape {list(weight.shape)}, expected [{in_channels} m, 1, kh, kw]"
             )
-        top, bottom, left, right = padding
+        self.stride, self.dilation = tuple(call.stride), tuple(call.dilation)
+        self.pad = (call.padding[0], call.padding[2])  # top, left
+        self.out_size = self._output_size(call, weight.shape[2:])
+        self.format = memory_format(input, weight, *other_weights)
+        self.last = self.format is torch.channels_last
+        self.input = input.contiguous(memory_format=self.format)
+        self.weight = check.dense("weight", weight, weight.shape)
+        self.bias = check.dense("bias", bias, [self.channels])
+
+    def _output_size(self, call: Any, kernel: Sequence[int]) -> tuple[int, int]:
+        input, (top, bottom, left, right) = call.input, call.padding
         sizes = zip(
-            input.shape[2:], (top + bottom, left + right), weight.shape[2:], stride, dilation, strict=True
+            input.shape[2:], (top + bottom, left + right), kernel, self.stride, self.dilation, strict=True
         )
         height, width = ((n + p - d * (k - 1) - 1) // s + 1 for n, p, k, s, d in sizes)
         if min(height, width) < 1:
-            raise check.error(
-                f"input: got shape {list(input.shape)} and padding {list(padding)}, expected at least the "
-                f"kernel's reach, {list(weight.shape[2:])} with dilation {list(dilation)}"
+            raise self.check.error(
+                f"input: got shape {list(input.shape)} and padding {list(call.padding)}, expected at least "
+                f"the kernel's reach, {list(kernel)} with dilation {list(self.dilation)}"
             )
         if max(input.shape[2], height) * input.shape[0] > INT32_MAX:
-            raise check.error(f"input: got {list(input.shape)}, expected fewer than 2^31 rows")
-        format = memory_format(input, weight, *other_weights)
-        return cls(
-            check,
-            input.contiguous(memory_format=format),
-            check.dense("weight", weight, weight.shape),
-            check.dense("bias", bias, [channels]),
-            (stride[0], stride[1]),
-            (top, left),
-            (dilation[0], dilation[1]),
-            (height, width),
-            format,
-        )
-
-    @property
-    def channels(self) -> int:
-        """Of the result."""
-        return self.weight.shape[0]
-
-    @property
-    def multiplier(self) -> int:
-        """Channels of the result for one of the input."""
-        return self.channels // max(self.input.shape[1], 1)
-
-    @property
-    def last(self) -> bool:
-        """Whether images are [N, H, W, C] in memory."""
-        return self.format is torch.channels_last
+            raise self.check.error(f"input: got {list(input.shape)}, expected fewer than 2^31 rows")
+        return height, width
 
     def result_like(self, name: str, t: Tensor, channels: int) -> Tensor:
         """`t`, images of the result's size, in its format."""

@@ -1,15 +1,15 @@
-"""Launchers of the convolutions, with the signatures of the ops: see `fusednn.conv.reference`."""
+"""Launchers of the depthwise convolution, which take the calls of its ops: see `fusednn.conv.reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ..core.arguments import constants
-from ..core.checks import device_guard
+from ..core.checks import device_guard, gradients_in_order, wanted
 from ..core.support import interpreting
 from .arguments import Constants
 from .depthwise import (
@@ -60,32 +60,21 @@ def _launch_forward(
         )  # fmt: skip
 
 
-def depthwise_conv2d_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
-    """The activated convolution of input [N, C, H, W] with weight [C m, 1, kh, kw], in torch's memory format.
-
-    `padding` is that of top, bottom, left and right. Raises RuntimeError if a shape, dtype or device does not
-    fit.
-    """
-    conv = Convolution.of("depthwise_conv2d_forward", input, weight, bias, stride, padding, dilation)
+def depthwise_conv2d_forward(call: Any) -> Tensor:
+    """The activated convolution, in torch's format; RuntimeError if a shape, dtype or device misfits."""
+    conv = Convolution(call, call.weight, call.bias)
     output = conv.empty_result(conv.channels)
-    _launch_forward(conv, conv.input, conv.bias, None, output, activation)
+    _launch_forward(conv, conv.input, conv.bias, None, output, call.activation)
     return output
 
 
-def _grad_before_activation(conv: Convolution, grad_output: Tensor, activation: str) -> Tensor:
-    grad = conv.result_like("grad_output", grad_output, conv.channels)
-    if activation == "none":
+def _grad_before_activation(conv: Convolution, call: Any) -> Tensor:
+    """The gradient of the preactivation, which is computed again."""
+    grad = conv.result_like("grad_output", call.grad_output, conv.channels)
+    if call.activation == "none":
         return grad
     grad_z = conv.empty_result(conv.channels)
-    _launch_forward(conv, conv.input, conv.bias, grad, grad_z, activation)
+    _launch_forward(conv, conv.input, conv.bias, grad, grad_z, call.activation)
     return grad_z
 
 
@@ -109,13 +98,13 @@ def _grad_input(conv: Convolution, grad_z: Tensor) -> Tensor:
     return out
 
 
-def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias, empty where not needed, in two passes."""
+def _parameter_gradients(conv: Convolution, grad_z: Tensor, needed: set[str]) -> dict[str, Tensor]:
+    """Gradients of weight and bias, where needed, in two passes."""
     taps = conv.weight.shape[2] * conv.weight.shape[3]
-    weight = grad_z.new_empty(conv.weight.shape if needs[0] else (0,))
-    bias = grad_z.new_empty((conv.channels if needs[1] else 0,))
-    if conv.channels == 0:
-        return weight, bias
+    sizes = {"weight": conv.weight.shape, "bias": (conv.channels,)}
+    found = {name: grad_z.new_empty(size) for name, size in sizes.items() if name in needed}
+    if not found or conv.channels == 0:
+        return found
     group = min(triton.next_power_of_2(taps), MOST_TAPS)
     positions = conv.positions(grad_z)
     block_p, block_c = _tile(conv.last, min(conv.channels, 32), positions, WEIGHT_TILE // group, 64)
@@ -135,34 +124,22 @@ def _grad_weight(conv: Convolution, grad_z: Tensor, needs: Sequence[bool]) -> tu
                 conv.numbers(grad_z), C=constants(chosen), **OPTIONS,
             )  # fmt: skip
         depthwise_add_splits_kernel[(triton.cdiv((taps + 1) * conv.channels, 128),)](
-            partials, weight if needs[0] else None, bias if needs[1] else None, splits, conv.channels,
-            TAPS=taps, BLOCK=128, **OPTIONS,
+            partials, found.get("weight"), found.get("bias"), splits, conv.channels, TAPS=taps, BLOCK=128,
+            **OPTIONS,
         )  # fmt: skip
-    return weight, bias
+    return found
 
 
-def depthwise_conv2d_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of input, weight and bias, empty where masked; the preactivation is computed again."""
-    conv = Convolution.of("depthwise_conv2d_backward", input, weight, bias, stride, padding, dilation)
-    nothing = input.new_empty(0)
-    if not any(output_mask):
-        return nothing, nothing.clone(), nothing.clone()
-    grad_z = _grad_before_activation(conv, grad_output, activation)
-    grad_input = _grad_input(conv, grad_z) if output_mask[0] else nothing
-    if not any(output_mask[1:]):
-        return grad_input, nothing.clone(), nothing.clone()
-    grad_weight, grad_bias = _grad_weight(conv, grad_z, output_mask[1:])
-    if output_mask[1]:
-        like = torch.empty_like(weight)
-        grad_weight = grad_weight if like.is_contiguous() else like.copy_(grad_weight)
-    return grad_input, grad_weight, grad_bias
+def depthwise_conv2d_backward(call: Any) -> tuple[Tensor, ...]:
+    """Gradients of input, weight and bias, empty where masked."""
+    conv, names = Convolution(call, call.weight, call.bias), ("input", "weight", "bias")
+    needed, found = wanted(names, call.output_mask), {}
+    if needed:
+        grad_z = _grad_before_activation(conv, call)
+        if "input" in needed:
+            found["input"] = _grad_input(conv, grad_z)
+        found |= _parameter_gradients(conv, grad_z, needed)
+    like = torch.empty_like(call.weight)
+    if "weight" in found and not like.is_contiguous():
+        found["weight"] = like.copy_(found["weight"])
+    return gradients_in_order(found, names, call.input)

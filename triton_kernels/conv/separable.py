@@ -13,7 +13,7 @@ Limits: O <= 256 (float32: 128), no float64, dense images, fewer than 2^31 rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -73,49 +73,34 @@ def separable_conv2d_limits(input: Tensor, depthwise_weight: Tensor, pointwise_w
     return [f"got {outputs} output channels, the fused kernel takes at most {most} of {input.dtype}"]
 
 
-def separable_conv2d_forward(
-    input: Tensor,
-    depthwise_weight: Tensor,
-    depthwise_bias: Tensor | None,
-    pointwise_weight: Tensor,
-    pointwise_bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    depthwise_activation: str,
-    pointwise_activation: str,
-) -> Tensor:
-    """The block's inference in one pass: [N, C', H', W'] in torch's memory format.
+def separable_conv2d_forward(call: Any) -> Tensor:
+    """The block's inference in one pass, in torch's memory format.
 
-    Weights are [C m, 1, kh, kw] and [C', C m, 1, 1]; `residual` is added at the end. Raises RuntimeError if a
-    shape, dtype or device does not fit, or if `separable_conv2d_limits` says why not.
+    Raises RuntimeError if a shape, dtype or device misfits, or if `separable_conv2d_limits` says why not.
     """
-    op = "separable_conv2d_forward"
-    conv = Convolution.of(
-        op, input, depthwise_weight, depthwise_bias, stride, padding, dilation, pointwise_weight
-    )
-    for reason in separable_conv2d_limits(input, depthwise_weight, pointwise_weight):
-        raise RuntimeError(f"{op}: {reason}")
-    channels, outputs = conv.channels, pointwise_weight.shape[0]
+    weight1, weight2 = call.depthwise_weight, call.pointwise_weight
+    conv = Convolution(call, weight1, call.depthwise_bias, weight2)
+    for reason in separable_conv2d_limits(call.input, weight1, weight2):
+        raise conv.check.error(reason)
+    channels, outputs = conv.channels, weight2.shape[0]
     depthwise = Weights(conv.weight, conv.bias)
     pointwise = Weights(
-        conv.check.dense("pointwise_weight", pointwise_weight, [outputs, channels, 1, 1]),
-        conv.check.dense("pointwise_bias", pointwise_bias, [outputs]),
+        conv.check.dense("pointwise_weight", weight2, [outputs, channels, 1, 1]),
+        conv.check.dense("pointwise_bias", call.pointwise_bias, [outputs]),
     )
-    added = None if residual is None else conv.result_like("residual", residual, outputs)
+    added = None if call.residual is None else conv.result_like("residual", call.residual, outputs)
     output = conv.empty_result(outputs)
     if output.numel() == 0:
         return output
     block_o = max(triton.next_power_of_2(outputs), 16)
     # Four elements of the depthwise tile a thread, all loads of a row being in flight.
-    wide = block_o > 64 or input.dtype == torch.float32
+    wide = block_o > 64 or call.input.dtype == torch.float32
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     chosen = Constants(
         None, conv.weight.shape[3], conv.multiplier, BLOCK_P, 32 if wide else 16, BLOCK_O=block_o,
-        ACTIVATION=depthwise_activation, ACTIVATION2=pointwise_activation,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        ACTIVATION=call.depthwise_activation, ACTIVATION2=call.pointwise_activation, PRECISION=precision,
     )  # fmt: skip
-    with device_guard(input):
+    with device_guard(call.input):
         separable_forward_kernel[(triton.cdiv(conv.positions(output), BLOCK_P),)](
             conv.image(conv.input), depthwise, pointwise, added, conv.image(output), channels, outputs,
             conv.window(), conv.numbers(output), C=constants(chosen), num_warps=8 if wide else 4,

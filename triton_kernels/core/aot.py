@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusednn.core.op import OPS
 
 from .support import DTYPES
 
@@ -22,6 +25,11 @@ class AotCase:
     name: str
     call: Callable[[torch.dtype], object]
     dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+def launch(launcher: Callable[[Any], Any], *arguments: Any) -> Any:
+    """The results of an op's launcher."""
+    return launcher(OPS[launcher.__name__].Call(*arguments))
 
 
 def empty(*size: int, dtype: torch.dtype) -> Tensor:

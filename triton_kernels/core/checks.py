@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ class Check:
             )
         return check
 
+    @classmethod
+    def of_call(cls, call: Any, name: str, dimensions: int) -> Check:
+        """The same of an op's call, against its argument `name`."""
+        return cls.of(type(call).__name__, name, getattr(call, name), dimensions)
+
     def error(self, message: str) -> RuntimeError:
         """An error of the call, to be raised."""
         return RuntimeError(f"{self.op}: {message}")
@@ -63,6 +68,11 @@ class Check:
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def wanted(names: Sequence[str], output_mask: Sequence[bool]) -> set[str]:
+    """The names of the gradients that a backward is to make."""
+    return {name for name, on in zip(names, output_mask, strict=True) if on}
 
 
 def gradients_in_order(found: dict[str, Tensor], names: Sequence[str], like: Tensor) -> tuple[Tensor, ...]:

@@ -248,13 +248,9 @@ def lstm_gates_backward(
 
 
 def gru_gates_forward(
-    gates_x: Tensor,
-    gates_h: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    hx: Tensor,
+    gates_x: Tensor, gates_h: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, hx: Tensor,
     save_gates: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One GRU step from its two products [B, 3H], in the order r, z, n: h [B, H] and the saved gates.
 
     Those are r, z, n, h_n as [B, 4H], or empty unless `save_gates`.

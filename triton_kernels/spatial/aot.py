@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core.aot import AotCase, empty
+from ..core.aot import AotCase, empty, launch
 from .launch import (
     spatial_attention_backward,
     spatial_attention_forward,
@@ -25,15 +25,15 @@ def _attend(dtype: torch.dtype, format: torch.memory_format, maps: int, output: 
     v = empty(maps, _ROWS, dtype=dtype) if additive else None
     mask = empty(_BATCH, height * width, dtype=torch.bool)
     inputs = (features, weight, term, v, mask, empty(1, dtype=dtype), 1.0, output)
-    attended, map = spatial_attention_forward(*inputs)
-    spatial_attention_backward(attended, map, *inputs, map, (True,) * 5)
+    attended, map = launch(spatial_attention_forward, *inputs)
+    launch(spatial_attention_backward, attended, map, *inputs, map, (True,) * 5)
 
 
 def _softmax(dtype: torch.dtype) -> None:
     logits = empty(_BATCH, 1, 32, 32, dtype=dtype)
     mask, temperature = empty(_BATCH, 1, 1024, dtype=torch.bool), empty(1, dtype=dtype)
-    map, xy = spatial_softmax_forward(logits, mask, temperature, 1.0, True)
-    spatial_softmax_backward(map, xy, mask, temperature, 1.0, map, (True, True))
+    map, xy = launch(spatial_softmax_forward, logits, mask, temperature, 1.0, True)
+    launch(spatial_softmax_backward, map, xy, mask, temperature, 1.0, map, (True, True))
 
 
 def _case(

@@ -64,84 +64,62 @@ class Tile:
         return {"num_warps": self.warps, "enable_fp_fusion": True}
 
 
-@dataclass(frozen=True)
 class Attention:
     """One call, all tensors dense; see `of` and `of_maps`."""
 
-    check: Check
-    map_size: tuple[int, int, int, int]
-    output: str
-    batch: int
-    maps: int
-    rows: int
-    channels: int
-    inputs: Inputs
-    temperature: float
-    format: torch.memory_format
+    def __init__(
+        self, call: Any, check: Check, inputs: Inputs, size: Sequence[int], output: str,
+        format: torch.memory_format,
+    ) -> None:  # fmt: skip
+        """Of checked `inputs` and maps of this size."""
+        n, g, height, width = self.map_size = tuple(size)
+        self.check, self.like, self.inputs, self.temperature = check, check.like, inputs, call.temperature
+        self.output, self.format, self.positions = output, format, height * width
+        self.wide = torch.promote_types(self.like.dtype, torch.float32)  # of the arithmetic
+        self.last = format is torch.channels_last  # images are [N, H, W, C] in memory
+        self.additive = inputs.v is not None  # scores are
+        self.batch, self.maps, self.rows, self.channels = n * g, 1, 1, 1
+        if inputs.weight is not None:
+            self.batch, self.maps, (self.rows, self.channels) = n, g, inputs.weight.shape
 
     @classmethod
-    def of_maps(
-        cls, op: str, logits: Tensor, mask: Tensor | None, learned: Tensor | None, temperature: float,
-        coordinates: bool,
-    ) -> Attention:  # fmt: skip
-        """Every map [N, G, H, W] a sample of its own, whose scores are its term."""
-        check = _check_images(op, "logits", logits)
-        n, g, height, width = logits.shape
-        flat = check("mask", mask, (n, g, height * width), torch.bool)
+    def of_maps(cls, call: Any, logits: str, coordinates: bool) -> Attention:
+        """Every map [N, G, H, W] a sample of its own, whose scores are its term: the argument `logits`."""
+        check = _check_images(call, logits)
+        n, g, height, width = size = check.like.shape
+        mask = check("mask", call.mask, (n, g, height * width), torch.bool)
         inputs = Inputs(
             features=None,
             weight=None,
-            term=logits.contiguous(),
+            term=check.like.contiguous(),
             v=None,
-            mask=_mask(None if flat is None else flat.reshape(n * g, height * width)),
-            learned=_checked_temperature(check, learned),
+            mask=_mask(None if mask is None else mask.reshape(n * g, height * width)),
+            learned=_checked_temperature(check, call.learned_temperature),
         )
         output, format = "coordinates" if coordinates else "map", torch.contiguous_format
-        return cls(check, (n, g, height, width), output, n * g, 1, 1, 1, inputs, temperature, format)
+        return cls(call, check, inputs, size, output, format)
 
     @classmethod
-    def of(
-        cls, op: str, features: Tensor, weight: Tensor, term: Tensor | None, v: Tensor | None,
-        mask: Tensor | None, learned: Tensor | None, temperature: float, output: str,
-    ) -> Attention:  # fmt: skip
+    def of(cls, call: Any) -> Attention:
         """Attention over features [N, C, H, W]; raises RuntimeError if a shape, dtype or device misfits."""
-        check = _check_images(op, "features", features)
+        check = _check_images(call, "features")
+        features, weight, v, output = call.features, call.weight, call.v, call.output
         if output not in OUTPUTS:
-            raise ValueError(f"{op}: output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
+            raise ValueError(f"{check.op}: output: got {output!r}, expected one of {', '.join(OUTPUTS)}")
         n, channels, height, width = features.shape
         rows, maps = weight.shape[0], (weight if v is None else v).shape[0]
         format = suggest_memory_format(features)
         dense = features.contiguous(memory_format=format)
+        term = (n, rows) if v is not None else (n, maps, height * width)
         inputs = Inputs(
             features=_images(dense, format is torch.channels_last),
             weight=check.dense("weight", weight, (rows, channels)),
-            term=check.dense("hidden_term", term, (n, rows) if v is not None else (n, maps, height * width)),
+            term=check.dense("hidden_term", call.hidden_term, term),
             v=check.dense("v", v, (maps, rows)),
-            mask=_mask(check("mask", mask, (n, height * width), torch.bool)),
-            learned=_checked_temperature(check, learned),
+            mask=_mask(check("mask", call.mask, (n, height * width), torch.bool)),
+            learned=_checked_temperature(check, call.learned_temperature),
         )
-        size = (n, maps, height, width)
-        return cls(check, size, output, n, maps, rows, channels, inputs, temperature, format)
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the call's dtype and device: its features or logits, as they were given."""
-        return self.check.like
-
-    @property
-    def positions(self) -> int:
-        """Of a map."""
-        return self.map_size[2] * self.map_size[3]
-
-    @property
-    def wide(self) -> torch.dtype:
-        """Of the arithmetic."""
-        return torch.promote_types(self.like.dtype, torch.float32)
-
-    @property
-    def last(self) -> bool:
-        """Whether images are [N, H, W, C] in memory."""
-        return self.format is torch.channels_last
+        return cls(call, check, inputs, (n, maps, height, width), output, format)
 
     @property
     def tile(self) -> Tile:
@@ -160,10 +138,9 @@ class Attention:
         grid_of(self.check.op, splits * self.batch)
         return splits
 
-    @property
-    def additive(self) -> bool:
-        """Whether scores are."""
-        return self.inputs.v is not None
+    def programs(self, tile: Tile) -> int:
+        """Of all samples."""
+        return self.batch * self.splits(tile)
 
     def images(self, t: Tensor) -> Features:
         """Dense images in the call's format."""
@@ -217,6 +194,10 @@ class Attention:
         """An uninitialised tensor of the call's dtype."""
         return torch.empty(tuple(size), dtype=self.like.dtype, device=self.like.device, memory_format=format)
 
+    def empty_scores(self) -> Tensor:
+        """Uninitialised [N, G, P] of the arithmetic's dtype."""
+        return self.empty_wide(self.batch, self.maps, self.positions)
+
     def empty_wide(self, *size: int) -> Tensor:
         """An uninitialised tensor of the arithmetic's dtype."""
         return torch.empty(size, dtype=self.wide, device=self.like.device)
@@ -232,8 +213,9 @@ def _mask(mask: Tensor | None) -> Mask | None:
     return None if mask is None else Mask(as_bytes(mask), *mask.stride())
 
 
-def _check_images(op: str, name: str, t: Tensor) -> Check:
-    check = Check.of(op, name, t, 4)
+def _check_images(call: Any, name: str) -> Check:
+    check = Check.of_call(call, name, 4)
+    t = check.like
     if 0 in t.shape[1:]:
         raise check.error(f"{name}: got shape {list(t.shape)}, expected channels and positions")
     if t.shape[2] * t.shape[3] > INT32_MAX // 4:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..core.checks import device_guard
+from ..core.checks import device_guard, gradients_in_order, wanted
 from .additive import (
     attention_energy_gradient_kernel,
     attention_feature_gradient_kernel,
@@ -46,123 +47,104 @@ def added_up(partials: Tensor | None, size: Sequence[int], dtype: torch.dtype) -
     return None if partials is None else added(partials, 1, partials.shape[0], size, dtype)
 
 
-class Gradients:
-    """Gradients of one call; `run` returns those in `needed`: features, weight, term, v and temperature."""
+def gradients(
+    attention: Attention, call: Any, grad: Tensor | None, names: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """Gradients of a call by `grad`, of what maps weigh, and by that of the map; empty where masked."""
+    needed, like = wanted(names, call.output_mask), call.map
+    if not needed:
+        return gradients_in_order({}, names, like)
+    incoming, d_scores = _incoming(attention, call, grad), None
+    if attention.additive or attention.splits(attention.tile) > 1:
+        d_scores = attention.empty_scores()
+    with device_guard(like):
+        found = _of_scores(attention, incoming, d_scores, needed)
+        if d_scores is not None and attention.additive:
+            found |= AdditiveGradients(attention, incoming, d_scores, needed).run()
+    return gradients_in_order({name: t for name, t in found.items() if t is not None}, names, like)
 
-    def __init__(
-        self, call: Attention, grad: Tensor | None, grad_map: Tensor | None, map: Tensor, needed: set[str]
-    ) -> None:
-        check = call.check
-        self.call, self.needed = call, needed
-        self.tile = call.tile
-        self.splits = call.splits(self.tile)
-        self.programs = call.batch * self.splits
-        if grad is not None:
-            grad = check("grad_attended", grad, call.output_size).contiguous(memory_format=call.output_format)
-        self.d_scores: Tensor | None = None
-        self.incoming = Incoming(
-            attended=None if grad is None else call.attended(grad),
-            grad_map=check.dense("grad_map", grad_map, call.map_size),
-            map=check.dense("map", map, call.map_size),
-        )
 
-    def run(self) -> dict[str, Tensor]:
-        """Gradients by name."""
-        with device_guard(self.call.like):
-            found = self._of_scores()
-            if self.d_scores is not None and self.call.additive:
-                found |= AdditiveGradients(self, self.d_scores).run()
-            return {name: t for name, t in found.items() if t is not None}
+def _incoming(attention: Attention, call: Any, grad: Tensor | None) -> Incoming:
+    check, size = attention.check, attention.map_size
+    if grad is not None:
+        grad = check("grad_attended", grad, attention.output_size)
+        grad = grad.contiguous(memory_format=attention.output_format)
+    return Incoming(
+        attended=None if grad is None else attention.attended(grad),
+        grad_map=check.dense("grad_map", call.grad_map, size),
+        map=check.dense("map", call.map, size),
+    )
 
-    def _partials(self, name: str, *size: int) -> Tensor | None:
-        return self.call.empty_wide(self.programs, *size) if name in self.needed else None
 
-    def _map_sums(self) -> Tensor | None:
-        """Launch what makes d a and its sums, where a sample has many programs."""
-        call = self.call
-        if self.splits == 1:
-            return None
-        stats = call.empty_wide(self.programs, call.maps, 2)
-        given = (self.incoming, self.d_scores, stats)
-        call.launch(attention_map_gradient_kernel, (self.programs,), self.tile, *given)
-        return stats
-
-    def _of_scores(self) -> Found:
-        """Launch what makes d s; the temperature's gradient, and all others if scores are positional."""
-        call, tile, needed = self.call, self.tile, self.needed if not self.call.additive else set()
-        if self.splits > 1 or call.additive:
-            self.d_scores = call.empty_wide(call.batch, call.maps, call.positions)
-        d_f = call.empty(call.like.shape, call.format) if "features" in needed else None
-        d_term = call.empty((call.batch, call.maps, call.positions)) if "term" in needed else None
-        weights = self._partials("weight", call.maps, call.channels) if needed else None
-        temperatures = self._partials("temperature")
-        if self.programs:
-            stats = self._map_sums()
-            gradients = (None if d_f is None else call.images(d_f), d_term, weights, temperatures)
-            given = (self.incoming, self.d_scores, stats, *gradients)
-            call.launch(attention_backward_kernel, (self.programs,), tile, *given)
-        d_weight = added_up(weights, (call.maps, call.channels), call.like.dtype)
-        d_t = None
-        if call.inputs.learned is not None:
-            d_t = added_up(temperatures, call.inputs.learned.shape, call.inputs.learned.dtype)
-        return {"features": d_f, "term": d_term, "weight": d_weight, "temperature": d_t}
+def _of_scores(attention: Attention, incoming: Incoming, d_scores: Tensor | None, needed: set[str]) -> Found:
+    """Launch what makes d s; the temperature's gradient, and all others if scores are positional."""
+    tile, like, learned = attention.tile, attention.like, attention.inputs.learned
+    maps, channels, programs = attention.maps, attention.channels, attention.programs(tile)
+    if attention.additive:
+        needed = needed & {"temperature"}
+    d_f = attention.empty(like.shape, attention.format) if "features" in needed else None
+    d_term = attention.empty((attention.batch, maps, attention.positions)) if "term" in needed else None
+    weights = attention.empty_wide(programs, maps, channels) if "weight" in needed else None
+    temperatures = attention.empty_wide(programs) if "temperature" in needed else None
+    stats = None
+    if attention.splits(tile) > 1:
+        stats = attention.empty_wide(programs, maps, 2)
+        attention.launch(attention_map_gradient_kernel, (programs,), tile, incoming, d_scores, stats)
+    found = (None if d_f is None else attention.images(d_f), d_term, weights, temperatures)
+    attention.launch(attention_backward_kernel, (programs,), tile, incoming, d_scores, stats, *found)
+    d_weight = added_up(weights, (maps, channels), like.dtype)
+    d_t = None if learned is None else added_up(temperatures, learned.shape, learned.dtype)
+    return {"features": d_f, "term": d_term, "weight": d_weight, "temperature": d_t}
 
 
 class AdditiveGradients:
     """Gradients of what additive scores are made of, from that of the scores."""
 
-    def __init__(self, scores: Gradients, d_scores: Tensor) -> None:
-        self.scores, self.call, self.needed, self.d_scores = scores, scores.call, scores.needed, d_scores
-        self.tile = self.call.product_tile
-        self.splits = self.call.splits(self.tile)
-        self.programs = self.call.batch * self.splits
+    def __init__(self, attention: Attention, incoming: Incoming, d_scores: Tensor, needed: set[str]) -> None:
+        self.attention, self.incoming, self.d_scores, self.needed = attention, incoming, d_scores, needed
+        self.tile, self.dtype = attention.product_tile, attention.like.dtype
+        self.programs = attention.programs(self.tile)
+        self.blocks = triton.cdiv(attention.rows, self.tile.rows)  # of rows
+        self.channel_blocks = triton.cdiv(attention.channels, self.tile.channels)
 
     def run(self) -> Found:
         """Gradients by name."""
-        call, needed = self.call, self.needed
+        attention, needed = self.attention, self.needed
         if not needed - {"temperature"}:
             return {}
+        batch, maps, rows = attention.batch, attention.maps, attention.rows
         d_energy = of_v = of_term = d_term = None
         if needed & {"features", "weight"}:
-            d_energy = call.empty_wide(call.batch, call.rows, call.positions)
+            d_energy = attention.empty_wide(batch, rows, attention.positions)
         if "v" in needed:
-            of_v = call.empty_wide(self.programs, call.maps, call.rows)
+            of_v = attention.empty_wide(self.programs, maps, rows)
         if "term" in needed:
-            of_term = call.empty_wide(self.programs, call.rows)
-        if self.programs:
-            self._launch_energies(d_energy, of_v, of_term)
+            of_term = attention.empty_wide(self.programs, rows)
+        given = (self.d_scores, d_energy, of_v, of_term)
+        attention.launch(attention_energy_gradient_kernel, (self.programs, self.blocks), self.tile, *given)
         if of_term is not None:
-            d_term = added(of_term, call.batch, self.splits, (call.batch, call.rows), call.like.dtype)
+            d_term = added(of_term, batch, attention.splits(self.tile), (batch, rows), self.dtype)
         return {
             "features": self._features(d_energy) if "features" in needed else None,
             "weight": self._weight(d_energy) if "weight" in needed else None,
-            "v": added_up(of_v, (call.maps, call.rows), call.like.dtype),
+            "v": added_up(of_v, (maps, rows), self.dtype),
             "term": d_term,
         }
 
-    def _launch_energies(self, d_energy: Tensor | None, of_v: Tensor | None, of_term: Tensor | None) -> None:
-        call, tile = self.call, self.tile
-        grid = (self.programs, triton.cdiv(call.rows, tile.rows))
-        given = (self.d_scores, d_energy, of_v, of_term)
-        call.launch(attention_energy_gradient_kernel, grid, tile, *given)
-
     def _features(self, d_energy: Tensor | None) -> Tensor:
-        call, tile = self.call, self.tile
-        found = call.empty(call.like.shape, call.format)
-        grid = (self.programs, triton.cdiv(call.channels, tile.channels))
-        given = (self.scores.incoming, d_energy, call.images(found))
-        call.launch(attention_feature_gradient_kernel, grid, tile, *given, exact=False)
+        attention = self.attention
+        found = attention.empty(attention.like.shape, attention.format)
+        grid, given = (self.programs, self.channel_blocks), (self.incoming, d_energy, attention.images(found))
+        attention.launch(attention_feature_gradient_kernel, grid, self.tile, *given, exact=False)
         return found
 
     def _weight(self, d_energy: Tensor | None) -> Tensor | None:
         """In two passes; the split is a function of the shape alone, so that results repeat."""
-        call, tile = self.call, self.tile
-        blocks = triton.cdiv(call.rows, tile.rows), triton.cdiv(call.channels, tile.channels)
-        most = max(WANTED_PROGRAMS // (blocks[0] * blocks[1]), 1)
+        attention, size = self.attention, (self.attention.rows, self.attention.channels)
+        most = max(WANTED_PROGRAMS // (self.blocks * self.channel_blocks), 1)
         steps = max(triton.cdiv(self.programs, most), 1)
         programs = triton.cdiv(self.programs, steps)
-        partials = call.empty_wide(programs, call.rows, call.channels)
-        grid = (programs, *blocks)
-        given = (d_energy, partials, self.programs, steps)
-        call.launch(attention_weight_gradient_kernel, grid, tile, *given, exact=False)
-        return added_up(partials, (call.rows, call.channels), call.like.dtype)
+        partials = attention.empty_wide(programs, *size)
+        grid, given = (programs, self.blocks, self.channel_blocks), (d_energy, partials, self.programs, steps)
+        attention.launch(attention_weight_gradient_kernel, grid, self.tile, *given, exact=False)
+        return added_up(partials, size, self.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import native
-from ..core.backends import Backend, cpu, cuda, torchs, triton
+from ..core.backends import Backend, cpu, cuda, launch, torchs, triton
 from ..core.dispatch import Reasons
 from ..core.gradients import Gradients
 from ..core.op import Op
@@ -31,22 +31,23 @@ class _KernelProducts(reference.Products):
         self.kernels, self.dtype = kernels, dtype
 
     def depthwise(self, input, weight, bias, *options: Any) -> Tensor:
-        return self.kernels.depthwise_conv2d_forward(input, weight, bias, *options)
+        call = depthwise_conv2d_forward.Call(input, weight, bias, *options)
+        return launch(self.kernels, "depthwise_conv2d_forward", call)
 
     def depthwise_backward(self, d, input, weight, bias, *options: Any) -> tuple[Any, ...]:
         *geometry, output_mask = options
         operands = (d.to(self.dtype), input, weight, bias)
-        return self.kernels.depthwise_conv2d_backward(*operands, *geometry, "none", list(output_mask))
+        call = depthwise_conv2d_backward.Call(*operands, *geometry, "none", list(output_mask))
+        return launch(self.kernels, "depthwise_conv2d_backward", call)
 
 
 def _composed(function: Callable[..., Any]) -> tuple[Backend, Backend]:
     """The devices' backends of a block: the fused kernel of the name where it can serve, else products."""
 
     def run(kernels: Any, call: Any) -> Any:
-        fused = getattr(kernels, function.__name__, None)
-        weights = (call.depthwise_weight, call.pointwise_weight)
-        if fused is not None and not kernels.separable_conv2d_limits(call.input, *weights):
-            return fused(*call)
+        name, weights = function.__name__, (call.depthwise_weight, call.pointwise_weight)
+        if hasattr(kernels, name) and not kernels.separable_conv2d_limits(call.input, *weights):
+            return launch(kernels, name, call)
         return function(*call, products=_KernelProducts(kernels, call.input.dtype))
 
     direction = "backward" if function.__name__.endswith("backward") else "forward"

@@ -13,6 +13,8 @@ from . import native
 from .dispatch import Implementation, Reasons, no_plan, no_reasons
 from .tensors import FLOATS
 
+_TRITON = "fusednn.triton_kernels"
+
 
 def _unchanged(call: Any) -> Any:
     return call
@@ -24,11 +26,11 @@ class Backend:
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"torch"``.
-        run: makes the results from the backend's kernels, a module, and a call; by default the kernel of the
-            op's name, called with the op's arguments. Of ``"torch"``, which has no such module, it must
+        run: makes the results from the backend's kernels, a module, and a call; by default `launch` does, by
+            the kernel of the op's name. Of ``"torch"``, which has no such module, it must
             be given.
         kernel: the kernel that must be there; that of the op's name by default.
-        arguments: what the kernel is called with, made from the call.
+        arguments: the call that the kernel is launched with, made from the op's.
         limits: why the kernel can't serve a call, beyond device and dtype.
         slower: why ``auto`` should leave the call to another backend: a measurement.
         plan: how the kernel would go about a call, values by name, for ``explain``.
@@ -77,6 +79,12 @@ def torchs(run: Callable[[Any], Any], **options: Any) -> Backend:
     return Backend("torch", lambda _kernels, call: run(call), **options)
 
 
+def launch(kernels: Any, name: str, call: Any) -> Any:
+    """Results of a kernel: a Triton launcher takes the call, a compiled one its arguments by position."""
+    kernel = getattr(kernels, name)
+    return kernel(call) if kernels.__name__.startswith(_TRITON) else kernel(*call)
+
+
 def implementation(backend: Backend, name: str, family: str, like: str) -> Implementation:
     """Make the row of an op's table; `like` is the argument that decides on the device."""
     kernel, against, kernels = backend.kernel or name, _AGAINST[backend.name], _KERNELS[backend.name]
@@ -85,7 +93,7 @@ def implementation(backend: Backend, name: str, family: str, like: str) -> Imple
         module = kernels(family, getattr(call, like).device.type)
         if backend.run is not None:
             return backend.run(module, call)
-        return getattr(module, kernel)(*backend.arguments(call))
+        return launch(module, kernel, backend.arguments(call))
 
     def unsupported(call: Any) -> Reasons:
         first = getattr(call, like)
@@ -128,8 +136,8 @@ def _against_cuda(kernel: str, _family: str, like: torch.Tensor) -> Reasons:
 
 def _against_triton(kernel: str, family: str, like: torch.Tensor) -> Reasons:
     try:
-        support = importlib.import_module("fusednn.triton_kernels")
-        kernels = importlib.import_module(f"fusednn.triton_kernels.{family}")
+        support = importlib.import_module(_TRITON)
+        kernels = importlib.import_module(f"{_TRITON}.{family}")
     except ImportError as error:
         return [f"there is no Triton kernel {kernel}: {error}"]
     if not hasattr(kernels, kernel):
@@ -148,6 +156,6 @@ _AGAINST: dict[str, Callable[[str, str, torch.Tensor], Reasons]] = {
 _KERNELS: dict[str, Callable[[str, str], Any]] = {
     "cpu": lambda _family, _device: native.extension.cpu,
     "cuda": lambda _family, device: native.cuda_modules[device],
-    "triton": lambda family, _device: importlib.import_module(f"fusednn.triton_kernels.{family}"),
+    "triton": lambda family, _device: importlib.import_module(f"{_TRITON}.{family}"),
     "torch": lambda _family, _device: None,
 }
