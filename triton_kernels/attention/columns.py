@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Incoming, Inputs
 from .math import (
     drawn_weights,
     in_head,
@@ -72,6 +73,7 @@ def _column_step(
 @triton.jit(do_not_specialize=["numbers"])
 def attention_columns_kernel(inputs, incoming, d_k, d_v, numbers, C: tl.constexpr):
     """The d k and d v of a tile of keys; one of them may be None."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     wide: tl.constexpr = incoming.lse.dtype.element_ty
     groups = numbers.heads // numbers.group
     tile, g = tl.program_id(0) % numbers.tiles, tl.program_id(0) // numbers.tiles % groups

@@ -20,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Inputs
 from .math import (
     CAREFUL_BLOCK,
     LN2,
@@ -109,6 +110,7 @@ def _attend_extra(state, q, i, place, inputs, numbers, C: tl.constexpr):
 @triton.jit(do_not_specialize=["numbers"])
 def attention_forward_kernel(inputs, out, lse, low, numbers, C: tl.constexpr):
     """Output and lse of a tile of rows; and in `low`, if given, what lse has lost, to base 2."""
+    inputs = Inputs(*inputs)
     wide: tl.constexpr = lse.dtype.element_ty
     tile = tl.program_id(0) % numbers.tiles
     place = place_of_rows(inputs, numbers)

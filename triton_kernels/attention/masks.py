@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import store
+from .arguments import Incoming, Inputs
 from .math import drawn_weights, key_tiles, load_keys, load_queries, place_of, products, scores_of
 from .rows import load_sums, score_gradient, weight_gradient
 
@@ -31,6 +32,7 @@ def attention_mask_gradient_kernel(
     ONE_B: tl.constexpr, ONE_H: tl.constexpr, ONE_L: tl.constexpr, ONE_S: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Partials [splits, B, H, L, S], of size 1 where ONE_*; their type may be the mask's."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     wide: tl.constexpr = incoming.lse.dtype.element_ty
     heads, tiles, rows, columns = numbers.heads, numbers.tiles, numbers.rows, numbers.columns
     own_n, outer = _divided(tl.program_id(0), 1 if ONE_S else column_tiles)

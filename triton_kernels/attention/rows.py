@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .arguments import Incoming, Inputs
 from .math import (
     CAREFUL_BLOCK,
     EXTRA_BLOCK,
@@ -139,6 +140,7 @@ def _sums_again(base, i, m0, place, inputs, incoming, numbers, wide: tl.constexp
 @triton.jit(do_not_specialize=["numbers"])
 def attention_delta_kernel(inputs, out, grad_lse, incoming, numbers, C: tl.constexpr):
     """Delta [B, H, L], and `low` if scores are natural; visits keys for weights' gradient or a large lse."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     lse, g = incoming.lse, incoming.output
     wide: tl.constexpr = lse.dtype.element_ty
     place = place_of_rows(inputs, numbers)
@@ -256,6 +258,7 @@ def _extra_step(acc, q, g_tile, sums, i, place, inputs, incoming, numbers, d_key
 @triton.jit(do_not_specialize=["numbers"])
 def attention_rows_kernel(inputs, incoming, d_q, d_extra_key, d_extra_value, numbers, C: tl.constexpr):
     """The d q of a tile of rows, and its parts of the extra columns' gradients; any of them may be None."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     wide: tl.constexpr = incoming.lse.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     place = place_of_rows(inputs, numbers)

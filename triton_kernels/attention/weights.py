@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import store
+from .arguments import Inputs
 from .math import (
     EXTRA_BLOCK,
     drawn_extra,
@@ -36,6 +37,7 @@ from .rows import load_lse
 @triton.jit(do_not_specialize=["numbers", "column_tiles", "each"])
 def attention_weights_kernel(inputs, lse, low, weights, column_tiles, each, numbers, C: tl.constexpr):
     """Mean weights [B, heads / each, L, S + EXTRA] over `each` heads, which are all, or 1."""
+    inputs = Inputs(*inputs)
     wide: tl.constexpr = lse.dtype.element_ty
     column, outer = tl.program_id(0) % column_tiles, tl.program_id(0) // column_tiles
     m0, outer = (outer % numbers.tiles) * C.BLOCK_M, outer // numbers.tiles

@@ -2,7 +2,8 @@
 
 Kernels take a few named tuples (docs/design/021-triton-tuples.md): tensors with their strides, whose
 alignment and strides of 1 Triton compiles for; run-time numbers that are kept from that by
-`do_not_specialize`; and `C`, constants. A tensor that is absent is None.
+`do_not_specialize`; and `C`, constants. A tensor that is absent is None. Kernels make tuples of tuples again,
+`inputs = Inputs(*inputs)`, since Triton 3.6 would lose the constants of the inner ones.
 """
 
 from __future__ import annotations

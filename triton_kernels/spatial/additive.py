@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import load, store
+from .arguments import Incoming, Inputs
 from .backward import store_features
 from .math import multiplied, place_of
 from .scores import energies, feature_tile, output_gradient
@@ -27,6 +28,7 @@ from .scores import energies, feature_tile, output_gradient
 @triton.jit(do_not_specialize=["numbers"])
 def attention_additive_scores_kernel(inputs, scores, numbers, C: tl.constexpr):
     """Scores [G, P] of a tile, in `scores`; those of masked positions have no meaning."""
+    inputs = Inputs(*inputs)
     accumulator: tl.constexpr = scores.dtype.element_ty
     rows = numbers.rows
     place = place_of(tl.program_id(0), inputs, numbers, C)
@@ -47,6 +49,7 @@ def attention_energy_gradient_kernel(
     inputs, d_scores, d_energy, v_partials, term_partials, numbers, C: tl.constexpr
 ):
     """The tile's d e [A, P], and its parts of d v [G, A] and d u [A]; any of them may be None."""
+    inputs = Inputs(*inputs)
     accumulator: tl.constexpr = d_scores.dtype.element_ty
     program, a0, rows = tl.program_id(0), tl.program_id(1) * C.BLOCK_A, numbers.rows
     place = place_of(program, inputs, numbers, C)
@@ -72,6 +75,7 @@ def attention_energy_gradient_kernel(
 @triton.jit(do_not_specialize=["numbers"])
 def attention_feature_gradient_kernel(inputs, incoming, d_energy, d_features, numbers, C: tl.constexpr):
     """The tile's d f."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     channels, rows, positions = numbers.channels, numbers.rows, numbers.positions
     place = place_of(tl.program_id(0), inputs, numbers, C)
     c = tl.program_id(1) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)[:, None]
@@ -92,6 +96,7 @@ def attention_feature_gradient_kernel(inputs, incoming, d_energy, d_features, nu
 @triton.jit(do_not_specialize=["numbers", "tiles", "steps"])
 def attention_weight_gradient_kernel(inputs, d_energy, partials, tiles, steps, numbers, C: tl.constexpr):
     """Sums d e f over `steps` of the `tiles` of all samples: partials [programs, A, C]."""
+    inputs = Inputs(*inputs)
     channels, rows = numbers.channels, numbers.rows
     a = tl.program_id(1) * C.BLOCK_A + tl.arange(0, C.BLOCK_A)[:, None]
     c = tl.program_id(2) * C.BLOCK_C + tl.arange(0, C.BLOCK_C)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import load, store
+from .arguments import Incoming, Inputs
 from .math import coordinate, place_of, row_of, temperature_of
 from .scores import feature_tile, output_gradient
 
@@ -50,6 +51,7 @@ def _map_gradient(inputs, incoming, place, numbers, accumulator: tl.constexpr, C
 @triton.jit(do_not_specialize=["numbers"])
 def attention_map_gradient_kernel(inputs, incoming, d_scores, stats, numbers, C: tl.constexpr):
     """The tile's d a, its sum a d a and largest a."""
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     program = tl.program_id(0)
     place = place_of(program, inputs, numbers, C)
     d = _map_gradient(inputs, incoming, place, numbers, d_scores.dtype.element_ty, C)
@@ -120,6 +122,7 @@ def attention_backward_kernel(
 
     The gradients of features, term and temperature, and the weight's partials, may be None.
     """
+    inputs, incoming = Inputs(*inputs), Incoming(*incoming)
     accumulator: tl.constexpr = tl.float64 if incoming.map.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     place = place_of(program, inputs, numbers, C)

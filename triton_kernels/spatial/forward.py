@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..core.storage import load, store
+from .arguments import Inputs
 from .math import combined, coordinate, or_one, or_zero, place_of, row_of, temperature_of, weight_of
 from .scores import feature_tile, scores
 
@@ -57,6 +58,7 @@ def _store_scaled(inputs, attended, a, place, channels, C: tl.constexpr):
 @triton.jit(do_not_specialize=["numbers"])
 def attention_forward_kernel(inputs, attended, map, parts, numbers, C: tl.constexpr):
     """Map and attended features, or, given `parts`, the tile's weights, their stats and sums."""
+    inputs = Inputs(*inputs)
     accumulator: tl.constexpr = tl.float64 if map.dtype.element_ty == tl.float64 else tl.float32
     program = tl.program_id(0)
     place = place_of(program, inputs, numbers, C)
@@ -102,6 +104,7 @@ def _combine_sums(parts, attended, n, splits, items, k, largest, total, t, C: tl
 @triton.jit(do_not_specialize=["numbers"])
 def attention_combine_kernel(inputs, attended, map, parts, numbers, C: tl.constexpr):
     """Map and attended features from what the tiles of a sample made."""
+    inputs = Inputs(*inputs)
     accumulator: tl.constexpr = parts.stats.dtype.element_ty
     program, splits = tl.program_id(0), numbers.splits
     n = (program // splits).to(tl.int64)
