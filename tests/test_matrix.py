@@ -95,7 +95,13 @@ def collected(folder, *options):
 
     from tests import conftest
 
-    assert pytest.main([str(folder), f"--rootdir={folder}", "--import-mode=importlib", *options], plugins=[conftest, Recorder()]) == 0
+    assert (
+        pytest.main(
+            [str(folder), f"--rootdir={folder}", "--import-mode=importlib", *options],
+            plugins=[conftest, Recorder()],
+        )
+        == 0
+    )
     return {key: seen.count(key) for key in seen}
 
 
