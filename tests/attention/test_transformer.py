@@ -43,7 +43,9 @@ def step(module, x, **given):
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
-    ("activation", "bias"), [("relu", True), ("gelu", False), (torch.tanh, True)], ids=str
+    ("activation", "bias"),
+    [("relu", True), ("gelu", False), (torch.tanh, True)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_every_combination(device, norm_first, batch_first, bias, activation):
     ours, theirs = pair(
