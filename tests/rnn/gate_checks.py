@@ -338,7 +338,7 @@ class GateLauncherTests:
             "save_gates": True,
         }
         with pytest.raises(RuntimeError, match=f"^lstm_gates_forward: {message}"):
-            launchers.lstm_gates_forward(**(arguments | change))
+            launchers.lstm_gates_forward(*(arguments | change).values())
 
     def test_errors_of_the_other_launchers(self, launchers):
         state, wrong = torch.zeros(3, 5), torch.zeros(3, 6)
