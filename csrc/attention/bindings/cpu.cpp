@@ -3,9 +3,11 @@
 
 #include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention/cpu/params.h"
+#include "attention/philox.h"
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
 
@@ -54,19 +56,16 @@ cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef siz
   return mask;
 }
 
-void check_bounds(const Tensor& t, const char* name, int64_t total) {
+// Checks cu_seqlens that end at `total`; the longest sequence.
+int64_t longest_of(const Tensor& t, const char* name, int64_t total) {
   TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.scalar_type() == at::kInt && t.size(0) > 0, name,
               ": got ", t.scalar_type(), " of shape ", t.sizes(), ", expected Int of [N + 1] on cpu");
   const int32_t* bounds = t.const_data_ptr<int32_t>();
-  bool ascends = bounds[0] == 0 && bounds[t.size(0) - 1] == total;
-  for (int64_t i = 1; i < t.size(0); ++i) ascends = ascends && bounds[i] >= bounds[i - 1];
-  TORCH_CHECK(ascends, name, ": expected numbers that ascend from 0 to ", total);
-}
-
-int64_t longest_of(const Tensor& bounds) {
+  const int64_t sequences = t.size(0) - 1;
+  TORCH_CHECK(bounds[0] == 0 && bounds[sequences] == total && std::is_sorted(bounds, bounds + sequences + 1),
+              name, ": expected numbers that ascend from 0 to ", total);
   int64_t longest = 0;
-  const int32_t* b = bounds.const_data_ptr<int32_t>();
-  for (int64_t i = 1; i < bounds.size(0); ++i) longest = std::max<int64_t>(longest, b[i] - b[i - 1]);
+  for (int64_t i = 0; i < sequences; ++i) longest = std::max<int64_t>(longest, bounds[i + 1] - bounds[i]);
   return longest;
 }
 
@@ -128,13 +127,12 @@ struct CheckedCall {
     TORCH_CHECK(call.batch == 1 && !mask && !key_mask && !extra_key,
                 "cu_seqlens_q: packed sequences come as one sample, without masks and extra columns");
     cu_seqlens_q = q.contiguous(), cu_seqlens_k = k.contiguous();
-    check_bounds(cu_seqlens_q, "cu_seqlens_q", call.rows);
-    check_bounds(cu_seqlens_k, "cu_seqlens_k", call.columns);
+    call.longest_q = longest_of(cu_seqlens_q, "cu_seqlens_q", call.rows);
+    call.longest_k = longest_of(cu_seqlens_k, "cu_seqlens_k", call.columns);
     TORCH_CHECK(q.size(0) == k.size(0), "cu_seqlens_k: got ", k.sizes(), ", expected ", q.sizes());
     call.sequences = q.size(0) - 1;
     call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
     call.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
-    call.longest_q = longest_of(cu_seqlens_q), call.longest_k = longest_of(cu_seqlens_k);
   }
 
   void set_dropout(const OptionalTensor& seed, double p) {
@@ -143,8 +141,7 @@ struct CheckedCall {
                 "dropout_seed: got ", seed->scalar_type(), " of shape ", seed->sizes(),
                 ", expected one Long on cpu");
     call.dropout = true;
-    call.dropout_threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 0x1p32), 0x1p32 - 1));
-    call.dropout_scale = p >= 1 ? 0 : 1 / (1 - p);
+    call.dropout_threshold = math::dropout_threshold(p), call.dropout_scale = math::dropout_scale(p);
     call.dropout_seed = static_cast<uint64_t>(seed->item<int64_t>());
   }
 };
@@ -173,8 +170,8 @@ AttentionResult run_forward(const Attention& c, const Tensor& like, const std::s
     return {output, lse, found};
   }
   p.output = out_rows_of(output);
-  p.lse = with_lse ? lse.mutable_data_ptr() : nullptr;
-  p.weights = found.numel() ? found.mutable_data_ptr() : nullptr;
+  p.lse = mutable_data_or_null(lse);
+  p.weights = mutable_data_or_null(found);
   const auto& kernels = cpu::kernels<cpu::AttentionKernels>();
   run_kernel(kernels.forward_workspace, kernels.forward, p);
   return {output, lse, found};
@@ -238,12 +235,9 @@ Gradients attention_backward(const calls::AttentionBackward& a) {
   p.grad_lse = data_or_null(sum_grads);
   p.grad_weights = data_or_null(weight_grads);
   const auto rows_out = [&](int i) { return output_mask[i] ? out_rows_of(written[i]) : HeadRowsOut{}; };
-  const auto dense_out = [&](int i) {
-    return output_mask[i] && written[i].numel() ? written[i].mutable_data_ptr() : nullptr;
-  };
   p.grad_query = rows_out(0), p.grad_key = rows_out(1), p.grad_value = rows_out(2);
-  p.grad_mask = dense_out(3), p.grad_key_mask = dense_out(4);
-  p.grad_extra_key = dense_out(5), p.grad_extra_value = dense_out(6);
+  p.grad_mask = mutable_data_or_null(written[3]), p.grad_key_mask = mutable_data_or_null(written[4]);
+  p.grad_extra_key = mutable_data_or_null(written[5]), p.grad_extra_value = mutable_data_or_null(written[6]);
   for (int64_t i = 0; mask && i < 4; ++i) p.mask_sizes[i] = mask->size(i);
   const auto& kernels = cpu::kernels<cpu::AttentionKernels>();
   run_kernel(kernels.backward_workspace, kernels.backward, p);

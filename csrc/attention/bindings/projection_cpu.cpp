@@ -36,6 +36,17 @@ Tensor packed(const Tensor& t, int64_t columns, int64_t depth, int64_t column_st
   return to;
 }
 
+// out = a panels, without bias; `a` as it stands or, transposed, by its columns.
+MatrixProduct product(const Tensor& a, bool transposed, const Tensor& panels, const Tensor& out) {
+  MatrixProduct p{};
+  p.rows = out.size(0), p.columns = out.size(1), p.depth = a.size(transposed ? 0 : 1);
+  p.a = a.const_data_ptr<float>();
+  p.a_row_stride = transposed ? 1 : a.stride(0), p.a_depth_stride = transposed ? a.stride(0) : 1;
+  p.packed = panels.const_data_ptr<float>();
+  p.out = out.mutable_data_ptr<float>(), p.out_row_stride = out.size(1);
+  return p;
+}
+
 void run(const MatrixProduct& p) {
   const auto& kernels = cpu::kernels<cpu::ProjectionKernels>();
   run_kernel(kernels.workspace, kernels.multiply, p);
@@ -54,12 +65,8 @@ Tensor projection_forward(const calls::ProjectionForward& a) {
   const auto pack = [&] { return packed(w, s.outputs, s.inputs, w.stride(0), 1); };
   Tensor panels = WeightCache::instance().find({"projection"}, {a.weight}, pack);
   if (!panels.defined()) panels = pack();
-  MatrixProduct p{};
-  p.rows = s.rows, p.columns = s.outputs, p.depth = s.inputs;
-  p.a = x.const_data_ptr<float>(), p.a_row_stride = x.stride(0), p.a_depth_stride = 1;
-  p.packed = panels.const_data_ptr<float>();
+  MatrixProduct p = product(x, false, panels, out);
   p.bias = b ? b->const_data_ptr<float>() : nullptr;
-  p.out = out.mutable_data_ptr<float>(), p.out_row_stride = s.outputs;
   run(p);
   return out;
 }
@@ -84,20 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> projection_backward(const calls::ProjectionBa
   const Tensor g = with_dense_rows(grad), x = with_dense_rows(input), w = with_dense_rows(weight);
   if (output_mask[0]) {
     const Tensor panels = packed(w, s.inputs, s.outputs, 1, w.stride(0));
-    MatrixProduct p{};
-    p.rows = s.rows, p.columns = s.inputs, p.depth = s.outputs;
-    p.a = g.const_data_ptr<float>(), p.a_row_stride = g.stride(0), p.a_depth_stride = 1;
-    p.packed = panels.const_data_ptr<float>();
-    p.out = d_input.mutable_data_ptr<float>(), p.out_row_stride = s.inputs;
-    run(p);
+    run(product(g, false, panels, d_input));
   }
   if (output_mask[1]) {
     const Tensor panels = packed(x, s.inputs, s.rows, 1, x.stride(0));
-    MatrixProduct p{};
-    p.rows = s.outputs, p.columns = s.inputs, p.depth = s.rows;
-    p.a = g.const_data_ptr<float>(), p.a_row_stride = 1, p.a_depth_stride = g.stride(0);
-    p.packed = panels.const_data_ptr<float>();
-    p.out = d_weight.mutable_data_ptr<float>(), p.out_row_stride = s.inputs;
+    MatrixProduct p = product(g, true, panels, d_weight);
     p.row_sums = output_mask[2] ? d_bias.mutable_data_ptr<float>() : nullptr;
     run(p);
     return {d_input, d_weight, d_bias};

@@ -35,6 +35,21 @@ double temperature_of(const calls::Temperature& given) {
   return t > 0 ? t : std::nan("");
 }
 
+void run_forward(const cpu::SpatialForward& p) {
+  const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
+  if (p.shape.batch > 0) run_kernel(kernels.forward_workspace, kernels.forward, p);
+}
+
+void run_backward(const cpu::SpatialBackward& p) {
+  const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
+  if (p.forward.shape.batch > 0) run_kernel(kernels.backward_workspace, kernels.backward, p);
+}
+
+Tensor temperature_gradient(double found, bool wanted, const calls::Temperature& t, const Tensor& like) {
+  if (!wanted) return at::empty({0}, like.options());
+  return at::full(t.learned_temperature->sizes(), found, t.learned_temperature->options());
+}
+
 const bool* bools(const OptionalTensor& mask) { return mask ? mask->const_data_ptr<bool>() : nullptr; }
 
 // A call's tensors, checked and dense in the layout that its kernel takes. Additive scores and a flat result
@@ -117,25 +132,20 @@ std::tuple<Tensor, Tensor> spatial_attention_forward(const calls::SpatialAttenti
   const auto layout = call.of_images() ? call.layout : MemoryFormat::Contiguous;
   const Tensor attended = at::empty(call.attended_sizes(), a.features.options(), layout);
   const Tensor map = at::empty(call.map_sizes(), a.features.options());
-  if (call.shape.batch > 0) {
-    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
-    run_kernel(kernels.attention_forward_workspace, kernels.attention_forward,
-               call.arguments(mutable_data_or_null(attended), map));
-  }
+  run_forward(call.arguments(mutable_data_or_null(attended), map));
   return {call.of_images() ? attended.contiguous(call.format) : attended, map};
 }
 
 SpatialGradients spatial_attention_backward(const calls::SpatialAttentionBackward& a) {
   const auto& [grad_attended, grad_map, forward, map, output_mask] = a;
   const auto& [features, weight, hidden_term, v, mask, temperature, output] = forward;
-  const OptionalTensor& learned_temperature = temperature.learned_temperature;
   const AttentionCall call(forward, true);
   const auto type = features.scalar_type();
   check(map, "map", call.map_sizes(), type);
   check(grad_map, "grad_map", call.map_sizes(), type);
   check(grad_attended, "grad_attended", call.attended_sizes(), type);
   const std::array<bool, 5> there = {true, true, hidden_term.has_value(), v.has_value(),
-                                     learned_temperature.has_value()};
+                                     temperature.learned_temperature.has_value()};
   for (int i = 0; i < 5; ++i)
     TORCH_CHECK(there[i] || !output_mask[i], "output_mask: got true at ", i, ", expected no absent argument");
 
@@ -154,90 +164,79 @@ SpatialGradients spatial_attention_backward(const calls::SpatialAttentionBackwar
     if (grad_attended) grad = grad_attended->contiguous(layout);
     const OptionalTensor of_map = dense(grad_map);
     const Tensor dense_map = map.contiguous();
-    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
-    run_kernel(kernels.attention_backward_workspace, kernels.attention_backward,
-               {call.arguments(nullptr, dense_map), data_or_null(grad), data_or_null(of_map),
-                mutable_data_or_null(grad_features), mutable_data_or_null(grad_weight),
-                mutable_data_or_null(grad_term), mutable_data_or_null(grad_v),
-                output_mask[4] ? &grad_temperature : nullptr, nullptr});
+    run_backward({call.arguments(nullptr, dense_map), data_or_null(grad), data_or_null(of_map),
+                  mutable_data_or_null(grad_features), mutable_data_or_null(grad_weight),
+                  mutable_data_or_null(grad_term), mutable_data_or_null(grad_v),
+                  output_mask[4] ? &grad_temperature : nullptr, nullptr});
   } else {
     grad_weight.zero_();
     grad_v.zero_();
   }
-  const Tensor of_temperature = output_mask[4] ? at::full(learned_temperature->sizes(), grad_temperature,
-                                                          learned_temperature->options())
-                                               : at::empty({0}, features.options());
   return {output_mask[0] ? grad_features.contiguous(call.format) : grad_features, grad_weight, grad_term,
-          grad_v, of_temperature};
+          grad_v, temperature_gradient(grad_temperature, output_mask[4], temperature, features)};
 }
 
 namespace {
 
-cpu::SpatialSoftmax softmax_call(const Tensor& t, const char* name, const OptionalTensor& mask,
-                                 const calls::Temperature& temperature) {
+// Every map a sample of its own, whose scores are the hidden term.
+cpu::SpatialForward softmax_call(const Tensor& t, const char* name, const OptionalTensor& mask,
+                                 const calls::Temperature& temperature, bool coordinates) {
   const DType dtype = dtype_of(t, name);
   TORCH_CHECK(t.dim() == 4 && t.device().is_cpu(), name, ": got ", t.dim(), "D on ", t.device(),
               ", expected 4D [N, G, H, W] on cpu");
   TORCH_CHECK(t.size(2) > 0 && t.size(3) > 0, name, ": got shape ", t.sizes(), ", expected positions");
   check(mask, "mask", {t.size(0), t.size(1), t.size(2) * t.size(3)}, at::kBool);
-  cpu::SpatialSoftmax p{};
+  cpu::SpatialForward p{};
   p.dtype = dtype;
-  p.rows = t.size(0) * t.size(1);
-  p.height = t.size(2);
-  p.width = t.size(3);
+  p.shape = {t.size(0) * t.size(1),
+             0,
+             t.size(2),
+             t.size(3),
+             1,
+             1,
+             false,
+             false,
+             coordinates ? SpatialOutput::coordinates : SpatialOutput::scale};
   p.temperature = temperature_of(temperature);
   return p;
 }
 
 std::tuple<Tensor, Tensor> spatial_softmax_forward(const calls::SpatialSoftmaxForward& a) {
   const auto& [logits, mask, temperature, coordinates] = a;
-  cpu::SpatialSoftmax p = softmax_call(logits, "logits", mask, temperature);
+  cpu::SpatialForward p = softmax_call(logits, "logits", mask, temperature, coordinates);
   const Tensor dense_logits = logits.contiguous();
   const OptionalTensor dense_mask = dense(mask);
   const Tensor map = at::empty(logits.sizes(), logits.options());
   const Tensor xy = coordinates ? at::empty({logits.size(0), logits.size(1), 2}, logits.options())
                                 : at::empty({0}, logits.options());
-  if (p.rows == 0) return {map, xy};
-  p.logits = dense_logits.const_data_ptr();
+  p.hidden_term = dense_logits.const_data_ptr();
   p.mask = bools(dense_mask);
+  p.attended = mutable_data_or_null(xy);
   p.map = map.mutable_data_ptr();
-  p.coordinates = coordinates ? xy.mutable_data_ptr() : nullptr;
-  const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
-  run_kernel(kernels.softmax_workspace, kernels.softmax_forward, p);
+  run_forward(p);
   return {map, xy};
 }
 
 std::tuple<Tensor, Tensor> spatial_softmax_backward(const calls::SpatialSoftmaxBackward& a) {
   const auto& [grad_map, grad_coordinates, mask, temperature, map, output_mask] = a;
-  const OptionalTensor& learned_temperature = temperature.learned_temperature;
-  cpu::SpatialSoftmaxBackward b{};
-  cpu::SpatialSoftmax& p = b.forward;
-  p = softmax_call(map, "map", mask, temperature);
+  cpu::SpatialBackward p{};
+  p.forward = softmax_call(map, "map", mask, temperature, grad_coordinates.has_value());
   const auto type = map.scalar_type();
   check(grad_map, "grad_map", map.sizes(), type);
   check(grad_coordinates, "grad_coordinates", {map.size(0), map.size(1), 2}, type);
-  TORCH_CHECK(learned_temperature || !output_mask[1],
+  TORCH_CHECK(temperature.learned_temperature || !output_mask[1],
               "output_mask: got true at 1, expected no absent argument");
   const Tensor dense_map = map.contiguous();
   const OptionalTensor dense_mask = dense(mask), of_map = dense(grad_map), of_xy = dense(grad_coordinates);
   const Tensor grad = output_mask[0] ? at::empty(map.sizes(), map.options()) : at::empty({0}, map.options());
   double grad_temperature = 0;
-  if (p.rows > 0) {
-    const auto& kernels = cpu::kernels<cpu::SpatialKernels>();
-    const cpu::Parallel threads = torch_parallel();
-    const Scratch scratch(kernels.softmax_workspace(p, threads.threads));
-    p.mask = bools(dense_mask);
-    p.map = const_cast<void*>(dense_map.const_data_ptr());
-    p.workspace = scratch.data();
-    b.grad_map = data_or_null(of_map);
-    b.grad_coordinates = data_or_null(of_xy);
-    b.grad_logits = mutable_data_or_null(grad);
-    b.grad_temperature = output_mask[1] ? &grad_temperature : nullptr;
-    kernels.softmax_backward(b, threads);
-  }
-  return {grad, output_mask[1]
-                    ? at::full(learned_temperature->sizes(), grad_temperature, learned_temperature->options())
-                    : at::empty({0}, map.options())};
+  p.forward.mask = bools(dense_mask);
+  p.forward.map = const_cast<void*>(dense_map.const_data_ptr());
+  p.grad_attended = data_or_null(of_xy), p.grad_map = data_or_null(of_map);
+  p.grad_term = mutable_data_or_null(grad);
+  p.grad_temperature = output_mask[1] ? &grad_temperature : nullptr;
+  run_backward(p);
+  return {grad, temperature_gradient(grad_temperature, output_mask[1], temperature, map)};
 }
 
 }  // namespace

@@ -71,15 +71,21 @@ struct SpatialBackwardPass : SpatialPass<T, S, Image> {
     else if (shape.output == SpatialOutput::sum)
       project(this->features(r), Rows<const T>{s.grads, shape.channels, shape.glimpses}, d);
     else
-      for (int64_t g = 0; g < shape.glimpses; ++g) {
-        const S* xy = grad + (r.n * shape.glimpses + g) * 2;
-        const Vec<T> by_x(static_cast<T>(widen(xy[0]))), by_y(static_cast<T>(widen(xy[1])));
-        for_vectors<T>(r.length, [&](int64_t i, int64_t) {
-          const Vec<T> along_x = Vec<T>::load(this->x + r.first + i) * by_x,
-                       along_y = Vec<T>::load(this->y + r.first + i) * by_y;
-          (Vec<T>::load(d.row(g) + i) + (along_x + along_y)).store(d.row(g) + i);
-        });
-      }
+      coordinates_gradient(r, grad + r.n * shape.glimpses * 2, d);
+  }
+
+  void coordinates_gradient(const Run& r, const S* xy, Rows<T> d) const {
+    // A fused multiply-add rounds one of two products alone: which one, results have long depended on.
+    const int first = shape.channels > 0 ? 0 : 1;
+    const T* const along[] = {this->x + r.first, this->y + r.first};
+    for (int64_t g = 0; g < shape.glimpses; ++g, xy += 2) {
+      const Vec<T> by(static_cast<T>(widen(xy[first]))), by_other(static_cast<T>(widen(xy[1 - first])));
+      for_vectors<T>(r.length, [&](int64_t i, int64_t) {
+        const Vec<T> one = Vec<T>::load(along[first] + i) * by,
+                     other = Vec<T>::load(along[1 - first] + i) * by_other;
+        (Vec<T>::load(d.row(g) + i) + (one + other)).store(d.row(g) + i);
+      });
+    }
   }
 
   // d s of sample n; the positional hidden term's gradient is that.

@@ -3,6 +3,7 @@
 // N = batch, C = channels, P = H W positions, G = maps of a sample (glimpses), A = rows of an additive
 // score's weight. `dtype` is that of every tensor but the mask and the temperature's gradient; scores, maps
 // and sums are float, or double for f64. The formulas are those of python/fusednn/spatial/reference.py.
+// Without channels there are no features, and the map is the softmax of hidden_term.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,7 @@ struct SpatialForward {
   const bool* mask;         // [N, P], true takes part; or null
   void* attended;           // scale: [N, G C, P] or [N, P, G C]; sum: [N, G C]; coordinates: [N, G, 2]
   void* map;                // [N, G, P]
-  void* workspace;          // attention_forward_workspace() bytes
+  void* workspace;          // forward_workspace() bytes
 };
 
 struct SpatialBackward {
@@ -48,36 +49,14 @@ struct SpatialBackward {
   void* grad_term;            // as hidden_term, or null
   void* grad_v;               // [G, A] or null
   double* grad_temperature;   // one number, or null
-  void* workspace;            // attention_backward_workspace() bytes
-};
-
-struct SpatialSoftmax {
-  DType dtype;
-  int64_t rows, height, width;  // rows = N G
-  double temperature;
-  const void* logits;  // [rows, P]
-  const bool* mask;    // [rows, P] or null
-  void* map;           // [rows, P]
-  void* coordinates;   // [rows, 2] or null
-  void* workspace;     // softmax_workspace() bytes
-};
-
-struct SpatialSoftmaxBackward {
-  SpatialSoftmax forward;        // `logits` and `coordinates` are not used, `map` is read
-  const void* grad_map;          // [rows, P] or null
-  const void* grad_coordinates;  // [rows, 2] or null
-  void* grad_logits;             // [rows, P] or null
-  double* grad_temperature;      // one number, or null
+  void* workspace;            // backward_workspace() bytes
 };
 
 struct SpatialKernels {
-  size_t (*attention_forward_workspace)(const SpatialForward&, int threads);
-  void (*attention_forward)(const SpatialForward&, const Parallel&);
-  size_t (*attention_backward_workspace)(const SpatialBackward&, int threads);
-  void (*attention_backward)(const SpatialBackward&, const Parallel&);
-  size_t (*softmax_workspace)(const SpatialSoftmax&, int threads);
-  void (*softmax_forward)(const SpatialSoftmax&, const Parallel&);
-  void (*softmax_backward)(const SpatialSoftmaxBackward&, const Parallel&);
+  size_t (*forward_workspace)(const SpatialForward&, int threads);
+  void (*forward)(const SpatialForward&, const Parallel&);
+  size_t (*backward_workspace)(const SpatialBackward&, int threads);
+  void (*backward)(const SpatialBackward&, const Parallel&);
 };
 
 }  // namespace fusednn::cpu

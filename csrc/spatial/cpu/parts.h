@@ -32,8 +32,8 @@ struct Parts {
     const int64_t most = minimum(by_features, by_rows) / kRowMultiple * kRowMultiple;
     length = minimum(area, maximum(most, kRowMultiple));
     blocks = ceil_div(area, length);
-    together = ceil_div(maximum(s.batch, 1), kRecords);
-    worth_it = s.batch * s.channels * area * (s.additive ? s.rows : 1) > kSerialElements;
+    together = s.channels > 0 ? ceil_div(maximum(s.batch, 1), kRecords) : 1;
+    worth_it = s.batch * maximum(s.channels, 1) * area * (s.additive ? s.rows : 1) > kSerialElements;
     const int64_t most_of_a_thread = ceil_div(s.batch, threads) * threads;
     apart = together == 1 && blocks > 1 && worth_it && 5 * most_of_a_thread > 6 * s.batch;
   }
