@@ -12,66 +12,31 @@ namespace {
 using at::Tensor;
 
 // What a block is, beside its tensors.
-struct BlockOptions : torch::CustomClassHolder {
+struct BlockOptions {
   int64_t in_channels;
-  Pair stride;
-  Padding padding;
-  Pair dilation;
-  std::string activation1, activation2;
+  calls::Geometry geometry;
+  calls::Activations activations;
   bool residual;
-
-  BlockOptions(int64_t c, const Pair& s, const Padding& p, const Pair& d, std::string a1, std::string a2,
-               bool r)
-      : in_channels(c),
-        stride(s),
-        padding(p),
-        dilation(d),
-        activation1(std::move(a1)),
-        activation2(std::move(a2)),
-        residual(r) {}
 };
 
-using Options = c10::intrusive_ptr<BlockOptions>;
-
-// A BatchNorm2d that takes its statistics from the batch; buffers are left out where it doesn't track them.
+// A BatchNorm2d: its buffers are left out where it neither reads nor tracks them.
 struct BatchNorm {
-  bool present = false;
+  bool present;
   OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
   std::optional<double> momentum;
-  double eps = 0;
-
-  using Fields = std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-                            std::optional<double>, double>;
-  explicit BatchNorm(const std::optional<Fields>& fields) : present(fields.has_value()) {
-    if (present)
-      std::tie(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps) = *fields;
-  }
+  double eps;
+  FUSEDNN_ARGUMENTS(present, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
 };
 
 struct Block {
-  Options options;
+  std::shared_ptr<BlockOptions> options;
   Tensor input, weight1;
   OptionalTensor bias1;
   BatchNorm norm1;
   Tensor weight2;
   OptionalTensor bias2;
   BatchNorm norm2;
-};
-
-// As Python has it.
-struct BlockCall {
-  Options options;
-  Tensor input, weight1;
-  OptionalTensor bias1;
-  std::optional<BatchNorm::Fields> norm1;
-  Tensor weight2;
-  OptionalTensor bias2;
-  std::optional<BatchNorm::Fields> norm2;
   FUSEDNN_ARGUMENTS(options, input, weight1, bias1, norm1, weight2, bias2, norm2)
-
-  Block block() const {
-    return {options, input, weight1, bias1, BatchNorm(norm1), weight2, bias2, BatchNorm(norm2)};
-  }
 };
 
 int64_t out_size(int64_t size, int64_t padding, int64_t kernel, int64_t stride, int64_t dilation) {
@@ -84,9 +49,10 @@ at::DimVector result_sizes(const BlockOptions& o, const Tensor& input, const Ten
                            const Tensor& weight2) {
   if (input.dim() != 4 || weight1.dim() != 4 || weight2.dim() != 4) return {};
   if (input.numel() == 0 || input.size(1) != o.in_channels || weight1.size(0) % o.in_channels != 0) return {};
+  const auto& [stride, padding, dilation] = o.geometry;
   const auto size = [&](int i) {
-    return out_size(input.size(2 + i), o.padding[2 * i] + o.padding[2 * i + 1], weight1.size(2 + i),
-                    o.stride[i], o.dilation[i]);
+    return out_size(input.size(2 + i), padding[2 * i] + padding[2 * i + 1], weight1.size(2 + i), stride[i],
+                    dilation[i]);
   };
   const at::DimVector sizes{input.size(0), weight2.size(0), size(0), size(1)};
   if (c10::multiply_integers(sizes) == 0) return {};
@@ -195,8 +161,7 @@ struct Layer {
 };
 
 // Training, or a forward that is recorded; the norms that are there take the batch's statistics.
-std::optional<Tensor> try_separable_training(const BlockCall& a) {
-  const Block b = a.block();
+std::optional<Tensor> try_separable_training(const Block& b) {
   at::DimVector sizes;
   const std::optional<bool> recorded = plain_block(b, sizes);
   if (!recorded) return std::nullopt;
@@ -212,14 +177,8 @@ std::optional<Tensor> try_separable_training(const BlockCall& a) {
                                                   or_undefined(n2.weight),
                                                   or_undefined(n2.bias),
                                                   o.residual ? b.input : Tensor()};
-  const EagerResults r = run_eager<Layer>(tensors,
-                                          {{o.stride, o.padding, o.dilation},
-                                           n1.eps,
-                                           n2.eps,
-                                           {o.activation1, o.activation2},
-                                           n1.present,
-                                           n2.present},
-                                          *recorded);
+  const EagerResults r = run_eager<Layer>(
+      tensors, {o.geometry, n1.eps, n2.eps, o.activations, n1.present, n2.present}, *recorded);
   const int64_t count = sizes[0] * sizes[2] * sizes[3];
   track(n1, r.saved[1], r.saved[2], count);
   track(n2, r.saved[3], r.saved[4], count);
@@ -262,8 +221,7 @@ bool frozen_statistics(const BatchNorm& n, at::ScalarType type, int64_t channels
 
 // Inference; the norms that are there have frozen statistics and are folded, at most once for the same
 // sources.
-std::optional<Tensor> try_separable_inference(const BlockCall& a) {
-  const Block b = a.block();
+std::optional<Tensor> try_separable_inference(const Block& b) {
   const Tensor &input = b.input, &weight1 = b.weight1, &weight2 = b.weight2;
   at::DimVector sizes;
   const std::optional<bool> recorded = plain_block(b, sizes);
@@ -278,10 +236,9 @@ std::optional<Tensor> try_separable_inference(const BlockCall& a) {
 
   const at::AutoDispatchBelowADInplaceOrView below;
   const BlockOptions& o = *b.options;
-  const SeparableCall call{depthwise_shape(input, weight1, {o.stride, o.padding, o.dilation}), sizes[1],
-                           conv_format(input, {weight1, weight2}),
-                           activation_named(o.activation1, "depthwise_activation"),
-                           activation_named(o.activation2, "pointwise_activation")};
+  const SeparableCall call{depthwise_shape(input, weight1, o.geometry), sizes[1],
+                           conv_format(input, {weight1, weight2}), o.activations.depthwise(),
+                           o.activations.pointwise()};
   const auto pack = [&] {
     const auto [w1, b1] = fold(weight1, b.bias1, b.norm1);
     const auto [w2, b2] = fold(weight2, b.bias2, b.norm2);
@@ -296,13 +253,8 @@ std::optional<Tensor> try_separable_inference(const BlockCall& a) {
 }  // namespace
 
 FUSEDNN_BINDINGS(cpu) {
-  pybind11::class_<BlockOptions, Options>(m, "BlockOptions")
-      .def(pybind11::init([](int64_t in_channels, const Pair& stride, const Padding& padding,
-                             const Pair& dilation, const std::string& activation1,
-                             const std::string& activation2, bool residual) {
-        return c10::make_intrusive<BlockOptions>(in_channels, stride, padding, dilation, activation1,
-                                                 activation2, residual);
-      }));
+  pybind11::class_<BlockOptions, std::shared_ptr<BlockOptions>>(m, "BlockOptions")
+      .def(pybind11::init<int64_t, Pair, Padding, Pair, std::string, std::string, bool>());
   shortcut(m, "try_separable_training", &try_separable_training);
   shortcut(m, "try_separable_inference", &try_separable_inference);
 }

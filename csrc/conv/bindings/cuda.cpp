@@ -122,10 +122,9 @@ Tensor grad_before_activation(const Convolution& conv, const Tensor& grad_output
   const Tensor grad = conv.image("grad_output", grad_output, conv.shape().channels);
   if (activation == Activation::none) return grad;
   Tensor grad_z = conv.empty_image(conv.shape().channels);
-  conv.succeeded(cuda::depthwise_activation_backward(
-      {conv.dtype(), conv.shape(), activation, grad.const_data_ptr(), conv.input(), conv.weight(),
-       conv.bias(), grad_z.mutable_data_ptr()},
-      stream));
+  conv.succeeded(cuda::depthwise_forward({conv.dtype(), conv.shape(), activation, conv.input(), conv.weight(),
+                                          conv.bias(), grad_z.mutable_data_ptr(), grad.const_data_ptr()},
+                                         stream));
   return grad_z;
 }
 

@@ -1,6 +1,6 @@
 // fusednn._C.cpu: depthwise convolution with its gradients.
-#include "conv/bindings/depthwise_cpu.h"
-
+#include "conv/bindings/cpu.h"
+#include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
 
 namespace fusednn {

@@ -4,7 +4,8 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include "conv/bindings/depthwise_cpu.h"
+#include "conv/bindings/cpu.h"
+#include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
 
 namespace fusednn {
@@ -111,11 +112,11 @@ BlockForward separable_conv2d_train_forward(const calls::TrainForward& a) {
   const bool last = format == at::MemoryFormat::ChannelsLast;
   Tensor out = at::empty(sizes, input.options(), format);
   Tensor z2 = at::empty(sizes, input.options(), at::MemoryFormat::ChannelsLast);
+  const Tensor saved = needs_z2(o.has_norm2, act2) ? z2 : z2.new_empty({0});
+  const BlockForward result{out, saved, norm1.mean, norm1.rstd, norm2.mean, norm2.rstd};
   if (out.numel() == 0 || C == 0) {
     TORCH_CHECK(O == 0 || out.numel() == 0, "input: got no channels, expected at least one");
-    return {out,        needs_z2(o.has_norm2, act2) ? z2 : z2.new_empty({0}),
-            norm1.mean, norm1.rstd,
-            norm2.mean, norm2.rstd};
+    return result;
   }
   const auto& kernels = cpu::kernels<cpu::ConvKernels>();
   const Records records1(kernels.depthwise_strips, s, o.has_norm1 ? C : 0, norm1);
@@ -142,8 +143,7 @@ BlockForward separable_conv2d_train_forward(const calls::TrainForward& a) {
               {const_cast<void*>(data_or_null(add)), last},
               {out.mutable_data_ptr(), last},
               nullptr});
-  return {out,       needs_z2(o.has_norm2, act2) ? z2 : z2.new_empty({0}), norm1.mean, norm1.rstd, norm2.mean,
-          norm2.rstd};
+  return result;
 }
 
 namespace {

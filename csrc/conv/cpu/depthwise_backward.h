@@ -287,24 +287,20 @@ struct DepthwiseBackwardPass {
       }
     });
   }
-};
 
-template <class T, class S>
-void depthwise_backward(const DepthwiseBackward& p, const Parallel& parallel) {
-  Carver shared(p.workspace);
-  const DepthwiseBackwardPass<T, S> pass(p, parallel.threads, shared);
-  const DepthwiseShape& s = p.shape;
-  pass.source.pack(p.weight, p.bias);
-  pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), pass.flipped);
-  const bool worth_it = s.batch * s.height * s.width * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
-  parallel(pass.bands.tasks(), worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Carver own = pass.threads.of(thread);
-    typename DepthwiseBackwardPass<T, S>::Buffers buffers(pass, own);
-    buffers.in.clear();
-    buffers.dz.clear();
-    for (int64_t task = end; task-- > begin;) pass.run_task(buffers, task);
-  });
-  if (p.grad_weight) pass.add_up(parallel);
-}
+  void run(const Parallel& parallel) const {
+    source.pack(p.weight, p.bias);
+    pack_depthwise(s.channels, s.kernel_h * s.kernel_w, true, static_cast<const S*>(p.weight), flipped);
+    const bool worth_it = s.batch * s.height * s.width * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
+    parallel(bands.tasks(), worth_it, [&](int64_t begin, int64_t end, int thread) {
+      Carver own = threads.of(thread);
+      Buffers buffers(*this, own);
+      buffers.in.clear();
+      buffers.dz.clear();
+      for (int64_t task = end; task-- > begin;) run_task(buffers, task);
+    });
+    if (p.grad_weight) add_up(parallel);
+  }
+};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -113,22 +113,19 @@ struct DepthwiseForwardPass {
         tasks(s),
         source(s, p.input, shared),
         threads(thread_count, shared, [&](Carver& own) { Buffers(*this, own); }) {}
-};
 
-template <class T, class S>
-void depthwise_forward(const DepthwiseForward& p, const Parallel& parallel) {
-  constexpr int w = Vec<T>::size;
-  const DepthwiseShape& s = p.shape;
-  Carver shared(p.workspace);
-  const DepthwiseForwardPass<T, S> pass(p, parallel.threads, shared);
-  const DepthwiseSource<T, S>& source = pass.source;
-  source.pack(p.weight, p.bias);
-  const DepthwiseTasks<T>& tasks = pass.tasks;
-  const Pixels<S> out(p.output, s.channels, s.out_height * s.out_width), none({nullptr, false}, 0, 0);
-  const bool worth_it = s.batch * out.area * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
-  parallel(tasks.total, worth_it, [&](int64_t begin, int64_t end, int thread) {
-    Carver own = pass.threads.of(thread);
-    auto [ring, taps, block] = typename DepthwiseForwardPass<T, S>::Buffers(pass, own);
+  void run(const Parallel& parallel) const {
+    source.pack(p.weight, p.bias);
+    const bool worth_it =
+        s.batch * s.out_height * s.out_width * s.channels * s.kernel_h * s.kernel_w > kSerialFlops;
+    parallel(tasks.total, worth_it,
+             [&](int64_t begin, int64_t end, int thread) { run_tasks(begin, end, thread); });
+  }
+
+  void run_tasks(int64_t begin, int64_t end, int thread) const {
+    const Pixels<S> out(p.output, s.channels, s.out_height * s.out_width), none({nullptr, false}, 0, 0);
+    Carver own = threads.of(thread);
+    auto [ring, taps, block] = Buffers(*this, own);
     ring.clear();
     int64_t last_group = -1;
     for (int64_t i = begin; i < end; ++i) {
@@ -153,7 +150,7 @@ void depthwise_forward(const DepthwiseForward& p, const Parallel& parallel) {
         });
       }
     }
-  });
-}
+  }
+};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

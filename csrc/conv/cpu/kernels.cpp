@@ -34,35 +34,19 @@ void forward(const SeparableForward& p, const Parallel& parallel) {
   with_types(p.dtype, [&]<class T, class S>() { separable_forward<T, S>(p, parallel); });
 }
 
-size_t depthwise_forward_workspace(const DepthwiseForward& p, int threads) {
-  return with_types(
-      p.dtype, [&]<class T, class S>() { return workspace_bytes<DepthwiseForwardPass<T, S>>(p, threads); });
+template <template <class, class> class Pass, class Call>
+size_t workspace(const Call& p, int threads) {
+  return with_types(p.dtype, [&]<class T, class S>() { return workspace_bytes<Pass<T, S>>(p, threads); });
 }
 
-void forward_depthwise(const DepthwiseForward& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { depthwise_forward<T, S>(p, parallel); });
-}
-
-size_t backward_depthwise_workspace(const DepthwiseBackward& p, int threads) {
-  return with_types(
-      p.dtype, [&]<class T, class S>() { return workspace_bytes<DepthwiseBackwardPass<T, S>>(p, threads); });
-}
-
-void backward_depthwise(const DepthwiseBackward& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { depthwise_backward<T, S>(p, parallel); });
+template <template <class, class> class Pass, class Call>
+void run(const Call& p, const Parallel& parallel) {
+  Carver shared(p.workspace);
+  with_types(p.dtype, [&]<class T, class S>() { Pass<T, S>(p, parallel.threads, shared).run(parallel); });
 }
 
 void merge(const Statistics& p, const Parallel& parallel) {
   with_types(p.dtype, [&]<class T, class S>() { merge_statistics<T>(p, parallel); });
-}
-
-size_t forward_pointwise_workspace(const PointwiseForward& p, int threads) {
-  return with_types(
-      p.dtype, [&]<class T, class S>() { return workspace_bytes<PointwiseForwardPass<T, S>>(p, threads); });
-}
-
-void forward_pointwise(const PointwiseForward& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { pointwise_forward<T, S>(p, parallel); });
 }
 
 // One block of pixels per thread.
@@ -88,15 +72,6 @@ void coefficients(const NormCoefficients& p, const Parallel& parallel) {
   with_types(p.dtype, [&]<class T, class S>() { norm_coefficients<T>(p, parallel); });
 }
 
-size_t backward_pointwise_workspace(const PointwiseBackward& p, int threads) {
-  return with_types(
-      p.dtype, [&]<class T, class S>() { return workspace_bytes<PointwiseBackwardPass<T, S>>(p, threads); });
-}
-
-void backward_pointwise(const PointwiseBackward& p, const Parallel& parallel) {
-  with_types(p.dtype, [&]<class T, class S>() { pointwise_backward<T, S>(p, parallel); });
-}
-
 }  // namespace
 
 FUSEDNN_KERNELS(ConvKernels) = {
@@ -105,21 +80,21 @@ FUSEDNN_KERNELS(ConvKernels) = {
     pack,
     forward,
     depthwise_strips,
-    depthwise_forward_workspace,
-    forward_depthwise,
-    backward_depthwise_workspace,
-    backward_depthwise,
+    workspace<DepthwiseForwardPass>,
+    run<DepthwiseForwardPass>,
+    workspace<DepthwiseBackwardPass>,
+    run<DepthwiseBackwardPass>,
     train_strips,
     merge,
-    forward_pointwise_workspace,
-    forward_pointwise,
+    workspace<PointwiseForwardPass>,
+    run<PointwiseForwardPass>,
     norm_activation_bytes,
     activate_norm,
     norm_sums_bytes,
     sum_norm,
     coefficients,
-    backward_pointwise_workspace,
-    backward_pointwise,
+    workspace<PointwiseBackwardPass>,
+    run<PointwiseBackwardPass>,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

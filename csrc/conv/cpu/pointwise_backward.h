@@ -166,7 +166,7 @@ struct PointwiseBackwardPass {
     return static_cast<T*>(p.da1) + ((t.n * blocks1 + c / w) * area + t.first) * w;
   }
 
-  void run(int64_t begin, int64_t end, int thread) const {
+  void run_strips(int64_t begin, int64_t end, int thread) const {
     worked[thread] = 1;
     Carver own = threads.of(thread);
     Buffers b(*this, own);
@@ -215,19 +215,15 @@ struct PointwiseBackwardPass {
       }
     });
   }
-};
 
-template <class T, class S>
-void pointwise_backward(const PointwiseBackward& p, const Parallel& parallel) {
-  Carver shared(p.workspace);
-  const PointwiseBackwardPass<T, S> pass(p, parallel.threads, shared);
-  const int64_t C = p.shape.channels;
-  pass.source.pack(p.depthwise_weight, p.depthwise_bias);
-  pack_panels(C, p.out_channels, static_cast<const S*>(p.weight), 1, C, pass.packed, parallel);
-  std::memset(pass.worked, 0, parallel.threads);
-  parallel(pass.strips.total(), true,
-           [&](int64_t begin, int64_t end, int thread) { pass.run(begin, end, thread); });
-  pass.add_up(parallel);
-}
+  void run(const Parallel& parallel) const {
+    source.pack(p.depthwise_weight, p.depthwise_bias);
+    pack_panels(channels, p.out_channels, static_cast<const S*>(p.weight), 1, channels, packed, parallel);
+    std::memset(worked, 0, parallel.threads);
+    parallel(strips.total(), true,
+             [&](int64_t begin, int64_t end, int thread) { run_strips(begin, end, thread); });
+    add_up(parallel);
+  }
+};
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

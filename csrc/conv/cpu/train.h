@@ -69,7 +69,17 @@ struct PointwiseForwardPass {
           block(own.take<T>(pass.strips.pixels() * kPanel * w)) {}
   };
 
-  void run(int64_t begin, int64_t end, int thread) const {
+  void run(const Parallel& parallel) const {
+    source.pack(p.depthwise_weight, p.depthwise_bias);
+    pack_panels(p.out_channels, s.channels, static_cast<const S*>(p.weight), s.channels, 1, packed, parallel);
+    pack_vector(p.out_channels, static_cast<const S*>(p.bias), bias);
+    const int64_t pixels = s.batch * s.out_height * s.out_width;
+    const bool worth_it = pixels * s.channels * (p.out_channels + s.kernel_h * s.kernel_w) > kSerialFlops;
+    parallel(strips.total(), worth_it,
+             [&](int64_t begin, int64_t end, int thread) { run_strips(begin, end, thread); });
+  }
+
+  void run_strips(int64_t begin, int64_t end, int thread) const {
     Carver own = threads.of(thread);
     auto [ring, taps, y1, block] = Buffers(*this, own);
     const Panels<T> panels{p.out_channels, source.blocks, packed};
@@ -105,21 +115,6 @@ struct PointwiseForwardPass {
     });
   }
 };
-
-template <class T, class S>
-void pointwise_forward(const PointwiseForward& p, const Parallel& parallel) {
-  Carver shared(p.workspace);
-  const PointwiseForwardPass<T, S> pass(p, parallel.threads, shared);
-  const DepthwiseShape& s = p.shape;
-  pass.source.pack(p.depthwise_weight, p.depthwise_bias);
-  pack_panels(p.out_channels, s.channels, static_cast<const S*>(p.weight), s.channels, 1, pass.packed,
-              parallel);
-  pack_vector(p.out_channels, static_cast<const S*>(p.bias), pass.bias);
-  const int64_t pixels = s.batch * s.out_height * s.out_width;
-  const bool worth_it = pixels * s.channels * (p.out_channels + s.kernel_h * s.kernel_w) > kSerialFlops;
-  parallel(pass.strips.total(), worth_it,
-           [&](int64_t begin, int64_t end, int thread) { pass.run(begin, end, thread); });
-}
 
 constexpr int64_t kElementwisePixels = 64;
 

@@ -332,9 +332,4 @@ cudaError_t depthwise_forward(const DepthwiseForward& p, cudaStream_t stream) {
   return visit_dtype(p.dtype, [&]<class T>(TypeTag<T>) { return launch_dtype<T>(p, stream); });
 }
 
-cudaError_t depthwise_activation_backward(const DepthwiseActivationBackward& p, cudaStream_t stream) {
-  return depthwise_forward(
-      {p.dtype, p.shape, p.activation, p.input, p.weight, p.bias, p.grad_z, p.grad_output}, stream);
-}
-
 }  // namespace fusednn::cuda

@@ -32,21 +32,9 @@ struct DepthwiseForward {
   const void* input;   // [N, C / m, H, W]
   const void* weight;  // [C, 1, kh, kw]
   const void* bias;    // [C] or null
-  void* output;        // [N, C, H', W'] act(z), or, with grad_output, grad_output act'(z)
+  void* output;  // [N, C, H', W'] act(z), or, with grad_output, grad_output act'(z); z is computed again
   const void* grad_output = nullptr;
   bool flipped = false;  // the kernel is read from its last tap to its first
-};
-
-// z = the convolution before its activation, computed again.
-struct DepthwiseActivationBackward {
-  DType dtype;
-  DepthwiseShape shape;
-  Activation activation;
-  const void* grad_output;  // [N, C, H', W']
-  const void* input;        // [N, C / m, H, W]
-  const void* weight;       // [C, 1, kh, kw]
-  const void* bias;         // [C] or null
-  void* grad_z;             // [N, C, H', W']
 };
 
 struct DepthwiseGradInput {
@@ -93,7 +81,6 @@ constexpr int separable_most_outputs(DType dtype) {
 
 cudaError_t separable_forward(const SeparableForward&, cudaStream_t);
 cudaError_t depthwise_forward(const DepthwiseForward&, cudaStream_t);
-cudaError_t depthwise_activation_backward(const DepthwiseActivationBackward&, cudaStream_t);
 cudaError_t depthwise_grad_input(const DepthwiseGradInput&, cudaStream_t);
 cudaError_t depthwise_grad_weight(const DepthwiseGradWeight&, cudaStream_t);
 // Into how many sums the positions are split. A function of the shape alone, so that results repeat.

@@ -154,77 +154,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
   return {o.stored(hidden), o.stored(maps), o.stored(h), o.stored(c), saved(gates), saved(cells)};
 }
 
-// What the steps of the backward leave behind.
-struct StepGradients {
-  Tensor h, c, x, r, scaled, products, terms, v, attended;
-};
-
-struct Saved {
-  Tensor h0, hidden, maps, gates;
-  OptionalTensor c0;
-  Tensor cells;
-};
-
-StepGradients walk_back(const Operands& o, const Saved& saved, const OptionalTensor& grad_hidden,
-                        const OptionalTensor& grad_maps, const OptionalTensor& grad_h,
-                        const OptionalTensor& grad_c) {
+std::vector<Tensor> attention_lstm_backward(const calls::AttentionLstmBackward& a) {
+  const Operands o(a.tensors, a.options);
+  const Tensor& features = a.tensors.features;
   const AttentionLstm& q = o.q;
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size, P = q.positions;
   const bool lstm = q.cell == Cell::lstm;
-  const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, o.features.options()); };
-  StepGradients d;
-  d.h = grad_h ? o.state(*grad_h, "grad_h") : zeros({B, H});
-  if (lstm) d.c = grad_c ? o.state(*grad_c, "grad_c") : zeros({B, H});
-  d.x = o.make({B, T, q.gate_rows()});
-  d.r = lstm ? d.x : o.make({B, T, q.gate_rows()});
-  d.scaled = o.make({B, T, P});
-  d.products = o.make({B, T, q.energies, P});
-  d.terms = q.additive ? o.make({B, T, q.energies}) : d.products.view({B, T, P});
-  if (q.additive) d.v = zeros({B, q.energies});
-  if (q.flatten && !q.hoisted) d.attended = o.make({B, T, q.inputs()});
-  if (o.empty()) return d;
-  const auto& kernels = cpu::kernels<cpu::AttentionLstmKernels>();
-  run_kernel(kernels.backward_workspace, kernels.backward,
-             {q, data_or_null(saved.h0), data_or_null(saved.c0), data_or_null(saved.hidden),
-              data_or_null(saved.maps), data_or_null(saved.gates), lstm ? data_or_null(saved.cells) : nullptr,
-              data_or_null(grad_hidden), data_or_null(grad_maps), mutable_data_or_null(d.h),
-              mutable_data_or_null(d.c), mutable_data_or_null(d.x),
-              lstm ? nullptr : mutable_data_or_null(d.r), mutable_data_or_null(d.scaled),
-              mutable_data_or_null(d.products), q.additive ? mutable_data_or_null(d.terms) : nullptr,
-              mutable_data_or_null(d.v), mutable_data_or_null(d.attended), nullptr});
-  return d;
-}
-
-std::vector<Tensor> attention_lstm_backward(const calls::AttentionLstmBackward& a) {
-  const Operands o(a.tensors, a.options);
-  const Tensor &features = a.tensors.features, &h0 = a.tensors.h0;
-  const OptionalTensor& c0 = a.tensors.c0;
-  const AttentionLstm& q = o.q;
-  const int64_t B = q.batch, T = q.steps, H = q.hidden_size;
   const auto type = features.scalar_type();
   const std::array<int64_t, 5> map_sizes{B, T, 1, features.size(3), features.size(4)};
-  check(h0, "h0", {B, H}, type);
+  check(a.tensors.h0, "h0", {B, H}, type);
   check(a.hidden, "hidden", {B, T, H}, type);
   check(a.maps, "maps", map_sizes, type);
   check(a.gates, "gates", {B, T, 4 * H}, o.wide);
-  if (c0) check(a.cells, "cells", {B, T, H}, o.wide);
+  if (lstm) check(a.cells, "cells", {B, T, H}, o.wide);
   check(a.grad_hidden, "grad_hidden", {B, T, H}, type);
   check(a.grad_maps, "grad_maps", map_sizes, type);
-  const Saved saved{o.dense(h0),      o.dense(a.hidden), o.dense(a.maps),
-                    o.dense(a.gates), o.dense(c0),       o.dense(a.cells)};
-  const OptionalTensor grad_hidden = o.dense(a.grad_hidden), grad_maps = o.dense(a.grad_maps);
-  const StepGradients d = walk_back(o, saved, grad_hidden, grad_maps, a.grad_h, a.grad_c);
+  const Tensor gates = o.dense(a.gates), cells = o.dense(a.cells);
+  const OptionalTensor c0 = o.dense(a.tensors.c0), grad_hidden = o.dense(a.grad_hidden),
+                       grad_maps = o.dense(a.grad_maps);
+  const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, o.features.options()); };
+  const auto state = [&](const char* name, const OptionalTensor& grad) {
+    return grad ? o.state(*grad, name) : zeros({B, H});
+  };
 
   AttentionLstmSteps s{};
   s.flatten = q.flatten;
-  s.features = features, s.frames = o.features.view({B * T, q.channels, q.positions});
+  s.features = features, s.frames = o.features.view({B * T, q.channels, P});
   s.score_weight = o.score_weight, s.weight_ih = o.weight_ih;
   s.lengths = o.lengths, s.learned = a.tensors.temperature.learned_temperature;
-  s.h0 = saved.h0, s.hidden = saved.hidden, s.map = saved.maps.view({B * T, 1, q.positions});
+  s.h0 = o.dense(a.tensors.h0), s.hidden = o.dense(a.hidden), s.map = o.dense(a.maps).view({B * T, 1, P});
   s.temperature = at::scalar_tensor(q.temperature, o.features.options());
-  s.d_h = d.h, s.d_c = d.c, s.d_x = d.x, s.d_r = d.r;
-  s.d_scaled = d.scaled, s.d_products = d.products, s.d_terms = d.terms, s.d_v = d.v;
-  s.d_attended = d.attended;
+  s.d_h = state("grad_h", a.grad_h), s.d_c = lstm ? state("grad_c", a.grad_c) : Tensor();
+  s.d_x = o.make({B, T, q.gate_rows()});
+  s.d_r = lstm ? s.d_x : o.make({B, T, q.gate_rows()});
+  s.d_scaled = o.make({B, T, P}), s.d_products = o.make({B, T, q.energies, P});
+  s.d_terms = q.additive ? o.make({B, T, q.energies}) : s.d_products.view({B, T, P});
+  if (q.additive) s.d_v = zeros({B, q.energies});
+  if (q.flatten && !q.hoisted) s.d_attended = o.make({B, T, q.inputs()});
+  if (!o.empty()) {
+    const auto& kernels = cpu::kernels<cpu::AttentionLstmKernels>();
+    run_kernel(kernels.backward_workspace, kernels.backward,
+               {q, data_or_null(s.h0), data_or_null(c0), data_or_null(s.hidden), data_or_null(s.map),
+                data_or_null(gates), lstm ? data_or_null(cells) : nullptr, data_or_null(grad_hidden),
+                data_or_null(grad_maps), mutable_data_or_null(s.d_h), mutable_data_or_null(s.d_c),
+                mutable_data_or_null(s.d_x), lstm ? nullptr : mutable_data_or_null(s.d_r),
+                mutable_data_or_null(s.d_scaled), mutable_data_or_null(s.d_products),
+                q.additive ? mutable_data_or_null(s.d_terms) : nullptr, mutable_data_or_null(s.d_v),
+                mutable_data_or_null(s.d_attended), nullptr});
+  }
   return attention_lstm_gradients(s, a.output_mask);
 }
 

@@ -77,39 +77,26 @@ int access_bytes(int item_bytes, int64_t batch, int64_t hidden, const Pointers*.
   return bytes;
 }
 
-template <int N>
-struct PackWidth {
-  static constexpr int value = N;
-};
-
+// Calls visit<N>() for the N elements of T that `bytes` hold.
 template <class T, int N = kWidestAccess / sizeof(T), class Visit>
 cudaError_t visit_width(int bytes, Visit&& visit) {
   if constexpr (N > 1) {
     if (bytes < static_cast<int>(N * sizeof(T))) return visit_width<T, N / 2>(bytes, visit);
   }
-  return visit(TypeTag<T>{}, PackWidth<N>{});
-}
-
-// Calls visit(TypeTag<T>, PackWidth<N>) for the storage type and the widest access that the arguments allow.
-template <class Visit, class... Pointers>
-cudaError_t visit_packs(DType dtype, int64_t batch, int64_t hidden, Visit&& visit,
-                        const Pointers*... pointers) {
-  const auto with = [&]<class T>(TypeTag<T>) {
-    return visit_width<T>(access_bytes(sizeof(T), batch, hidden, pointers...), visit);
-  };
-  return visit_dtype(dtype, with);
+  return visit.template operator()<N>();
 }
 
 // Launches kernel<T, N>()(p, tiling), for the packs that the pointers allow.
 template <class P, class Kernel, class... Pointers>
 cudaError_t launch_gates(const P& p, cudaStream_t stream, Kernel&& kernel, const Pointers*... pointers) {
   if (p.batch == 0 || p.hidden == 0) return cudaSuccess;
-  const auto run = [&]<class T, int N>(TypeTag<T>, PackWidth<N>) {
-    const GateTiling tiling{p.hidden / N, p.batch * (p.hidden / N)};
-    return launch(kernel.template operator()<T, N>(), gate_blocks(tiling), dim3(kGateThreads), 0, stream, p,
-                  tiling);
-  };
-  return visit_packs(p.dtype, p.batch, p.hidden, run, pointers...);
+  return visit_dtype(p.dtype, [&]<class T>(TypeTag<T>) {
+    return visit_width<T>(access_bytes(sizeof(T), p.batch, p.hidden, pointers...), [&]<int N>() {
+      const GateTiling tiling{p.hidden / N, p.batch * (p.hidden / N)};
+      return launch(kernel.template operator()<T, N>(), gate_blocks(tiling), dim3(kGateThreads), 0, stream, p,
+                    tiling);
+    });
+  });
 }
 
 }  // namespace fusednn::cuda

@@ -187,9 +187,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         else:
             return None
         norm1, norm2 = map(shortcut.batch_norm_fields, norms, map(bool, batch_norms))
-        return function(
-            options, input, depthwise.weight, depthwise.bias, norm1, pointwise.weight, pointwise.bias, norm2
-        )
+        first, second = (depthwise.weight, depthwise.bias), (pointwise.weight, pointwise.bias)
+        return function(options, input, *first, *norm1, *second, *norm2)
 
     def _composite(self, input: Tensor, reasons: list[str]) -> Tensor:
         """Call the children in turn."""

@@ -77,11 +77,11 @@ def _options(children: Mapping[str, nn.Module | None], residual: bool) -> Any:
     return native.extension.cpu.BlockOptions(depthwise.groups, *geometry, *acts, residual)
 
 
-def batch_norm_fields(norm: nn.BatchNorm2d | None, uses_batch: bool) -> tuple[Any, ...] | None:
+def batch_norm_fields(norm: nn.BatchNorm2d | None, uses_batch: bool) -> tuple[Any, ...]:
     """What the extension takes of a norm: its buffers, if it reads them or keeps them up to date."""
     if norm is None:
-        return None
+        return (False, None, None, None, None, None, None, 0.0)
     buffers: tuple[Any, ...] = (None, None, None)
     if not uses_batch or (norm.training and norm.track_running_stats):
         buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    return (norm.weight, norm.bias, *buffers, norm.momentum, norm.eps)
+    return (True, norm.weight, norm.bias, *buffers, norm.momentum, norm.eps)
