@@ -252,7 +252,7 @@ H, X, W = torch.zeros(2, 3, 4), torch.zeros(2, 5, 6), torch.zeros(4, 6)
         ((H, X, None, W[0]), {}, "v: got one without weight"),
         ((H, X, torch.zeros(3, 10), torch.zeros(4)), {}, r"v has shape \[4\], expected \[3\]"),
         ((H, X, torch.zeros(3, 9), torch.zeros(3)), {}, "weight has shape"),
-        ((H, X.double(), W), {}, r"source is torch\.float64"),
+        ((H, X.double(), W), {}, "hidden and source must have the same dtype"),
         ((H, X, W.to("meta")), {}, "weight on meta"),
         ((H, X, W), {"source_padding_mask": torch.zeros(2, 5)}, r"source_padding_mask: got torch\.float32"),
         ((H, X, W), {"source_padding_mask": torch.zeros(2, 3).bool()}, "source_padding_mask: got"),

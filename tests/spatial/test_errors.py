@@ -50,7 +50,7 @@ BAD = {
         (X, W),
         {"mask": torch.ones(4, 5, device="meta").bool()},
         RuntimeError,
-        "mask is on meta",
+        "mask on meta",
     ),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_tensor
+from ..core.checks import check_broadcasts, check_device, check_tensor
 
 
 def check_heads(name: str, query: int, key: int, value: int, grouped: bool) -> None:
@@ -93,11 +93,7 @@ def mask_kind(name: str, argument: str, mask: Tensor, query: Tensor) -> Tensor:
     Raises:
         RuntimeError: its dtype or device does not fit.
     """
-    if mask.device != query.device:
-        raise RuntimeError(
-            f"{name}: expected all tensors on one device: "
-            f"query is on {query.device}, {argument} on {mask.device}"
-        )
+    check_device(name, "query", query.device, argument, mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise RuntimeError(
             f"{name}: expected {argument} to be of dtype bool, float32 or query's {query.dtype}, "
@@ -125,13 +121,7 @@ def mask_of(name: str, mask: Tensor | None, query: Tensor, scores: Sequence[Any]
     if mask is None:
         return None
     mask = mask_kind(name, "attn_mask", mask, query)
-    fits = mask.dim() <= len(scores) and all(
-        m in (1, s) for m, s in zip(reversed(mask.shape), reversed(scores))
-    )
-    if not fits:
-        raise RuntimeError(
-            f"{name}: attn_mask has shape {list(mask.shape)}, which does not broadcast to {list(scores)}"
-        )
+    check_broadcasts(name, "attn_mask", mask, scores)
     mask = mask.view(*(1,) * (max(len(scores), 4) - mask.dim()), *mask.shape)
     if mask.dim() > 4:  # several batch dimensions
         lead = scores[:-3] if any(n != 1 for n in mask.shape[:-3]) else (1,) * (mask.dim() - 3)
@@ -181,11 +171,7 @@ def cu_seqlens_of(name: str, argument: str, cu_seqlens: Any, total: Any, device:
             f"{name}: {argument}: got {cu_seqlens.dtype} of size {list(cu_seqlens.shape)}, "
             "expected int32 or int64 of size [N + 1]"
         )
-    if cu_seqlens.device != device:
-        raise RuntimeError(
-            f"{name}: expected all tensors on one device: "
-            f"query is on {device}, {argument} on {cu_seqlens.device}"
-        )
+    check_device(name, "query", device, argument, cu_seqlens)
     if type(cu_seqlens) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling():
         ascends = bool((cu_seqlens.diff() >= 0).all())
         if not ascends or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..core.checks import check_positive, check_same_kind, choice
 from ..core.transforms import autocast_enabled
 from .functional import scaled_dot_product_attention
 
@@ -103,14 +104,10 @@ class LuongAttention(nn.Module):
         dtype: Any = None,
     ) -> None:
         name = "LuongAttention"
-        if score not in SCORES:
-            raise ValueError(f"{name}: score: got {score!r}, expected one of {', '.join(SCORES)}")
+        choice(name, "score", score, SCORES)
         source_size = hidden_size if source_size is None else source_size
         rows = hidden_size if attention_size is None else attention_size
-        sizes = {"hidden_size": hidden_size, "source_size": source_size, "attention_size": rows}
-        for argument, value in sizes.items():
-            if value <= 0:
-                raise ValueError(f"{name}: {argument}: got {value}, expected a positive number")
+        check_positive(name, hidden_size=hidden_size, source_size=source_size, attention_size=rows)
         if score == "dot" and source_size != hidden_size:
             raise ValueError(
                 f"{name}: source_size: got {source_size}, expected {hidden_size} for score='dot'"
@@ -245,7 +242,8 @@ def _check(
             raise RuntimeError(f"{_NAME}: weight has shape {list(weight.shape)}, expected {list(expected)}")
         if v is not None and v.shape != (rows,):
             raise RuntimeError(f"{_NAME}: v has shape {list(v.shape)}, expected [{rows}]")
-    _check_kinds(hidden, source, weight, v)
+    others = (("source", source), ("weight", weight), ("v", v))
+    check_same_kind(_NAME, "hidden", hidden, others, autocast_enabled(hidden.device))
     if padding is not None:
         expected = tuple(source.shape[:2])
         if padding.dtype != torch.bool or padding.shape != expected:
@@ -253,16 +251,3 @@ def _check(
                 f"{_NAME}: source_padding_mask: got {padding.dtype} of size {list(padding.shape)}, expected "
                 f"bool {list(expected)}, True: padding"
             )
-
-
-def _check_kinds(hidden: Tensor, *others: Tensor | None) -> None:
-    autocast = autocast_enabled(hidden.device)
-    for name, other in zip(("source", "weight", "v"), others):
-        if other is None:
-            continue
-        if other.device != hidden.device:
-            raise RuntimeError(
-                f"{_NAME}: hidden is on {hidden.device}, {name} on {other.device}, expected one"
-            )
-        if other.dtype != hidden.dtype and not (autocast and other.is_floating_point()):
-            raise RuntimeError(f"{_NAME}: {name} is {other.dtype}, expected {hidden.dtype} as hidden is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,15 @@ def check_floating(name: str, argument: str, tensor: Tensor) -> None:
     """Raise RuntimeError unless the tensor is floating point."""
     if not tensor.dtype.is_floating_point:
         raise RuntimeError(f"{name}: expected {argument} to be floating point, got {tensor.dtype}")
+
+
+def check_device(name: str, first: str, device: torch.device, argument: str, tensor: Tensor) -> None:
+    """Raise RuntimeError unless the tensor is on the device of the `first`."""
+    if tensor.device != device:
+        raise RuntimeError(
+            f"{name}: expected all tensors on one device: "
+            f"{first} is on {device}, {argument} on {tensor.device}"
+        )
 
 
 def check_same_kind(
@@ -36,11 +46,7 @@ def check_same_kind(
     for argument, other in others:
         if other is None:
             continue
-        if other.device != tensor.device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"{first} is on {tensor.device}, {argument} on {other.device}"
-            )
+        check_device(name, first, tensor.device, argument, other)
         floating = tensor.dtype.is_floating_point and other.dtype.is_floating_point
         free = (cast or argument in may_differ) and floating
         if other.dtype != tensor.dtype and not free:
@@ -56,6 +62,22 @@ def check_shape(name: str, argument: str, tensor: Tensor | None, expected: Seque
         raise RuntimeError(
             f"{name}: {argument} has shape {list(tensor.shape)}, expected {list(expected)} for {why}"
         )
+
+
+def check_broadcasts(name: str, argument: str, tensor: Tensor, shape: Sequence[Any]) -> None:
+    """Raise RuntimeError unless the tensor broadcasts to the shape."""
+    sizes = zip(reversed(tensor.shape), reversed(shape))
+    if tensor.dim() > len(shape) or not all(own in (1, size) for own, size in sizes):
+        raise RuntimeError(
+            f"{name}: {argument} has shape {list(tensor.shape)}, which does not broadcast to {list(shape)}"
+        )
+
+
+def check_positive(name: str, **sizes: int | None) -> None:
+    """Raise ValueError unless every size is positive."""
+    for argument, value in sizes.items():
+        if value is None or value <= 0:
+            raise ValueError(f"{name}: {argument}: got {value}, expected a positive number")
 
 
 def choice(name: str, argument: str, value: Any, allowed: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from ..core.checks import choice
+from ..core.checks import check_positive, choice
 from ..rnn.modules import GRUCell, LSTMCell
 from ..spatial import checks
 from ..spatial.modules import SpatialAttention
@@ -72,10 +72,7 @@ class AttentionLSTM(nn.Module):
         name = "AttentionLSTM"
         choice(name, "output", output, ("flatten", "sum"))
         choice(name, "cell", cell, tuple(_CELLS))
-        sizes = {"in_channels": in_channels, "height": height, "width": width, "hidden_size": hidden_size}
-        for argument, value in sizes.items():
-            if value <= 0:
-                raise ValueError(f"{name}: {argument}: got {value}, expected a positive number")
+        check_positive(name, in_channels=in_channels, height=height, width=width, hidden_size=hidden_size)
         super().__init__()
         self.in_channels, self.height, self.width, self.hidden_size = in_channels, height, width, hidden_size
         self.attention = SpatialAttention(

@@ -25,6 +25,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..core.tensors import accumulation_dtype
 from ..core.transforms import without_autocast
+from ..rnn.formulas import gru_update, gru_update_backward, lstm_update, lstm_update_backward
 from ..spatial import formulas
 from . import plan
 
@@ -148,9 +149,9 @@ def attention_lstm_forward(
             x = x if b_ih is None else x + b_ih
         r = F.linear(h, q.w_hh, b_hh)
         if c is None:
-            h_next, now = formulas.gru_update(x, r, h)
+            h_next, now = gru_update(x, r, h)
         else:
-            h_next, c_next, now = formulas.lstm_update(x, r, c)
+            h_next, c_next, now = lstm_update(x + r, c)
             c = q.still(t, c_next, c)
             cells.append(c)
         hidden.append(q.still(t, h_next))
@@ -254,10 +255,10 @@ def _walk_back(q, grads, h_prev, c0, a, energy, gates, cells) -> tuple[_StepGrad
     for t in reversed(range(q.f.shape[1])):
         d_now = d_h if grad_hidden is None else d_h + grad_hidden[:, t]
         if c0 is None:
-            d_x, d_r, d_past = formulas.gru_update_backward(d_now, gates[:, t], h_prev[:, t])
+            d_x, d_r, d_past = gru_update_backward(d_now, gates[:, t], h_prev[:, t])
         else:
             c_prev = cells[:, t - 1] if t > 0 else c0.to(d_h.dtype)
-            d_x, d_c_prev = formulas.lstm_update_backward(d_now, d_c, gates[:, t], c_prev, cells[:, t])
+            d_x, d_c_prev = lstm_update_backward(d_now, d_c, gates[:, t], c_prev, cells[:, t])
             d_r, d_past = d_x, torch.zeros_like(d_now)
             d_c = q.still(t, d_c_prev, d_c)
         if projected is not None:

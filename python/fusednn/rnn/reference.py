@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.tensors import accumulation_dtype, where_needed
+from . import formulas
 
 
 def lstm_cell_forward(
@@ -35,12 +36,8 @@ def lstm_cell_forward(
     dtype = accumulation_dtype(input.dtype, cx.dtype)
     state = torch.promote_types(input.dtype, cx.dtype)
     products = F.linear(input, weight_ih, bias_ih) + F.linear(hx.to(input.dtype), weight_hh, bias_hh)
-    i, f, g, o = products.to(dtype).chunk(4, dim=1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * cx.to(dtype) + i * g
-    h = o * c.tanh()
-    gates = torch.cat((i, f, g, o), dim=1).to(input.dtype) if save_gates else input.new_empty(0)
-    return h.to(state), c.to(state), gates
+    h, c, gates = formulas.lstm_update(products.to(dtype), cx.to(dtype))
+    return h.to(state), c.to(state), gates.to(input.dtype) if save_gates else input.new_empty(0)
 
 
 def lstm_cell_backward(
@@ -57,24 +54,14 @@ def lstm_cell_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of input, hx, cx, weight_ih, weight_hh and of either bias; empty where masked."""
     dtype = accumulation_dtype(input.dtype, cx.dtype)
-    i, f, g, o = gates.to(dtype).chunk(4, dim=1)
-    tanh_c = c.to(dtype).tanh()
-    zero = torch.zeros_like(tanh_c)
-    d_h = zero if grad_h is None else grad_h.to(dtype)
-    d_c = (zero if grad_c is None else grad_c.to(dtype)) + d_h * o * (1 - tanh_c * tanh_c)
-    d_gates = torch.cat(
-        (
-            d_c * g * i * (1 - i),
-            d_c * cx.to(dtype) * f * (1 - f),
-            d_c * i * (1 - g * g),
-            d_h * tanh_c * o * (1 - o),
-        ),
-        dim=1,
-    ).to(input.dtype)
+    zero = torch.zeros_like(c, dtype=dtype)
+    d_h, d_c = (zero if g is None else g.to(dtype) for g in (grad_h, grad_c))
+    d_gates, d_cx = formulas.lstm_update_backward(d_h, d_c, *(t.to(dtype) for t in (gates, cx, c)))
+    d_gates = d_gates.to(input.dtype)
     grads = (
         lambda: d_gates @ weight_ih,
         lambda: (d_gates @ weight_hh).to(hx.dtype),
-        lambda: (d_c * f).to(cx.dtype),
+        lambda: d_cx.to(cx.dtype),
         lambda: d_gates.t() @ input,
         lambda: d_gates.t() @ hx.to(input.dtype),
         lambda: d_gates.sum(0),
@@ -94,13 +81,10 @@ def gru_cell_forward(
     """Return h' [B, H] and the gates r, z, n and h_n [B, 4H] (empty unless ``save_gates``)."""
     dtype = accumulation_dtype(input.dtype, hx.dtype)
     state = torch.promote_types(input.dtype, hx.dtype)
-    x_r, x_z, x_n = F.linear(input, weight_ih, bias_ih).to(dtype).chunk(3, dim=1)
-    h_r, h_z, h_n = F.linear(hx.to(input.dtype), weight_hh, bias_hh).to(dtype).chunk(3, dim=1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    n = (x_n + r * h_n).tanh()
-    h = n + z * (hx.to(dtype) - n)
-    gates = torch.cat((r, z, n, h_n), dim=1).to(input.dtype) if save_gates else input.new_empty(0)
-    return h.to(state), gates
+    x = F.linear(input, weight_ih, bias_ih).to(dtype)
+    r = F.linear(hx.to(input.dtype), weight_hh, bias_hh).to(dtype)
+    h, gates = formulas.gru_update(x, r, hx.to(dtype))
+    return h.to(state), gates.to(input.dtype) if save_gates else input.new_empty(0)
 
 
 def gru_cell_backward(
@@ -114,16 +98,11 @@ def gru_cell_backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of input, hx, weight_ih, weight_hh, bias_ih, bias_hh; empty where masked."""
     dtype = accumulation_dtype(input.dtype, hx.dtype)
-    r, z, n, h_n = gates.to(dtype).chunk(4, dim=1)
-    d_h = grad_h.to(dtype)
-    d_n = d_h * (1 - z) * (1 - n * n)
-    d_z = d_h * (hx.to(dtype) - n) * z * (1 - z)
-    d_r = d_n * h_n * r * (1 - r)
-    d_gates_x = torch.cat((d_r, d_z, d_n), dim=1).to(input.dtype)
-    d_gates_h = torch.cat((d_r, d_z, d_n * r), dim=1).to(input.dtype)
+    d_gates_x, d_gates_h, d_hx = formulas.gru_update_backward(*(t.to(dtype) for t in (grad_h, gates, hx)))
+    d_gates_x, d_gates_h = d_gates_x.to(input.dtype), d_gates_h.to(input.dtype)
     grads = (
         lambda: d_gates_x @ weight_ih,
-        lambda: (d_gates_h @ weight_hh).to(hx.dtype) + (d_h * z).to(hx.dtype),
+        lambda: (d_gates_h @ weight_hh).to(hx.dtype) + d_hx.to(hx.dtype),
         lambda: d_gates_x.t() @ input,
         lambda: d_gates_h.t() @ hx.to(input.dtype),
         lambda: d_gates_x.sum(0),

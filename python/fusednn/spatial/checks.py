@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_shape, check_tensor
+from ..core.checks import check_broadcasts, check_device, check_floating, check_shape, check_tensor
 from ..core.transforms import under_transform
 
 
@@ -39,11 +39,7 @@ def temperature(name: str, value: float | Tensor, device: torch.device) -> tuple
                 f"{name}: expected temperature to hold one floating-point number, "
                 f"got {value.dtype} of size {list(value.shape)}"
             )
-        if value.device != device:
-            raise RuntimeError(
-                f"{name}: expected all tensors on one device: "
-                f"temperature is on {value.device}, expected {device}"
-            )
+        check_device(name, "the input", device, "temperature", value)
         return value, 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(
@@ -65,15 +61,8 @@ def mask_of(name: str, mask: Tensor | None, shape: Sequence[int], device: torch.
     check_tensor(name, "mask", mask)
     if mask.dtype != torch.bool:
         raise RuntimeError(f"{name}: expected mask to be of dtype bool, True: takes part, got {mask.dtype}")
-    if mask.device != device:
-        raise RuntimeError(
-            f"{name}: expected all tensors on one device: mask is on {mask.device}, expected {device}"
-        )
-    fits = mask.dim() <= 4 and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape)))
-    if not fits:
-        raise RuntimeError(
-            f"{name}: mask has shape {list(mask.shape)}, which does not broadcast to {list(shape)}"
-        )
+    check_device(name, "the input", device, "mask", mask)
+    check_broadcasts(name, "mask", mask, shape)
     return mask.expand(*shape).flatten(2)
 
 

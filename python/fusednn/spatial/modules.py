@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_shape, check_tensor, choice
+from ..core.checks import check_positive, check_shape, check_tensor, choice
 from . import checks, functional, shortcut
 from .reference import OUTPUTS
 
@@ -83,9 +83,7 @@ class SpatialAttention(nn.Module):
             sizes |= {"height": height, "width": width}
         if attention_size is not None:
             sizes["attention_size"] = attention_size
-        for argument, value in sizes.items():
-            if value is None or value <= 0:
-                raise ValueError(f"{name}: {argument}: got {value}, expected a positive number")
+        check_positive(name, **sizes)
         if hidden_size < 0:
             raise ValueError(f"{name}: hidden_size: got {hidden_size}, expected 0 or more")
         super().__init__()
