@@ -100,7 +100,7 @@ def test_wrong_calls_harm_nothing(native):
     ):
         with pytest.raises(RuntimeError, match="got shape"):
             native.projection_forward(*args)
-    with pytest.raises(RuntimeError, match="grad: got shape"):
+    with pytest.raises(RuntimeError, match="grad_output: got shape"):
         native.projection_backward(torch.randn(2, 5), torch.randn(2, 3), torch.randn(4, 3), [True] * 3)
 
 
