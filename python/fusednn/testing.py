@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -115,15 +116,8 @@ def emulated_cuda(module: ModuleType, device_type: str = "cpu") -> Iterator[None
         module: has the functions of ``fusednn._C.cuda``, e.g. those kernels compiled to run on the CPU.
         device_type: ``Tensor.device.type`` of the tensors that it takes.
     """
-    before = native.cuda_modules.get(device_type)
-    native.cuda_modules[device_type] = module
-    try:
+    with mock.patch.dict(native.cuda_modules, {device_type: module}):
         yield
-    finally:
-        if before is None:
-            del native.cuda_modules[device_type]
-        else:
-            native.cuda_modules[device_type] = before
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_broadcasts, check_device, check_tensor
+from ..core.checks import check_broadcasts, check_device, check_shape, check_tensor
 
 
 def check_heads(name: str, query: int, key: int, value: int, grouped: bool) -> None:
@@ -137,10 +137,7 @@ def key_mask_of(name: str, padding: Tensor | None, query: Tensor, batch: Any, co
     """
     if padding is None:
         return None
-    if tuple(padding.shape) != (batch, columns):
-        raise RuntimeError(
-            f"{name}: key_padding_mask has shape {list(padding.shape)}, expected [{batch}, {columns}]"
-        )
+    check_shape(name, "key_padding_mask", padding, (batch, columns), "the keys")
     return kept_of(name, "key_padding_mask", padding, query)
 
 
@@ -152,9 +149,8 @@ def check_extra(name: str, key: Tensor, value: Tensor, extra_key: Any, extra_val
         raise RuntimeError(f"{name}: expected both extra_key and extra_value, or neither")
     for argument, extra, like in (("extra_key", extra_key, key), ("extra_value", extra_value, value)):
         columns = extra_key.shape[1] if extra_key.dim() == 3 else "X"
-        expected = [like.shape[1], columns, like.shape[3]]
-        if list(extra.shape) != expected:
-            raise RuntimeError(f"{name}: {argument} has shape {list(extra.shape)}, expected {expected}")
+        expected: list[Any] = [like.shape[1], columns, like.shape[3]]
+        check_shape(name, argument, extra, expected, f"heads of size {list(like.shape)}")
 
 
 def cu_seqlens_of(name: str, argument: str, cu_seqlens: Any, total: Any, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core.checks import check_positive, check_same_kind, choice
+from ..core.checks import check_positive, check_same_kind, check_shape, choice
 from ..core.transforms import autocast_enabled
 from .functional import scaled_dot_product_attention
 
@@ -174,9 +174,8 @@ def _attend(
     """Return context [B, T, He] and weights [B, T, S] for hidden [B, T, Hd]."""
     if weight is not None and v is not None:
         return _additive(hidden, source, weight, v, padding)
-    query = (
-        hidden if weight is None else linear(hidden, weight.t())
-    )  # (h^T W) s, not h^T (W s): T rows, not S
+    # (h^T W) s, not h^T (W s): T rows, not S
+    query = hidden if weight is None else linear(hidden, weight.t())
     if autocast_enabled(source.device):
         source = source.to(query.dtype)
     keys = source.unsqueeze(1)  # one head
@@ -238,10 +237,9 @@ def _check(
     else:
         rows = weight.shape[0]
         expected = (features, sources) if v is None else (rows, features + sources)
-        if weight.shape != expected:
-            raise RuntimeError(f"{_NAME}: weight has shape {list(weight.shape)}, expected {list(expected)}")
-        if v is not None and v.shape != (rows,):
-            raise RuntimeError(f"{_NAME}: v has shape {list(v.shape)}, expected [{rows}]")
+        why = f"hidden of size {list(hidden.shape)} and source of size {list(source.shape)}"
+        check_shape(_NAME, "weight", weight, expected, why)
+        check_shape(_NAME, "v", v, (rows,), f"{rows} rows of weight")
     others = (("source", source), ("weight", weight), ("v", v))
     check_same_kind(_NAME, "hidden", hidden, others, autocast_enabled(hidden.device))
     if padding is not None:

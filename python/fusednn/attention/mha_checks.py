@@ -121,23 +121,19 @@ def _check_ranks(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> None:
     rank = query.dim()
-    if rank not in (2, 3):
-        raise AssertionError(f"{NAME}: Expected query to be 2-D (unbatched) or 3-D, got {rank}-D instead")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dim() != rank:
+    expected = (
+        ("query", query, (2, 3), "unbatched or batched"),
+        ("key", key, (rank,), "as query is"),
+        ("value", value, (rank,), "as query is"),
+        ("key_padding_mask", key_padding_mask, (rank - 1,), f"for a {rank}-D query"),
+        ("attn_mask", attn_mask, (2, 3), "[L, S] or [B * num_heads, L, S]"),
+    )
+    for name, tensor, ranks, why in expected:
+        if tensor is not None and tensor.dim() not in ranks:
+            allowed = " or ".join(f"{r}-D" for r in ranks)
             raise AssertionError(
-                f"{NAME}: Expected {name} to be {rank}-D as query is, got {tensor.dim()}-D instead"
+                f"{NAME}: Expected {name} to be {allowed} ({why}), got {tensor.dim()}-D instead"
             )
-    if key_padding_mask is not None and key_padding_mask.dim() != rank - 1:
-        raise AssertionError(
-            f"{NAME}: Expected key_padding_mask to be {rank - 1}-D for a {rank}-D query, "
-            f"got {key_padding_mask.dim()}-D instead"
-        )
-    if attn_mask is not None and attn_mask.dim() not in (2, 3):
-        raise AssertionError(
-            f"{NAME}: Expected attn_mask to be 2-D [L, S] or 3-D [B * num_heads, L, S], "
-            f"got {attn_mask.dim()}-D instead"
-        )
 
 
 def _check_attn_mask(mask: Tensor, heads: int, length: int, keys: int, batched: bool) -> None:
@@ -190,19 +186,13 @@ def check_options(
     softcap: float | None,
     rotary: bool | float,
 ) -> None:
-    """Raise ValueError for an option that can't be."""
+    """Raise ValueError, or TypeError for a window of no integers, for an option that can't be."""
     if num_kv_heads is not None and (num_kv_heads <= 0 or num_heads % num_kv_heads):
         raise ValueError(
             f"{NAME}: num_kv_heads: got {num_kv_heads}, expected a divisor of num_heads={num_heads}"
         )
-    if window is not None:
-        sides = window if isinstance(window, (tuple, list)) else (window, window)
-        if len(sides) != 2 or not all(isinstance(side, int) and side >= -1 for side in sides):
-            raise ValueError(
-                f"{NAME}: window: got {window}, expected a number or (left, right), each 0 or more, or -1"
-            )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{NAME}: softcap: got {softcap}, expected a positive number or None")
+    checks.window_of(NAME, window, causal=False)
+    checks.softcap_of(NAME, softcap)
     if rotary is not False:
         if not rotary > 0:
             raise ValueError(f"{NAME}: rotary: got {rotary}, expected True, False or a positive base")

@@ -103,19 +103,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         rotary: bool | float = False,
         alibi: bool = False,
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            dropout,
-            bias,
-            add_bias_kv,
-            add_zero_attn,
-            kdim,
-            vdim,
-            batch_first,
-            device,
-            dtype,
-        )
+        torchs: Any = (dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *torchs)
         mha_checks.check_options(self.head_dim, num_heads, num_kv_heads, window, softcap, rotary)
         shared = None if num_kv_heads == num_heads else num_kv_heads
         options = {

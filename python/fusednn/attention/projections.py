@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -28,26 +30,27 @@ def project_in(layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> tuple
     Neighbours among query, key and value that are the same tensor share one product with the rows of the
     packed weight that belong to them.
     """
-    h, g, d = layer.num_heads, layer.num_kv_heads, layer.embed_dim // layer.num_heads
-    bias = layer.in_proj_bias
-    if len(layer.in_proj) == 3:
-        biases = (None, None, None) if bias is None else bias.split((h * d, g * d, g * d))
-        q, k, v = (project(x, w, b) for x, w, b in zip((query, key, value), layer.in_proj, biases))
-        return _heads(q, h, d), _heads(k, g, d), _heads(v, g, d)
-    (weight,) = layer.in_proj
-    if query is key and key is value:
-        q, k, v = _heads(project(query, weight, bias), h + 2 * g, d).split((h, g, g), -2)
-        return q, k, v
-    if key is value:
-        q, kv = _products(weight, bias, (query, key), (h * d, 2 * g * d))
-        k, v = _heads(kv, 2 * g, d).split(g, -2)
-        return _heads(q, h, d), k, v
-    if query is key:
-        qk, v = _products(weight, bias, (query, value), ((h + g) * d, g * d))
-        q, k = _heads(qk, h + g, d).split((h, g), -2)
-        return q, k, _heads(v, g, d)
-    q, k, v = _products(weight, bias, (query, key, value), (h * d, g * d, g * d))
-    return _heads(q, h, d), _heads(k, g, d), _heads(v, g, d)
+    inputs, d = (query, key, value), layer.embed_dim // layer.num_heads
+    heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+    runs = [[0]]  # of inputs that share a product
+    for i in (1, 2):
+        if len(layer.in_proj) == 1 and inputs[i] is inputs[i - 1]:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    rows = [sum(heads[i] for i in run) * d for run in runs]
+    weights: Sequence[Tensor] = layer.in_proj
+    biases: Sequence[Tensor | None] = (layer.in_proj_bias,) * len(runs)
+    if len(runs) > 1:  # split, not slices: its gradient is one cat
+        weights = weights if len(weights) == 3 else weights[0].split(rows)
+        biases = biases if layer.in_proj_bias is None else layer.in_proj_bias.split(rows)
+    found: list[Tensor] = []
+    for run, weight, bias in zip(runs, weights, biases):
+        x = project(inputs[run[0]], weight, bias)
+        x = x.view(*x.shape[:-1], weight.shape[0] // d, d)
+        found += x.split([heads[i] for i in run], -2) if len(run) > 1 else (x,)
+    q, k, v = found
+    return q, k, v
 
 
 def extra_columns(layer: Layer, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -60,15 +63,3 @@ def extra_columns(layer: Layer, key: Tensor) -> tuple[Tensor | None, Tensor | No
         return zeros[0], zeros[0]
     k, v = (b.to(key.dtype).view(g, 1, d) for b in (layer.bias_k, layer.bias_v))
     return (torch.cat([k, *zeros], 1), torch.cat([v, *zeros], 1)) if zeros else (k, v)
-
-
-def _products(
-    weight: Tensor, bias: Tensor | None, inputs: tuple[Tensor, ...], rows: tuple[int, ...]
-) -> list[Tensor]:
-    # split, not slices: its gradient is one cat
-    biases = (None,) * len(rows) if bias is None else bias.split(rows)
-    return [project(x, w, b) for x, w, b in zip(inputs, weight.split(rows), biases)]
-
-
-def _heads(x: Tensor, heads: int, d: int) -> Tensor:
-    return x.view(*x.shape[:-1], heads, d)

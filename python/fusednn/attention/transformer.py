@@ -60,19 +60,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
-            d_model,
-            nhead,
-            dim_feedforward,
-            dropout,
-            activation,
-            layer_norm_eps,
-            batch_first,
-            norm_first,
-            bias,
-            device,
-            dtype,
-        )
+        torchs: Any = (dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype)
+        super().__init__(d_model, nhead, dim_feedforward, *torchs)
         # torch's layer with torch's initial values, by the rule of replace_layers: only the class changes
         self.self_attn.__class__ = MultiheadAttention
 

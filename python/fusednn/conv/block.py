@@ -13,7 +13,7 @@ from torch.overrides import has_torch_function
 from ..core import dispatch, native
 from ..core.transforms import autocast, may_need_backward, under_transform
 from . import batch_norm, checks, eligibility, functional, ops, shortcut
-from .fold_cache import FoldCache
+from .fold_cache import FoldCache, FoldingModule
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,7 +26,7 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 _CHILDREN = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activation2")
 
 
-class DepthwiseSeparableConv2d(nn.Module):
+class DepthwiseSeparableConv2d(FoldingModule):
     r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one.
 
     ``out = act2(norm2(pointwise(act1(norm1(depthwise(input)))))) + (input if residual else 0)``
@@ -266,23 +266,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         """Weights for inference, folded at most once for the same sources."""
         if torch.compiler.is_compiling() or (self.norm1 is None and self.norm2 is None):
             return self._weights(dtype)
-
-        def make() -> tuple[Tensor | None, ...]:
-            # Not inference tensors: those have no version, by which kernels know their packed copies.
-            with torch.inference_mode(False), torch.no_grad():
-                return self._weights(dtype)
-
         options = (dtype, *(n.eps for n in (self.norm1, self.norm2) if type(n) is nn.BatchNorm2d))
-        return self._folds.get(sources, options, make)
-
-    def train(self, mode: bool = True) -> DepthwiseSeparableConv2d:
-        """Switch the mode, and let go of folded weights."""
-        self._folds.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> DepthwiseSeparableConv2d:
-        self._folds.clear()  # so that nothing of the old device or dtype stays behind
-        return super()._apply(*args, **kwargs)
+        return self._folds.get(sources, options, lambda: self._weights(dtype))
 
     def extra_repr(self) -> str:
         """Say whether the input is added."""

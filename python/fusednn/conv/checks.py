@@ -31,30 +31,19 @@ def activation_name(name: str, argument: str, activation: str | None) -> str:
     return activation
 
 
-def pair(name: str, argument: str, value: IntOrPair) -> tuple[int, int]:
-    """Return the two sizes that an int or a pair stands for."""
+def pair(name: str, argument: str, value: IntOrPair, dims: int = 2) -> tuple[int, int]:
+    """Return the two sizes that an int or a pair stands for; of one dimension, the same size twice."""
     values = (value,) if isinstance(value, (int, torch.SymInt)) else value
     if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected {argument} to be an int or a pair, got {type(value).__name__}")
     if not all(isinstance(v, (int, torch.SymInt)) for v in values):
         raise TypeError(f"{name}: expected {argument} to hold ints, got {value}")
-    if len(values) not in (1, 2):
+    if len(values) not in (1, dims):
         raise RuntimeError(
-            f"{name}: expected {argument} to be a single integer value or a list of 2 values to match the "
-            f"convolution dimensions, but got {argument}={list(values)}"
+            f"{name}: expected {argument} to be a single integer value or a list of {dims} values to match "
+            f"the convolution dimensions, but got {argument}={list(values)}"
         )
     return (values[0], values[-1])
-
-
-def single(name: str, argument: str, value: int | Sequence[int]) -> int:
-    """Return the one size that an int, or a list of it, stands for."""
-    values = pair(name, argument, value)
-    if not isinstance(value, (int, torch.SymInt)) and len(value) != 1:
-        raise RuntimeError(
-            f"{name}: expected {argument} to be a single integer value or a list of 1 values to match the "
-            f"convolution dimensions, but got {argument}={list(values)}"
-        )
-    return values[0]
 
 
 def geometry(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..core.tensors import HALVES
 from . import checks
 from .modules import DepthwiseConv2d
 
@@ -18,6 +19,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Hardswish: "hardswish",
 }
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -153,28 +155,14 @@ def against_input(input, depthwise, norm1, _activation1, pointwise, norm2, _acti
     if input.shape[1] != groups or filters % groups:
         return [f"got input of {input.shape[1]} channels, {filters} filters and {groups} groups"]
     dtype = checks.cast_dtype(input)
-    for name, conv in (("depthwise", depthwise), ("pointwise", pointwise)):
-        reasons = _against_tensors(name, (conv.weight, conv.bias), input, dtype, cast=True)
-        if reasons:
-            return reasons
-    for name, norm in (("norm1", norm_of(norm1)), ("norm2", norm_of(norm2))):
-        if norm is None:
-            continue
-        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        reasons = _against_tensors(name, tensors, input, dtype, cast=False)
-        if reasons:
-            return reasons
-    return []
-
-
-def _against_tensors(name: str, tensors, input: Tensor, dtype: torch.dtype, cast: bool) -> list[str]:
-    for t in tensors:
-        if t is None:
-            continue
-        if t.device != input.device:
-            return [f"{name} is on {t.device}, the input on {input.device}"]
-        own = checks.cast_dtype(t) if cast else t.dtype
-        wider = not cast and own == torch.float32 and dtype in (torch.bfloat16, torch.float16)
-        if own != dtype and not wider:
-            return [f"{name} has {t.dtype} beside {dtype}"]
+    wider = {dtype, torch.float32} if dtype in HALVES else {dtype}  # what a norm's tensors may have
+    norms = {"norm1": norm_of(norm1), "norm2": norm_of(norm2)}
+    for name, child in {"depthwise": depthwise, "pointwise": pointwise, **norms}.items():
+        for t in (getattr(child, attribute, None) for attribute in _TENSORS):
+            if t is None:
+                continue
+            if t.device != input.device:
+                return [f"{name} is on {t.device}, the input on {input.device}"]
+            if (t.dtype not in wider) if name in norms else (checks.cast_dtype(t) != dtype):
+                return [f"{name} has {t.dtype} beside {dtype}"]
     return []

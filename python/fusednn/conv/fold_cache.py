@@ -10,12 +10,15 @@ counter and the address decide.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SAMPLES = 32
 _PLAIN = (Tensor, nn.Parameter)  # exact types: a subclass may keep its data elsewhere
@@ -28,13 +31,16 @@ class FoldCache:
         self._entry: _Entry | None = None
 
     def get(self, sources: Sequence[Tensor | None], options: Any, make: Callable[[], Any]) -> Any:
-        """Return ``make()``, or what it returned before for the same sources and options."""
-        if not settings.weight_cache_enabled() or not all(t is None or _can_be_keyed(t) for t in sources):
-            return make()
-        entry = self._entry
-        if entry is None or not entry.serves(sources, options):
-            entry = self._entry = _Entry(sources, options, make())
-        return entry.value
+        """Return ``make()``, made without gradients, or kept of the same sources and options."""
+        keyed = settings.weight_cache_enabled() and all(t is None or _can_be_keyed(t) for t in sources)
+        if keyed and self._entry is not None and self._entry.serves(sources, options):
+            return self._entry.value
+        # Not inference tensors: those have no version, by which kernels know their packed copies.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        if keyed:
+            self._entry = _Entry(sources, options, value)
+        return value
 
     def clear(self) -> None:
         """Forget the fold, and let go of the tensors that it was made from."""
@@ -45,6 +51,21 @@ class FoldCache:
 
     def __reduce__(self) -> tuple[type[FoldCache], tuple[()]]:
         return FoldCache, ()
+
+
+class FoldingModule(nn.Module):
+    """A layer with folded weights in `_folds`, which a change of mode, device or dtype lets go of."""
+
+    _folds: FoldCache
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode, and let go of folded weights."""
+        self._folds.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._folds.clear()
+        return super()._apply(*args, **kwargs)
 
 
 class _Entry:

@@ -105,13 +105,14 @@ def depthwise_conv1d(
     batch = (input if input.dim() == 3 else input.unsqueeze(0)).unsqueeze(2)  # [N, C, 1, L]
     weight = weight.unsqueeze(2)  # [C m, 1, 1, k]
     checks.check_depthwise(name, batch, weight, bias)
-    along = [checks.single(name, n, v) for n, v in (("stride", stride), ("dilation", dilation))]
-    ends = padding if isinstance(padding, str) else (0, checks.single(name, "padding", padding))
-    strides, pads, dilations = checks.geometry(name, weight.shape[2:], (1, along[0]), ends, (1, along[1]))
+    along = {"stride": stride, "dilation": dilation, "padding": 0 if isinstance(padding, str) else padding}
+    step, reach, end = (checks.pair(name, n, v, dims=1)[0] for n, v in along.items())
+    ends = padding if isinstance(padding, str) else (0, end)
+    strides, pads, dilations = checks.geometry(name, weight.shape[2:], (1, step), ends, (1, reach))
     if causal:
         if any(pads):
             raise ValueError(f"{name}: padding: got {padding!r}, expected 0 where causal=True pads the front")
-        pads = (0, 0, along[1] * (weight.shape[3] - 1), 0)
+        pads = (0, 0, reach * (weight.shape[3] - 1), 0)
     out = _depthwise(name, batch, weight, bias, strides, pads, dilations, act).squeeze(2).contiguous()
     return out if input.dim() == 3 else out.squeeze(0)
 

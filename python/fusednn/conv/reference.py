@@ -137,12 +137,8 @@ def depthwise_conv2d_backward(
     if activation != "none":
         d = ACTIVATIONS[activation][1](d, _depthwise(x, w, b, stride, padding, dilation))
     grads = _depthwise_backward(d, x, w, stride, padding, dilation, output_mask)
-    formats = (output_format(input, weight), torch.preserve_format, torch.contiguous_format)
-    likes = (input, weight, weight[:, 0, 0, 0])
-    return tuple(
-        _laid_out(g, like, fmt) if needed else input.new_empty(0)
-        for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
-    )
+    likes = (input, weight, weight.new_empty(weight.shape[0]))
+    return _gradients_like(likes, grads, output_format(input, weight), output_mask)
 
 
 def torchs_depthwise(call: Any) -> Tensor:
@@ -155,6 +151,15 @@ def torchs_depthwise_backward(call: Any) -> tuple[Tensor, ...]:
     operands = (call.grad_output, call.input, call.weight, call.stride, call.padding, call.dilation)
     grads = _depthwise_backward(*operands, call.output_mask)
     return tuple(call.input.new_empty(0) if g is None else g for g in grads)
+
+
+def _gradients_like(likes: Sequence[Any], grads: Sequence[Any], fmt, output_mask) -> tuple[Tensor, ...]:
+    """Give gradients the dtypes and strides of their tensors, the first one a format; empty where masked."""
+    formats = (fmt, *[torch.preserve_format] * (len(likes) - 1))
+    return tuple(
+        _laid_out(g, like, its_format) if needed else likes[0].new_empty(0)
+        for g, like, its_format, needed in zip(grads, likes, formats, output_mask, strict=True)
+    )
 
 
 def _laid_out(t: Any, like: Any, fmt: torch.memory_format) -> Tensor:
@@ -335,8 +340,4 @@ def separable_conv2d_train_backward(
     grads = (*d_depthwise, *d_norm1, d_w2, d_b2, *d_norm2)
     pointwise = (pointwise_weight, pointwise_bias, norm2_weight, norm2_bias)
     likes = (*depthwise, norm1_weight, norm1_bias, *pointwise)
-    formats = (output_format(input, depthwise_weight), *[torch.preserve_format] * 8)
-    return tuple(
-        _laid_out(g, like, fmt) if needed else input.new_empty(0)
-        for g, like, fmt, needed in zip(grads, likes, formats, output_mask, strict=True)
-    )
+    return _gradients_like(likes, grads, output_format(input, depthwise_weight), output_mask)

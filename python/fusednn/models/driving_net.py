@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class DrivingNet(nn.Module):
         self.image_size = (int(image_size[0]), int(image_size[1]))
         layers, channels, (height, width) = [], 3, self.image_size
         for out, kernel, stride in LAYERS:
-            layers.append(_ENCODER_LAYERS[encoder](channels, out, kernel, stride, factory))
+            layers.append(_ENCODER_LAYERS[encoder](channels, out, kernel, stride, **factory))
             channels, height, width = out, (height - 1) // stride + 1, (width - 1) // stride + 1
         self.encoder = nn.Sequential(*layers)
         self.attention_lstm = AttentionLSTM(channels, height, width, hidden_size, score=score, **factory)
@@ -99,21 +99,9 @@ class DrivingNet(nn.Module):
         return (control, last, maps) if return_attention else (control, last)
 
 
-def _plain(channels: int, out: int, kernel: int, stride: int, factory: dict[str, Any]) -> nn.Module:
-    return ConvNormReLU(channels, out, kernel, stride, **factory)
+def _separable(channels: int, out: int, kernel: int, stride: int, **factory: Any) -> nn.Module:
+    activations: Any = {"activation": "relu", "pointwise_activation": "relu"}
+    return DepthwiseSeparableConv2d(channels, out, kernel, stride, kernel // 2, **activations, **factory)
 
 
-def _separable(channels: int, out: int, kernel: int, stride: int, factory: dict[str, Any]) -> nn.Module:
-    return DepthwiseSeparableConv2d(
-        channels,
-        out,
-        kernel,
-        stride,
-        kernel // 2,
-        activation="relu",
-        pointwise_activation="relu",
-        **factory,
-    )
-
-
-_ENCODER_LAYERS = {"plain": _plain, "separable": _separable}
+_ENCODER_LAYERS: dict[str, Callable[..., nn.Module]] = {"plain": ConvNormReLU, "separable": _separable}

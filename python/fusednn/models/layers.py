@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..conv import batch_norm, eligibility
-from ..conv.fold_cache import FoldCache
+from ..conv.fold_cache import FoldCache, FoldingModule
 from ..core import dispatch
 from ..core.transforms import autocast_enabled, may_need_backward, needs_torchs_ops
 
 
-class ConvNormReLU(nn.Module):
+class ConvNormReLU(FoldingModule):
     r"""A convolution, a BatchNorm and a ReLU, whose norm is folded into the convolution for inference.
 
     Zeros pad by half of the kernel. The children ``conv``, ``norm`` and ``activation`` are torch's layers.
@@ -98,18 +98,8 @@ class ConvNormReLU(nn.Module):
         conv, norm = self.conv, self.norm
 
         def make() -> tuple[Tensor, Tensor]:
-            with torch.inference_mode(False), torch.no_grad():
-                weight, bias = batch_norm.fold(conv.weight, conv.bias, norm)
-                assert bias is not None
-                return weight.to(conv.weight), bias.to(conv.weight)
+            weight, bias = batch_norm.fold(conv.weight, conv.bias, norm)
+            assert bias is not None
+            return weight.to(conv.weight), bias.to(conv.weight)
 
         return self._folds.get(self._sources(), norm.eps, make)
-
-    def train(self, mode: bool = True) -> ConvNormReLU:
-        """Switch the mode, and let go of folded weights."""
-        self._folds.clear()
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> ConvNormReLU:
-        self._folds.clear()  # so that nothing of the old device or dtype stays behind
-        return super()._apply(*args, **kwargs)
