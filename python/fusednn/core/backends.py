@@ -127,6 +127,8 @@ def _against_cpu(kernel: str, _family: str, like: torch.Tensor) -> Reasons:
 
 
 def _against_cuda(kernel: str, _family: str, like: torch.Tensor) -> Reasons:
+    if not native.cuda_modules:
+        return ["this build has no CUDA kernels"]
     if not any(hasattr(module, kernel) for module in native.cuda_modules.values()):
         return [f"this build has no CUDA kernel {kernel}"]
     if not hasattr(native.cuda_modules.get(like.device.type), kernel):
