@@ -45,27 +45,27 @@ def collect() -> dict[str, Any]:
 
 def report(facts: dict[str, Any]) -> str:
     """Lay the facts of :func:`collect` out as text."""
-    native, cpu = facts["native"], facts["cpu"]
-    lines = ["versions", *(f"  {name:<12} {value or '-'}" for name, value in facts["versions"].items())]
-    lines += [
-        "",
-        "extension",
-        f"  {'loaded' if native['loaded'] else 'not loaded: ' + str(native['reason'])}",
-    ]
-    lines += [f"  {name:<12} {value or '-'}" for name, value in native["build"].items()]
-    lines += ["", "processor", *(f"  {name:<12} {value or '-'}" for name, value in cpu.items())]
+    native, missing = facts["native"], facts["missing"]
     devices = [f"  {d['name']}, sm_{d['capability']}, {d['memory_gib']} GiB" for d in facts["devices"]]
-    lines += ["", "CUDA devices", *(devices or ["  none"])]
-    lines += ["", "backends"]
-    lines += [f"  {name:<12} {b['reason'] or 'available'}" for name, b in facts["backends"].items()]
-    lines += ["", "variables"]
-    lines += [
-        f"  {name:<22} {'unset' if value is None else value}" for name, value in facts["variables"].items()
-    ]
-    lines += ["", "missing"]
-    for entry in facts["missing"]:
-        lines += [f"  {entry['what']}: {entry['why']}", f"      {entry['command']}"]
-    return "\n".join(lines + ([] if facts["missing"] else ["  nothing"]))
+    backends = {name: b["reason"] or "available" for name, b in facts["backends"].items()}
+    variables = {name: "unset" if value is None else value for name, value in facts["variables"].items()}
+    sections = {
+        "versions": _table(facts["versions"]),
+        "extension": [
+            f"  {'loaded' if native['loaded'] else 'not loaded: ' + str(native['reason'])}",
+            *_table(native["build"]),
+        ],
+        "processor": _table(facts["cpu"]),
+        "CUDA devices": devices or ["  none"],
+        "backends": _table(backends),
+        "variables": [f"  {name:<22} {value}" for name, value in variables.items()],
+        "missing": [f"  {m['what']}: {m['why']}\n      {m['command']}" for m in missing] or ["  nothing"],
+    }
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items())
+
+
+def _table(values: dict[str, Any]) -> list[str]:
+    return [f"  {name:<12} {value or '-'}" for name, value in values.items()]
 
 
 def _versions() -> dict[str, str | None]:
@@ -118,6 +118,7 @@ def _backends() -> dict[str, str | None]:
         "cpu": _without_paths(native.unavailable_reason),
         "cuda": _against_cuda(),
         "triton": _against_triton(),
+        "torch": None,
     }
 
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .attention.modules import MultiheadAttention
 from .attention.transformer import TransformerEncoderLayer
@@ -27,16 +27,6 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
 }
-
-
-def _not_depthwise(module: nn.Module) -> str:
-    if module.groups == module.in_channels:
-        return ""
-    return f"not depthwise: got groups={module.groups}, expected groups = in_channels"
-
-
-# Classes of torch whose objects are replaced only where this returns no reason against it.
-_CONDITIONS: dict[type[nn.Module], Callable[[nn.Module], str]] = {nn.Conv2d: _not_depthwise}
 
 # Set on the layers that replace_layers swapped, so that restore_layers leaves alone those that the model's
 # author made fusednn's. An ordinary attribute: it survives deepcopy and pickle, and is in no state_dict.
@@ -152,14 +142,14 @@ def replace_layers(
         excluded_by = unwanted.first_match(names, module)
         included = include is None or wanted.first_match(names, module) is not None
         if isinstance(module, REPLACEMENTS[torch_class]):
-            return _plain_class(module), f"already {_name(REPLACEMENTS[torch_class])}"
-        reason = _reason_against(module, torch_class)
-        if not reason and torch_class in _CONDITIONS:
-            reason = _CONDITIONS[torch_class](module)
+            return type_before_parametrizations(module), f"already {_name(REPLACEMENTS[torch_class])}"
         if excluded_by is not None:
-            reason = f"excluded by {excluded_by}"
-        elif not included:
-            reason = "not in include"
+            return REPLACEMENTS[torch_class], f"excluded by {excluded_by}"
+        if not included:
+            return REPLACEMENTS[torch_class], "not in include"
+        reason = _reason_against(module, torch_class)
+        if not reason and torch_class is nn.Conv2d and module.groups != module.in_channels:
+            reason = f"not depthwise: got groups={module.groups}, expected groups = in_channels"
         return REPLACEMENTS[torch_class], reason
 
     entries = _swap_all(model, fate)
@@ -204,10 +194,10 @@ def _swap_all(
     fates = [(m, tuple(n), found) for m, n in names.items() if (found := fate(tuple(n), m)) is not None]
     entries = []
     for module, its_names, (new_class, reason) in fates:
-        was = _plain_class(module)
+        was = type_before_parametrizations(module)
         if not reason:
             _set_class(module, new_class)
-        entries.append(Entry(its_names, was, _plain_class(module), reason))
+        entries.append(Entry(its_names, was, type_before_parametrizations(module), reason))
     return tuple(entries)
 
 
@@ -215,13 +205,8 @@ def _replaced_class(module: nn.Module) -> type[nn.Module] | None:
     return next((c for c in REPLACEMENTS if isinstance(module, c)), None)
 
 
-def _plain_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class, or, of a parametrized module, the one that torch's parametrization derived from."""
-    return parametrize.type_before_parametrizations(module)
-
-
 def _reason_against(module: nn.Module, exact: type[nn.Module]) -> str:
-    if _plain_class(module) is not exact:
+    if type_before_parametrizations(module) is not exact:
         return f"a subclass of {_name(exact)}, whose forward may compute something else"
     if "forward" in vars(module):
         return "its forward was assigned on the instance"
@@ -229,7 +214,7 @@ def _reason_against(module: nn.Module, exact: type[nn.Module]) -> str:
 
 
 def _set_class(module: nn.Module, new_class: type[nn.Module]) -> None:
-    if parametrize.is_parametrized(module):
+    if is_parametrized(module):
         # The derived class holds the parametrized properties. Copies of the module share it: leave it alone.
         namespace = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         module.__class__ = type(f"Parametrized{new_class.__name__}", (new_class,), namespace)

@@ -17,16 +17,9 @@ def check_heads(name: str, query: int, key: int, value: int, grouped: bool) -> N
     """Raise RuntimeError unless keys and values have one head for each of the query's, or for a group."""
     if key != value:
         raise RuntimeError(f"{name}: key and value must have as many heads, but got {key} and {value}")
-    if query == key:
-        return
-    if not grouped:
-        raise RuntimeError(
-            f"{name}: query has {query} heads and key {key}; expected as many, or enable_gqa=True"
-        )
-    if key == 0 or query % key:
-        raise RuntimeError(
-            f"{name}: query has {query} heads and key {key}; expected a multiple for enable_gqa=True"
-        )
+    if query != key and not (grouped and key and query % key == 0):
+        expected = "a multiple for enable_gqa=True" if grouped else "as many, or enable_gqa=True"
+        raise RuntimeError(f"{name}: query has {query} heads and key {key}; expected {expected}")
 
 
 def check_dropout(name: str, p: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_floating, check_same_kind, check_tensor
+from ..core.checks import check_floating, check_same_kind, check_tensor, check_tensors
 from ..core.transforms import autocast
 from . import checks, ops
 
@@ -84,16 +84,9 @@ def scaled_dot_product_attention(
         ValueError: a number or name is out of range.
     """
     name = "scaled_dot_product_attention"
-    for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, argument, tensor)
-    optional = (
-        ("attn_mask", attn_mask),
-        ("key_padding_mask", key_padding_mask),
-        ("extra_key", extra_key),
-        ("extra_value", extra_value),
-    )
-    for argument, given in optional:
-        check_tensor(name, argument, given, optional=True)
+    check_tensors(name, query=query, key=key, value=value)
+    check_tensors(name, optional=True, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
+    check_tensors(name, optional=True, extra_key=extra_key, extra_value=extra_value)
     query, key, value, attn_mask, key_padding_mask, extra_key, extra_value = autocast(
         query, key, value, attn_mask, key_padding_mask, extra_key, extra_value
     )

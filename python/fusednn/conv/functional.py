@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.checks import check_same_kind, check_tensor
+from ..core.checks import check_same_kind, check_tensor, check_tensors
 from ..core.transforms import autocast, autocast_enabled, may_need_backward, under_transform
 from . import batch_norm, checks, ops
 from .checks import IntOrPair
@@ -166,16 +166,9 @@ def depthwise_separable_conv2d(
     """
     name = "depthwise_separable_conv2d"
     checks.check_input(name, input)
-    tensors = (("depthwise_weight", depthwise_weight), ("pointwise_weight", pointwise_weight))
-    for argument, tensor in tensors:
-        check_tensor(name, argument, tensor)
-    optional = (
-        ("depthwise_bias", depthwise_bias),
-        ("pointwise_bias", pointwise_bias),
-        ("residual", residual),
-    )
-    for argument, value in optional:
-        check_tensor(name, argument, value, optional=True)
+    check_tensors(name, depthwise_weight=depthwise_weight, pointwise_weight=pointwise_weight)
+    others = {"pointwise_bias": pointwise_bias, "residual": residual}
+    check_tensors(name, optional=True, depthwise_bias=depthwise_bias, **others)
     acts = (
         checks.activation_name(name, "depthwise_activation", depthwise_activation),
         checks.activation_name(name, "pointwise_activation", pointwise_activation),
@@ -184,7 +177,8 @@ def depthwise_separable_conv2d(
     batch = input if batched else input.unsqueeze(0)
     checks.check_depthwise(name, batch, depthwise_weight, depthwise_bias)
     checks.check_pointwise(name, depthwise_weight, pointwise_weight, pointwise_bias)
-    check_same_kind(name, "input", batch, (*tensors[1:], *optional[1:]), autocast_enabled(batch.device))
+    others["pointwise_weight"] = pointwise_weight
+    check_same_kind(name, "input", batch, others.items(), autocast_enabled(batch.device))
     kernel = depthwise_weight.shape[2:]
     options = checks.geometry(name, kernel, stride, padding, dilation)
     checks.check_size(name, batch, kernel, *options[1:])

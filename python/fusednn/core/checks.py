@@ -16,6 +16,12 @@ def check_tensor(name: str, argument: str, value: Any, optional: bool = False) -
         raise TypeError(f"{name}: expected {argument} to be {expected}, got {type(value).__name__}")
 
 
+def check_tensors(name: str, *, optional: bool = False, **tensors: Any) -> None:
+    """Check every argument as :func:`check_tensor` does."""
+    for argument, value in tensors.items():
+        check_tensor(name, argument, value, optional)
+
+
 def check_floating(name: str, argument: str, tensor: Tensor) -> None:
     """Raise RuntimeError unless the tensor is floating point."""
     if not tensor.dtype.is_floating_point:

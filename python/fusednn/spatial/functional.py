@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core.checks import check_same_kind, check_shape, check_tensor, choice
+from ..core.checks import check_same_kind, check_shape, check_tensors, choice
 from ..core.transforms import autocast_enabled
 from . import checks, ops, reference
 
@@ -104,9 +104,8 @@ def spatial_attention(
 
 
 def _check_scores(name, features, weight, hidden_term, v) -> None:
-    check_tensor(name, "weight", weight)
-    for argument, tensor in (("hidden_term", hidden_term), ("v", v)):
-        check_tensor(name, argument, tensor, optional=True)
+    check_tensors(name, weight=weight)
+    check_tensors(name, optional=True, hidden_term=hidden_term, v=v)
     n, c, height, width = features.shape
     size = f"features of size {list(features.shape)}"
     if weight.dim() != 2 or weight.shape[1] != c or weight.shape[0] == 0:
