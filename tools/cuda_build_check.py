@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 NVCC_FLAGS = ("-std=c++20", "-O3", "-Xptxas", "-v")
-HOST_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Werror")
+HOST_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Werror")
 
 
 @dataclass(frozen=True)

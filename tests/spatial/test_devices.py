@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusednn
 from fusednn.core import native as _native
+from fusednn.core.op import OPS
 from fusednn.functional import spatial_attention, spatial_softmax
 from fusednn.recurrence import plan
-from fusednn.spatial import reference
 from tests.recurrence.test_attention_lstm import OPTIONS, as_state, build, flat, step
 from tests.registry import cases_of as op_cases
 
@@ -251,7 +251,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
 def test_nothing_waits_for_the_device(device_recurrence, name, kernels):
     """Lengths and a learned temperature stay where they are, so that a graph can capture the call."""
-    function = getattr(reference, name)
+    function = OPS[name].reference
     if kernels:
         function = getattr(_native.cuda_modules[device_recurrence.device], name)
     for case, args in op_cases(name).items():

@@ -103,6 +103,8 @@ def test_an_interrupt_ends_it_with_what_was_found(suite):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A job in the background, whose children ignore the signal, may be what runs this test.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     end = time.monotonic() + 60
     while not (suite / "here").exists() and time.monotonic() < end:

@@ -122,7 +122,7 @@ def _against_cpu(kernel: str, _family: str, like: torch.Tensor) -> Reasons:
     if native.extension is None:
         return [native.unavailable_reason or "no extension"]
     if not hasattr(native.extension.cpu, kernel):
-        return [f"this build has no CPU kernel {kernel}"]
+        return [f"this build has no CPU kernel for {kernel}"]
     return [] if like.device.type == "cpu" else [f"got tensors on {like.device}, expected cpu"]
 
 
@@ -130,7 +130,7 @@ def _against_cuda(kernel: str, _family: str, like: torch.Tensor) -> Reasons:
     if not native.cuda_modules:
         return ["this build has no CUDA kernels"]
     if not any(hasattr(module, kernel) for module in native.cuda_modules.values()):
-        return [f"this build has no CUDA kernel {kernel}"]
+        return [f"this build has no CUDA kernel for {kernel}"]
     if not hasattr(native.cuda_modules.get(like.device.type), kernel):
         return [f"got tensors on {like.device}, expected cuda"]
     return []
@@ -141,9 +141,9 @@ def _against_triton(kernel: str, family: str, like: torch.Tensor) -> Reasons:
         support = importlib.import_module(_TRITON)
         kernels = importlib.import_module(f"{_TRITON}.{family}")
     except ImportError as error:
-        return [f"there is no Triton kernel {kernel}: {error}"]
+        return [f"there is no Triton kernel for {kernel}: {error}"]
     if not hasattr(kernels, kernel):
-        return [f"there is no Triton kernel {kernel}"]
+        return [f"there is no Triton kernel for {kernel}"]
     return support.not_supported_reasons(like.device, like.dtype)
 
 
