@@ -68,7 +68,9 @@ def gradients(
 def test_a_watched_backward_goes_to_the_reference(place, name):
     call, leaves = trained(name, place.device)
     if (place.backend, name) in MISSING:
-        missing = f"no (CUDA|Triton) kernel for {registry.stem_of(name)}_|has no {place.backend} implementation"
+        missing = (
+            f"no (CUDA|Triton) kernel for {registry.stem_of(name)}_|has no {place.backend} implementation"
+        )
         with pytest.raises(RuntimeError, match=missing):
             gradients(call, leaves, create_graph=False)
         return
