@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_floating, check_same_kind, check_tensor, check_tensors
-from ..core.transforms import autocast
+from ..core.transforms import autocast, autocast_enabled
 from . import checks, ops
 
 Window = int | Sequence[int | None] | None
@@ -84,6 +84,17 @@ def scaled_dot_product_attention(
         ValueError: a number or name is out of range.
     """
     name = "scaled_dot_product_attention"
+    numbers: dict[str, Any] = {
+        "dropout_p": dropout_p,
+        "is_causal": is_causal,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "position_offset": position_offset,
+    }
+    others: Any = (attn_mask, key_padding_mask, return_weights, alibi_slopes, extra_key, extra_value)
+    if not return_lse and all(other is None for other in others) and _plain(query, key, value):
+        return attend(name, query, key, value, **numbers, wanted=("output",))[0]
     check_tensors(name, query=query, key=key, value=value)
     check_tensors(name, optional=True, attn_mask=attn_mask, key_padding_mask=key_padding_mask)
     check_tensors(name, optional=True, extra_key=extra_key, extra_value=extra_value)
@@ -109,12 +120,7 @@ def scaled_dot_product_attention(
         extra_key,
         extra_value,
         checks.slopes_of(name, alibi_slopes, q.shape[1], query.device),
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        position_offset=position_offset,
+        **numbers,
         weights=return_weights or "none",
         wanted=[part for part in wanted if wanted[part]],
     )
@@ -252,6 +258,22 @@ def varlen_attention(
     )
     found = output[0].transpose(0, 1)
     return (found, lse[0]) if return_lse else found
+
+
+def _plain(query: Any, key: Any, value: Any) -> bool:
+    """Whether nothing is left to check: a step of decoding takes as long as the checks."""
+    tensors = (query, key, value)
+    return (
+        all(type(t) is Tensor and t.dim() == 4 for t in tensors)
+        and query.shape[:2] == key.shape[:2]
+        and query.shape[3] == key.shape[3]
+        and key.shape[:3] == value.shape[:3]
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype.is_floating_point
+        and query.device == key.device == value.device
+        and not torch.compiler.is_compiling()
+        and not autocast_enabled(query.device)
+    )
 
 
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> tuple[Any, ...]:
