@@ -5,7 +5,8 @@ emulator runs the kernels, or a device's compiler makes one first) it runs in so
 that meet in some combination meet in one that runs; ``pytest --all`` runs all of them there too.
 
 Long lists of sizes or of hand-made cases are gone through once there: a value of a parameter that the marker
-``in_turn`` names meets one value of each other parameter, in turn.
+``in_turn`` names meets one value of each other parameter, in turn. Without names it speaks of all: so it is
+where calls are costliest, in the interpreter.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ def thinned(items: Iterable[pytest.Item]) -> set[pytest.Item]:
             tests.setdefault((item.parent, item.originalname, place), []).append(item)
     left: set[pytest.Item] = set()
     for of_test in tests.values():
-        in_turn = frozenset(name for item in of_test for m in item.iter_markers("in_turn") for name in m.args)
+        in_turn = frozenset(
+            name
+            for item in of_test
+            for mark in item.iter_markers("in_turn")
+            for name in mark.args or item.callspec.params
+        )
         kept = set(pairwise([_values(item) for item in of_test], in_turn))
         left.update(item for i, item in enumerate(of_test) if i not in kept)
     return left

@@ -55,7 +55,7 @@ ALL = (
     Place("reference", "reference"),
     Place("cpu", "cpu"),
     Place("cuda-emulated", "cuda", marks=("emulated", "costly")),
-    Place("triton-interpreted", "triton", marks=("interpreter", "costly")),
+    Place("triton-interpreted", "triton", marks=("interpreter", "costly", "in_turn")),
     Place("reference-on-device", "reference", "cuda", ("gpu",)),
     Place("cuda", "cuda", "cuda", ("gpu",)),
     Place("triton", "triton", "cuda", ("gpu", "costly")),  # seconds to compile a kernel

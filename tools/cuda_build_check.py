@@ -162,14 +162,14 @@ def binding_sources() -> list[Path]:
     return sorted(p for p in CSRC.glob("*/bindings/*.cpp") if "cuda" in p.stem)
 
 
-def compile_binding(toolkit: Path, source: Path, how: str = "-c") -> Compilation:
-    """Compiles one binding against the headers of the installed torch; `-fsyntax-only` makes no code."""
+def compile_binding(toolkit: Path, source: Path) -> Compilation:
+    """Compiles one binding against the headers of the installed torch."""
     from torch.utils.cpp_extension import include_paths
 
     systems = [*include_paths(), sysconfig.get_paths()["include"], str(toolkit / "include")]
     command = [
         host_compiler(), *HOST_FLAGS, "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",
-        f"-I{CSRC}", *(f"-isystem{path}" for path in systems), how, str(source),
+        f"-I{CSRC}", *(f"-isystem{path}" for path in systems), "-c", str(source),
     ]  # fmt: skip
     return proved(command, name_of(source), "host", version(host_compiler()))
 

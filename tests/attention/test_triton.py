@@ -26,17 +26,18 @@ def bools(*size):
     return torch.rand(size) > 0.4
 
 
+GROUPED = (1, 4, 2, 70, 90, 40, 24)
 CASES = {
     "plain": {},
     "causal": {"window": (-1, 0)},
     "window": {"window": (3, 5), "offset": 4},
     "window without rows": {"window": (2, 1), "offset": -50},
-    "float mask, softcap": {"mask": torch.randn(1, 4, 70, 1), "key_mask": bools(2, 90), "softcap": 3.0},
+    "float mask, softcap": {"mask": torch.randn(1, 2, 70, 1), "key_mask": bools(2, 90), "softcap": 3.0},
     "float key mask": {"key_mask": torch.randn(2, 90), "mask": bools(1, 1, 1, 90)},
-    "extra columns": {"extra": 2, "alibi": True, "window": (-1, 0)},
-    "dropout, heads": {"extra": 1, "dropout": 0.3, "weights": "heads", "window": (20, 0)},
+    "extra columns": {"shape": GROUPED, "extra": 2, "alibi": True, "window": (-1, 0)},
+    "dropout, heads": {"shape": GROUPED, "extra": 1, "dropout": 0.3, "weights": "heads", "window": (20, 0)},
     "mean of heads": {"extra": 2, "dropout": 0.3, "weights": "mean", "mask": torch.randn(2, 1, 70, 90)},
-    "weights alone": {"weights": "mean", "without": ("output", "lse"), "mask": bools(2, 4, 70, 90)},
+    "weights alone": {"weights": "mean", "without": ("output", "lse"), "mask": bools(2, 2, 70, 90)},
     "lse alone": {"without": ("output",), "key_mask": torch.randn(2, 90)},
     "float16": {"dtype": torch.float16, "window": (-1, 0), "dropout": 0.5},
     "bfloat16": {"dtype": torch.bfloat16, "mask": torch.randn(2, 1, 1, 90), "weights": "mean"},

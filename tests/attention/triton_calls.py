@@ -47,7 +47,7 @@ class Work:
 
 
 def make(
-    shape: tuple[int, int, int, int, int, int, int] = (2, 4, 2, 70, 90, 40, 24),  # B, H, G, L, S, D, V
+    shape: tuple[int, int, int, int, int, int, int] = (2, 2, 1, 70, 90, 40, 24),  # B, H, G, L, S, D, V
     dtype: torch.dtype = torch.float32,
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "attention/bindings/checked.h"
 #include "attention/cpu/params.h"
-#include "attention/philox.h"
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
 
@@ -34,19 +34,12 @@ Tensor empty_by_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t r
 ReturnedWeights weights_named(const std::string& name) {
   if (name == "none") return ReturnedWeights::none;
   if (name == "mean") return ReturnedWeights::mean;
-  TORCH_CHECK_VALUE(name == "heads", "weights: got '", name, "', expected 'none', 'mean' or 'heads'");
   return ReturnedWeights::heads;
 }
 
-cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
+cpu::Mask mask_of(const OptionalTensor& t) {
   cpu::Mask mask;
   if (!t) return mask;
-  TORCH_CHECK(t->device().is_cpu(), name, ": got a tensor on ", t->device(), ", expected cpu");
-  TORCH_CHECK(t->scalar_type() == at::kBool || t->scalar_type() == type, name, ": got ", t->scalar_type(),
-              ", expected Bool or ", type);
-  bool fits = t->dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = t->size(i) == sizes[i] || t->size(i) == 1;
-  TORCH_CHECK(fits, name, ": got shape ", t->sizes(), ", expected ", sizes, " or sizes of 1");
   const auto stride = [&](int64_t i) { return t->size(i) == 1 ? 0 : t->stride(i); };
   mask.data = t->const_data_ptr();
   mask.is_bool = t->scalar_type() == at::kBool;
@@ -56,10 +49,8 @@ cpu::Mask mask_of(const OptionalTensor& t, const char* name, at::IntArrayRef siz
   return mask;
 }
 
-// Checks cu_seqlens that end at `total`; the longest sequence.
+// The longest of sequences that end at `total`.
 int64_t longest_of(const Tensor& t, const char* name, int64_t total) {
-  TORCH_CHECK(t.device().is_cpu() && t.dim() == 1 && t.scalar_type() == at::kInt && t.size(0) > 0, name,
-              ": got ", t.scalar_type(), " of shape ", t.sizes(), ", expected Int of [N + 1] on cpu");
   const int32_t* bounds = t.const_data_ptr<int32_t>();
   const int64_t sequences = t.size(0) - 1;
   TORCH_CHECK(bounds[0] == 0 && bounds[sequences] == total && std::is_sorted(bounds, bounds + sequences + 1),
@@ -70,79 +61,36 @@ int64_t longest_of(const Tensor& t, const char* name, int64_t total) {
 }
 
 // A call's tensors, checked, and their description.
-struct CheckedCall {
-  Tensor query, key, value, cu_seqlens_q, cu_seqlens_k;
-  OptionalTensor mask, key_mask, extra_key, extra_value, alibi_slopes;
+struct CheckedCall : CheckedAttention {
+  Tensor query, key, value;
   Attention call{};
 
-  CheckedCall(const calls::AttentionTensors& a, const calls::AttentionOptions& options)
-      : mask(a.mask), key_mask(a.key_mask) {
-    const Tensor &q = a.query, &k = a.key, &v = a.value;
-    const auto type = q.scalar_type();
-    call.dtype = dtype_of(q, "query");
-    TORCH_CHECK(q.dim() == 4 && q.device().is_cpu(), "query: got shape ", q.sizes(), " on ", q.device(),
-                ", expected [B, H, L, D] on cpu");
-    TORCH_CHECK(k.dim() == 4, "key: got shape ", k.sizes(), ", expected [B, G, S, D]");
-    TORCH_CHECK(v.dim() == 4, "value: got shape ", v.sizes(), ", expected [B, G, S, V]");
-    call.batch = q.size(0), call.heads = q.size(1), call.rows = q.size(2), call.size = q.size(3);
-    call.groups = k.size(1), call.columns = k.size(2), call.value_size = v.size(3);
-    check(k, "key", {call.batch, call.groups, call.columns, call.size}, type);
-    check(v, "value", {call.batch, call.groups, call.columns, call.value_size}, type);
-    TORCH_CHECK(call.heads == call.groups || (call.groups > 0 && call.heads % call.groups == 0), "key: got ",
-                call.groups, " heads, expected a divisor of query's ", call.heads);
-    query = with_dense_rows(q), key = with_dense_rows(k), value = with_dense_rows(v);
+  CheckedCall(const char* op, const calls::AttentionTensors& a, const calls::AttentionOptions& options)
+      : CheckedAttention(op, a, options) {
+    TORCH_CHECK(a.query.device().is_cpu(), op, ": query: got a tensor on ", a.query.device(),
+                ", expected cpu");
+    query = with_dense_rows(a.query), key = with_dense_rows(a.key), value = with_dense_rows(a.value);
+    call.dtype = dtype();
+    call.batch = call.sequences = batch, call.heads = heads, call.groups = groups;
+    call.rows = rows, call.columns = columns, call.size = size, call.value_size = value_size;
     call.query = rows_of(query), call.key = rows_of(key), call.value = rows_of(value);
-
-    call.mask = mask_of(mask, "mask", {call.batch, call.heads, call.rows, call.columns}, type);
-    if (key_mask) check(*key_mask, "key_mask", {call.batch, call.columns}, key_mask->scalar_type());
-    call.key_mask = mask_of(key_mask, "key_mask", {call.batch, call.columns}, type);
-    set_extra(a.extra_key, a.extra_value, type);
-    if (a.alibi_slopes) {
-      check(*a.alibi_slopes, "alibi_slopes", {call.heads}, at::kFloat);
-      alibi_slopes = a.alibi_slopes->contiguous();
-      call.alibi_slopes = alibi_slopes->const_data_ptr<float>();
+    call.mask = mask_of(a.mask), call.key_mask = mask_of(a.key_mask);
+    call.extra = extra;
+    call.extra_key = data_or_null(extra_key), call.extra_value = data_or_null(extra_value);
+    if (alibi_slopes) call.alibi_slopes = alibi_slopes->const_data_ptr<float>();
+    if (packed()) {
+      call.longest_q = longest_of(*cu_seqlens_q, "cu_seqlens_q", rows);
+      call.longest_k = longest_of(*cu_seqlens_k, "cu_seqlens_k", columns);
+      call.sequences = cu_seqlens_q->size(0) - 1;
+      call.cu_seqlens_q = cu_seqlens_q->const_data_ptr<int32_t>();
+      call.cu_seqlens_k = cu_seqlens_k->const_data_ptr<int32_t>();
     }
-    call.sequences = call.batch;
-    TORCH_CHECK(a.cu_seqlens_q.has_value() == a.cu_seqlens_k.has_value(),
-                "cu_seqlens_q, cu_seqlens_k: expected both or neither");
-    if (a.cu_seqlens_q) set_bounds(*a.cu_seqlens_q, *a.cu_seqlens_k);
     call.scale = options.scale, call.softcap = options.softcap;
     call.window_left = options.window_left, call.window_right = options.window_right;
     call.position_offset = options.position_offset;
-    set_dropout(a.dropout_seed, options.dropout_p);
-  }
-
- private:
-  void set_extra(const OptionalTensor& k, const OptionalTensor& v, at::ScalarType type) {
-    TORCH_CHECK(k.has_value() == v.has_value(), "extra_key, extra_value: expected both or neither");
-    if (!k) return;
-    call.extra = k->dim() == 3 ? k->size(1) : 0;
-    check(*k, "extra_key", {call.groups, call.extra, call.size}, type);
-    check(*v, "extra_value", {call.groups, call.extra, call.value_size}, type);
-    extra_key = k->contiguous(), extra_value = v->contiguous();
-    call.extra_key = extra_key->const_data_ptr(), call.extra_value = extra_value->const_data_ptr();
-  }
-
-  void set_bounds(const Tensor& q, const Tensor& k) {
-    TORCH_CHECK(call.batch == 1 && !mask && !key_mask && !extra_key,
-                "cu_seqlens_q: packed sequences come as one sample, without masks and extra columns");
-    cu_seqlens_q = q.contiguous(), cu_seqlens_k = k.contiguous();
-    call.longest_q = longest_of(cu_seqlens_q, "cu_seqlens_q", call.rows);
-    call.longest_k = longest_of(cu_seqlens_k, "cu_seqlens_k", call.columns);
-    TORCH_CHECK(q.size(0) == k.size(0), "cu_seqlens_k: got ", k.sizes(), ", expected ", q.sizes());
-    call.sequences = q.size(0) - 1;
-    call.cu_seqlens_q = cu_seqlens_q.const_data_ptr<int32_t>();
-    call.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
-  }
-
-  void set_dropout(const OptionalTensor& seed, double p) {
-    if (!seed || p <= 0) return;
-    TORCH_CHECK(seed->numel() == 1 && seed->scalar_type() == at::kLong && seed->device().is_cpu(),
-                "dropout_seed: got ", seed->scalar_type(), " of shape ", seed->sizes(),
-                ", expected one Long on cpu");
-    call.dropout = true;
-    call.dropout_threshold = math::dropout_threshold(p), call.dropout_scale = math::dropout_scale(p);
-    call.dropout_seed = static_cast<uint64_t>(seed->item<int64_t>());
+    call.dropout = dropout;
+    call.dropout_threshold = dropout_threshold, call.dropout_scale = dropout_scale;
+    if (dropout) call.dropout_seed = static_cast<uint64_t>(a.dropout_seed->item<int64_t>());
   }
 };
 
@@ -160,8 +108,6 @@ AttentionResult run_forward(const Attention& c, const Tensor& like, const std::s
   cpu::AttentionForward p{};
   p.call = c;
   p.returned = weights_named(weights);
-  TORCH_CHECK(p.returned == ReturnedWeights::none || !c.cu_seqlens_q, "weights: got '", weights,
-              "', expected 'none' for packed sequences");
   Tensor lse;
   if (with_lse) lse = at::empty({c.batch, c.heads, c.rows}, like.options().dtype(wide_dtype(like)));
   const Tensor found = at::empty(weights_sizes(c, p.returned), like.options());
@@ -178,7 +124,7 @@ AttentionResult run_forward(const Attention& c, const Tensor& like, const std::s
 }
 
 AttentionResult attention_forward(const calls::AttentionForward& a) {
-  const CheckedCall t(a.tensors, a.options);
+  const CheckedCall t("attention_forward", a.tensors, a.options);
   const Attention& c = t.call;
   const Tensor& query = a.tensors.query;
   return run_forward(c, query, a.options.weights,
@@ -191,15 +137,14 @@ Gradients attention_backward(const calls::AttentionBackward& a) {
   const auto& [query, key, value, mask, key_mask, extra_key, extra_value, alibi, bounds_q, bounds_k, seed] =
       a.tensors;
   const auto& output_mask = a.output_mask;
-  const CheckedCall t(a.tensors, a.options);
+  const CheckedCall t("attention_backward", a.tensors, a.options);
   const Attention& c = t.call;
-  const auto type = query.scalar_type();
   const at::DimVector output_sizes{c.batch, c.heads, c.rows, c.value_size},
       lse_sizes{c.batch, c.heads, c.rows};
-  check(a.output, "output", output_sizes, type);
-  check(a.grad_output, "grad_output", output_sizes, type);
-  check(a.lse, "lse", lse_sizes, wide_dtype(query));
-  check(a.grad_lse, "grad_lse", lse_sizes, wide_dtype(query));
+  t.check("output", a.output, output_sizes);
+  t.check("grad_output", a.grad_output, output_sizes);
+  t.check("lse", a.lse, lse_sizes, t.wide());
+  t.check("grad_lse", a.grad_lse, lse_sizes, t.wide());
 
   cpu::AttentionBackward p{};
   p.call = c;
@@ -209,8 +154,7 @@ Gradients attention_backward(const calls::AttentionBackward& a) {
   if (a.grad_output) grads = with_dense_rows(*a.grad_output);
   const OptionalTensor sum_grads = dense(a.grad_lse);
   if (p.returned != ReturnedWeights::none) {
-    check(a.grad_weights, "grad_weights", weights_sizes(c, p.returned), type);
-    weight_grads = dense(a.grad_weights);
+    weight_grads = t.dense("grad_weights", a.grad_weights, weights_sizes(c, p.returned));
   }
   const std::array<OptionalTensor, 7> like{query, key, value, mask, key_mask, extra_key, extra_value};
   // The layout of its tensor, as torch's gradients have; what a kernel can't write so is copied there at the
@@ -219,8 +163,8 @@ Gradients attention_backward(const calls::AttentionBackward& a) {
   for (int i = 0; i < 7; ++i) {
     found[i] = output_mask[i] ? Tensor() : at::empty({0}, query.options());
     if (!output_mask[i]) continue;
-    TORCH_CHECK(like[i] && like[i]->scalar_type() == type, "output_mask: got a gradient of argument ", i,
-                " asked for, which has none");
+    TORCH_CHECK(like[i] && like[i]->scalar_type() == t.storage(), "output_mask: got a gradient of argument ",
+                i, " asked for, which has none");
     found[i] = at::empty_like(*like[i]);
     const bool dense = i < 3 ? found[i].size(-1) <= 1 || found[i].stride(-1) == 1 : found[i].is_contiguous();
     written[i] = dense ? found[i] : at::empty(found[i].sizes(), found[i].options());
@@ -256,7 +200,7 @@ Attention layer_call(const std::array<Tensor, 3>& heads, const OptionalTensor& k
   c.rows = c.columns = q.size(2);
   c.size = c.value_size = q.size(3);
   c.query = rows_of(q), c.key = rows_of(k), c.value = rows_of(v);
-  c.key_mask = mask_of(key_mask, "key_mask", {c.batch, c.columns}, q.scalar_type());
+  c.key_mask = mask_of(key_mask);
   c.scale = 1 / std::sqrt(static_cast<double>(std::max<int64_t>(c.size, 1)));
   c.window_left = c.window_right = -1;
   return c;

@@ -9,8 +9,7 @@
 #include <limits>
 #include <tuple>
 
-#include "attention/bindings/calls.h"
-#include "attention/philox.h"
+#include "attention/bindings/checked.h"
 #include "core/bindings/cuda_arguments.h"
 #include "core/bindings/op.h"
 
@@ -41,114 +40,43 @@ Operand operand(const Tensor& t) {
   return x;
 }
 
-// A call's tensors, checked.
-class Attention : public CudaArguments {
+// A call's tensors, checked, and their description.
+class Attention : public CheckedAttention {
  public:
-  Attention(const char* op, const calls::AttentionForward& a) : CudaArguments(op, "query", a.tensors.query) {
-    const Tensor &query = a.tensors.query, &key = a.tensors.key, &value = a.tensors.value;
-    TORCH_CHECK(query.dim() == 4, op, ": query: got shape ", query.sizes(), ", expected [B, H, L, D]");
-    TORCH_CHECK(key.dim() == 4 && value.dim() == 4, op, ": key, value: got shapes ", key.sizes(), " and ",
-                value.sizes(), ", expected [B, G, S, D] and [B, G, S, V]");
+  Attention(const char* op, const calls::AttentionForward& a) : CheckedAttention(op, a.tensors, a.options) {
     call_.dtype = dtype();
-    call_.batch = query.size(0), call_.heads = small("heads", query.size(1));
-    call_.queries = call_.total_queries = small("queries", query.size(2));
-    call_.head_size = head_size("query", query.size(3));
-    call_.key_heads = small("key heads", key.size(1));
-    call_.keys = call_.total_keys = small("keys", key.size(2));
-    call_.value_size = head_size("value", value.size(3));
-    TORCH_CHECK(call_.key_heads > 0 ? call_.heads % call_.key_heads == 0 : call_.heads == 0, op,
-                ": query: got ", call_.heads, " heads, expected a multiple of the key's ", call_.key_heads);
-    same("key", key, {call_.batch, call_.key_heads, call_.keys, call_.head_size});
-    same("value", value, {call_.batch, call_.key_heads, call_.keys, call_.value_size});
-    call_.query = operand(query), call_.key = operand(key), call_.value = operand(value);
-    set_masks(a.tensors.mask, a.tensors.key_mask);
-    set_extra(a.tensors.extra_key, a.tensors.extra_value);
-    set_alibi(a.tensors.alibi_slopes);
+    call_.batch = packed() ? cu_seqlens_q->size(0) - 1 : batch;
+    call_.heads = small("heads", heads), call_.key_heads = small("key heads", groups);
+    call_.total_queries = small("queries", rows, kMostRows);
+    call_.total_keys = small("keys", columns, kMostRows);
+    call_.queries = packed() ? small("max_seqlen_q", a.options.max_seqlen_q, kMostRows) : rows;
+    call_.keys = packed() ? small("max_seqlen_k", a.options.max_seqlen_k, kMostRows) : columns;
+    call_.head_size = small("head size", size, cuda::attention::kMostHeadSize);
+    call_.value_size = small("value size", value_size, cuda::attention::kMostHeadSize);
+    call_.extra = small("extra columns", extra, cuda::attention::kMostExtra);
+    call_.query = operand(a.tensors.query), call_.key = operand(a.tensors.key);
+    call_.value = operand(a.tensors.value);
+    if (const OptionalTensor& mask = a.tensors.mask) {
+      call_.mask = mask->const_data_ptr(), call_.mask_strides = strides_of(*mask);
+      call_.mask_is_bool = mask->scalar_type() == at::kBool;
+    }
+    if (const OptionalTensor& mask = a.tensors.key_mask) {
+      call_.key_mask = mask->const_data_ptr();
+      call_.key_mask_is_bool = mask->scalar_type() == at::kBool;
+      call_.key_mask_batch = step(*mask, 0), call_.key_mask_column = step(*mask, 1);
+    }
+    call_.extra_key = data_or_null(extra_key), call_.extra_value = data_or_null(extra_value);
+    call_.alibi_slopes = static_cast<const float*>(data_or_null(alibi_slopes));
+    call_.cu_seqlens_q = static_cast<const int32_t*>(data_or_null(cu_seqlens_q));
+    call_.cu_seqlens_k = static_cast<const int32_t*>(data_or_null(cu_seqlens_k));
+    if (dropout) call_.dropout_seed = a.tensors.dropout_seed->const_data_ptr<int64_t>();
+    call_.dropout_threshold = dropout_threshold, call_.dropout_scale = dropout_scale;
     set_scores(a.options);
-    set_dropout(a.tensors.dropout_seed, a.options.dropout_p);
-    set_lengths(a);
-    check_weights(a.options.weights);
   }
 
   const Call& call() const { return call_; }
-  bool packed() const { return call_.cu_seqlens_q != nullptr; }
-  at::TensorOptions wide() const { return options().dtype(dtype() == DType::f64 ? at::kDouble : at::kFloat); }
 
  private:
-  void set_masks(const OptionalTensor& mask, const OptionalTensor& key_mask) {
-    if (mask) {
-      const int64_t full[] = {call_.batch, call_.heads, call_.queries, call_.keys};
-      bool fits = mask->dim() == 4;
-      for (int i = 0; fits && i < 4; ++i) fits = mask->size(i) == 1 || mask->size(i) == full[i];
-      TORCH_CHECK(fits, op(), ": mask: got shape ", mask->sizes(), ", expected sizes of 1 or those of ",
-                  at::IntArrayRef(full));
-      call_.mask_is_bool = is_bool("mask", *mask);
-      call_.mask = mask->const_data_ptr();
-      call_.mask_strides = strides_of(*mask);
-    }
-    if (key_mask) {
-      shape("key_mask", *key_mask, {call_.batch, call_.keys});
-      call_.key_mask_is_bool = is_bool("key_mask", *key_mask);
-      call_.key_mask = key_mask->const_data_ptr();
-      call_.key_mask_batch = step(*key_mask, 0), call_.key_mask_column = step(*key_mask, 1);
-    }
-  }
-
-  void set_extra(const OptionalTensor& key, const OptionalTensor& value) {
-    TORCH_CHECK(key.has_value() == value.has_value(), op(),
-                ": extra_key, extra_value: expected both or neither");
-    if (!key) return;
-    TORCH_CHECK(key->dim() == 3 && key->size(1) <= cuda::attention::kMostExtra, op(),
-                ": extra_key: got shape ", key->sizes(), ", expected [G, X, D] with X at most ",
-                cuda::attention::kMostExtra);
-    call_.extra = static_cast<int>(key->size(1));
-    extra_key_ = dense("extra_key", *key, {call_.key_heads, call_.extra, call_.head_size});
-    extra_value_ = dense("extra_value", *value, {call_.key_heads, call_.extra, call_.value_size});
-    call_.extra_key = extra_key_.const_data_ptr(), call_.extra_value = extra_value_.const_data_ptr();
-  }
-
-  void set_alibi(const OptionalTensor& slopes) {
-    if (!slopes) return;
-    shape("alibi_slopes", *slopes, {call_.heads});
-    type("alibi_slopes", *slopes, at::kFloat);
-    slopes_ = slopes->contiguous();
-    call_.alibi_slopes = slopes_.const_data_ptr<float>();
-  }
-
-  void set_lengths(const calls::AttentionForward& a) {
-    const OptionalTensor &of_queries = a.tensors.cu_seqlens_q, &of_keys = a.tensors.cu_seqlens_k;
-    TORCH_CHECK(of_queries.has_value() == of_keys.has_value(), op(),
-                ": cu_seqlens_q, cu_seqlens_k: expected both or neither");
-    if (!of_queries) return;
-    TORCH_CHECK(call_.batch == 1, op(), ": query: got ", call_.batch, " samples, expected 1 with cu_seqlens");
-    TORCH_CHECK(!call_.mask && !call_.key_mask && !call_.extra, op(),
-                ": mask, key_mask, extra_key: expected None with cu_seqlens");
-    TORCH_CHECK(of_queries->dim() == 1 && of_queries->size(0) > 0, op(), ": cu_seqlens_q: got shape ",
-                of_queries->sizes(), ", expected [N + 1]");
-    const Tensor* given[] = {&*of_queries, &*of_keys};
-    for (const Tensor* t : given) {
-      shape("cu_seqlens", *t, {of_queries->size(0)});
-      type("cu_seqlens", *t, at::kInt);
-    }
-    of_queries_ = of_queries->contiguous(), of_keys_ = of_keys->contiguous();
-    call_.cu_seqlens_q = of_queries_.const_data_ptr<int32_t>();
-    call_.cu_seqlens_k = of_keys_.const_data_ptr<int32_t>();
-    call_.batch = of_queries->size(0) - 1;
-    call_.queries = small("max_seqlen_q", a.options.max_seqlen_q);
-    call_.keys = small("max_seqlen_k", a.options.max_seqlen_k);
-  }
-
-  void set_dropout(const OptionalTensor& seed, double p) {
-    TORCH_CHECK(p >= 0 && p <= 1, op(), ": dropout_p: got ", p, ", expected 0 to 1");
-    if (p == 0) return;
-    TORCH_CHECK(seed && seed->numel() == 1, op(), ": dropout_seed: expected one number");
-    device("dropout_seed", *seed);
-    type("dropout_seed", *seed, at::kLong);
-    seed_ = *seed;
-    call_.dropout_seed = seed_.const_data_ptr<int64_t>();
-    call_.dropout_threshold = math::dropout_threshold(p), call_.dropout_scale = math::dropout_scale(p);
-  }
-
   void set_scores(const calls::AttentionOptions& options) {
     constexpr int64_t kFar = int64_t{1} << 60;  // sums of a few don't overflow
     const int64_t offset = options.position_offset;
@@ -158,55 +86,13 @@ class Attention : public CudaArguments {
     call_.window_right = std::min(options.window_right, kFar);
   }
 
-  void check_weights(const std::string& kind) const {
-    TORCH_CHECK_VALUE(kind == "none" || kind == "mean" || kind == "heads", op(), ": weights: got '", kind,
-                      "', expected none, mean or heads");
-    TORCH_CHECK(kind == "none" || !packed(), op(), ": weights: got '", kind,
-                "', expected none with cu_seqlens");
-  }
-
-  int small(const char* name, int64_t value) const {
-    TORCH_CHECK(value >= 0 && value <= kMostRows, op(), ": ", name, ": got ", value, ", expected 0 to ",
-                kMostRows);
-    return static_cast<int>(value);
-  }
-  int head_size(const char* name, int64_t size) const {
-    TORCH_CHECK(size <= cuda::attention::kMostHeadSize, op(), ": ", name, ": got a head size of ", size,
-                ", expected at most ", cuda::attention::kMostHeadSize);
-    return static_cast<int>(size);
-  }
-  void device(const char* name, const Tensor& t) const {
-    TORCH_CHECK(t.layout() == at::kStrided, op(), ": ", name, ": expected a strided tensor");
-    TORCH_CHECK(t.device() == options().device(), op(), ": ", name, ": got a tensor on ", t.device(),
-                ", expected ", options().device(), " as query");
-  }
-  void shape(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
-    device(name, t);
-    TORCH_CHECK(t.sizes() == sizes, op(), ": ", name, ": got shape ", t.sizes(), ", expected ", sizes);
-  }
-  void type(const char* name, const Tensor& t, at::ScalarType wanted) const {
-    TORCH_CHECK(t.scalar_type() == wanted, op(), ": ", name, ": got ", t.scalar_type(), ", expected ",
-                wanted);
-  }
-  void same(const char* name, const Tensor& t, at::IntArrayRef sizes) const {
-    shape(name, t, sizes);
-    type(name, t, c10::typeMetaToScalarType(options().dtype()));
-  }
-  bool is_bool(const char* name, const Tensor& t) const {
-    device(name, t);
-    TORCH_CHECK(t.scalar_type() == at::kBool || t.dtype() == options().dtype(), op(), ": ", name, ": got ",
-                t.scalar_type(), ", expected Bool or ", options().dtype(), " as query");
-    return t.scalar_type() == at::kBool;
-  }
-
   Call call_{};
-  Tensor extra_key_, extra_value_, slopes_, of_queries_, of_keys_, seed_;
 };
 
 int splits_of(const Attention& attention) {
   int device = 0, multiprocessors = 0;
-  attention.succeeded(cudaGetDevice(&device));
-  attention.succeeded(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  launched(attention, cudaGetDevice(&device));
+  launched(attention, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return cuda::attention::forward_splits(attention.call(), multiprocessors);
 }
 
@@ -220,8 +106,8 @@ void run_forward(const Attention& attention, const Tensor& output, const Tensor&
   p.softmax = softmax.defined() ? softmax.mutable_data_ptr() : nullptr;
   Tensor sums, stats;
   if (p.splits > 1) {
-    sums = at::empty({p.splits, output.numel()}, attention.wide());
-    stats = at::empty({p.splits, lse.numel(), 2}, attention.wide());
+    sums = at::empty({p.splits, output.numel()}, attention.wide_options());
+    stats = at::empty({p.splits, lse.numel(), 2}, attention.wide_options());
     // Rows that are in no sequence are nobody's to write.
     if (attention.packed()) stats.zero_();
     p.sums = sums.mutable_data_ptr(), p.stats = stats.mutable_data_ptr();
@@ -229,7 +115,7 @@ void run_forward(const Attention& attention, const Tensor& output, const Tensor&
     output.zero_();
     lse.fill_(-std::numeric_limits<double>::infinity());
   }
-  attention.succeeded(cuda::attention::forward(p, stream));
+  launched(attention, cuda::attention::forward(p, stream));
 }
 
 Tensor run_weights(const Attention& attention, const Tensor& softmax, bool mean, CUstream_st* stream) {
@@ -241,7 +127,7 @@ Tensor run_weights(const Attention& attention, const Tensor& softmax, bool mean,
       p.mean ? at::empty({call.batch, call.queries, columns}, attention.options())
              : at::empty({call.batch, call.heads, call.queries, columns}, attention.options());
   p.weights = weights.mutable_data_ptr();
-  attention.succeeded(cuda::attention::weights(p, stream));
+  launched(attention, cuda::attention::weights(p, stream));
   return weights;
 }
 
@@ -252,10 +138,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(const calls::AttentionForwa
   const Attention attention("attention_forward", a);
   const Tensor output =
       at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, attention.options());
-  const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, attention.wide());
+  const Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, attention.wide_options());
   const bool weights = a.options.weights != "none";
   Tensor softmax;
-  if (weights) softmax = at::empty({query.size(0), query.size(1), query.size(2), 2}, attention.wide());
+  if (weights)
+    softmax = at::empty({query.size(0), query.size(1), query.size(2), 2}, attention.wide_options());
   run_forward(attention, output, lse, softmax, stream);
   return {output.transpose(1, 2), lse,
           weights ? run_weights(attention, softmax, a.options.weights == "mean", stream)

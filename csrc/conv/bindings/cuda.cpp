@@ -20,11 +20,11 @@ using at::Tensor;
 using cuda::DepthwiseShape;
 
 // A depthwise call's tensors, checked: dense, and all images in the format of the result.
-class Convolution : public CudaArguments {
+class Convolution : public CheckedArguments {
  public:
   Convolution(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
               const calls::Geometry& geometry, const OptionalTensor& other_weight = {})
-      : CudaArguments(op, "input", input) {
+      : CheckedArguments(op, "input", input) {
     TORCH_CHECK(input.dim() == 4, op, ": input: got shape ", input.sizes(), ", expected [N, C, H, W]");
     TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1 && weight.size(2) > 0 && weight.size(3) > 0, op,
                 ": weight: got shape ", weight.sizes(), ", expected [C m, 1, kh, kw]");
@@ -58,13 +58,6 @@ class Convolution : public CudaArguments {
 
  private:
   static bool is_last(const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
-
-  int small(const char* name, int64_t value) const {
-    constexpr int64_t most =
-        std::numeric_limits<int>::max() / 4;  // sums of a few of them are computed in int
-    TORCH_CHECK(value >= 0 && value <= most, op(), ": ", name, ": got ", value, ", expected 0 to ", most);
-    return static_cast<int>(value);
-  }
 
   void set_shape(const Tensor& input, const Tensor& weight, const calls::Geometry& geometry) {
     const auto& [stride, padding, dilation] = geometry;
@@ -109,10 +102,10 @@ Tensor depthwise_conv2d_forward(const calls::DepthwiseForward& a) {
   const c10::DeviceGuard guard(a.input.device());
   const Convolution conv("depthwise_conv2d_forward", a.input, a.weight, a.bias, a.geometry);
   Tensor out = conv.empty_image(conv.shape().channels);
-  conv.succeeded(
-      cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(a.activation, "activation"),
-                               conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
-                              current_stream(a.input)));
+  launched(conv,
+           cuda::depthwise_forward({conv.dtype(), conv.shape(), activation_named(a.activation, "activation"),
+                                    conv.input(), conv.weight(), conv.bias(), out.mutable_data_ptr()},
+                                   current_stream(a.input)));
   return out;
 }
 
@@ -122,7 +115,7 @@ Tensor grad_before_activation(const Convolution& conv, const Tensor& grad_output
   const Tensor grad = conv.image("grad_output", grad_output, conv.shape().channels);
   if (activation == Activation::none) return grad;
   Tensor grad_z = conv.empty_image(conv.shape().channels);
-  conv.succeeded(cuda::depthwise_forward({conv.dtype(), conv.shape(), activation, conv.input(), conv.weight(),
+  launched(conv, cuda::depthwise_forward({conv.dtype(), conv.shape(), activation, conv.input(), conv.weight(),
                                           conv.bias(), grad_z.mutable_data_ptr(), grad.const_data_ptr()},
                                          stream));
   return grad_z;
@@ -143,21 +136,21 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(const calls::Depthw
       grad_before_activation(conv, a.grad_output, activation_named(a.activation, "activation"), stream);
   if (needs_input) {
     grad_input = conv.empty_input();
-    conv.succeeded(cuda::depthwise_grad_input(
-        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.weight(), grad_input.mutable_data_ptr()},
-        stream));
+    launched(conv, cuda::depthwise_grad_input({conv.dtype(), shape, grad_z.const_data_ptr(), conv.weight(),
+                                               grad_input.mutable_data_ptr()},
+                                              stream));
   }
   if (needs_weight || needs_bias) {
     const int splits = cuda::depthwise_grad_weight_splits(shape);
-    const auto wide = conv.options().dtype(c10::promoteTypes(input.scalar_type(), at::kFloat));
-    Tensor partials = at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, wide);
+    Tensor partials =
+        at::empty({splits, shape.kernel_h * shape.kernel_w + 1, shape.channels}, conv.wide_options());
     Tensor dense = at::empty(weight.sizes(), conv.options());
     if (needs_bias) grad_bias = at::empty({shape.channels}, conv.options());
-    conv.succeeded(cuda::depthwise_grad_weight(
-        {conv.dtype(), shape, grad_z.const_data_ptr(), conv.input(), splits, partials.mutable_data_ptr(),
-         needs_weight ? dense.mutable_data_ptr() : nullptr,
-         needs_bias ? grad_bias.mutable_data_ptr() : nullptr},
-        stream));
+    launched(conv, cuda::depthwise_grad_weight(
+                       {conv.dtype(), shape, grad_z.const_data_ptr(), conv.input(), splits,
+                        partials.mutable_data_ptr(), needs_weight ? dense.mutable_data_ptr() : nullptr,
+                        needs_bias ? grad_bias.mutable_data_ptr() : nullptr},
+                       stream));
     if (needs_weight) {
       grad_weight = at::empty_like(weight);
       if (grad_weight.is_contiguous()) {
@@ -200,12 +193,12 @@ Tensor separable_conv2d_forward(const calls::SeparableForward& a) {
   const OptionalTensor bias = conv.dense("pointwise_bias", pointwise_bias, {outputs});
   const OptionalTensor added = conv.image("residual", residual, outputs);
   Tensor out = conv.empty_image(outputs);
-  conv.succeeded(
-      cuda::separable_forward({conv.dtype(), conv.shape(), static_cast<int>(outputs), activations.depthwise(),
-                               activations.pointwise(), conv.input(), conv.weight(), conv.bias(),
-                               pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
-                               out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
-                              current_stream(input)));
+  launched(conv, cuda::separable_forward(
+                     {conv.dtype(), conv.shape(), static_cast<int>(outputs), activations.depthwise(),
+                      activations.pointwise(), conv.input(), conv.weight(), conv.bias(),
+                      pointwise.const_data_ptr(), data_or_null(bias), data_or_null(added),
+                      out.mutable_data_ptr(), at::globalContext().allowTF32CuBLAS()},
+                     current_stream(input)));
   return out;
 }
 

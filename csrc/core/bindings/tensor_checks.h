@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <limits>
+#include <type_traits>
+
 #include "core/bindings/arguments.h"
 #include "core/dtype.h"
 
@@ -54,6 +57,74 @@ inline OptionalTensor dense(const OptionalTensor& t) { return t ? OptionalTensor
 inline at::Tensor with_dense_rows(const at::Tensor& t) {
   return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
 }
+
+// Checks the tensors of one call against its first, which sets dtype and device.
+class CheckedArguments {
+ public:
+  CheckedArguments(const char* op, const char* name, const at::Tensor& first)
+      : op_(op),
+        first_name_(name),
+        options_(strided(name, first).options()),
+        dtype_(dtype_of(first, c10::str(op, ": ", name).c_str())) {}
+
+  const char* op() const { return op_; }
+  DType dtype() const { return dtype_; }
+  const at::TensorOptions& options() const { return options_; }
+  at::ScalarType storage() const { return c10::typeMetaToScalarType(options_.dtype()); }
+  // Of arithmetic.
+  at::ScalarType wide() const { return dtype_ == DType::f64 ? at::kDouble : at::kFloat; }
+  at::TensorOptions wide_options() const { return options_.dtype(wide()); }
+
+  void on_device(const char* name, const at::Tensor& t) const {
+    TORCH_CHECK(strided(name, t).device() == options_.device(), op_, ": ", name, ": got a tensor on ",
+                t.device(), ", expected ", options_.device(), " as ", first_name_);
+  }
+
+  template <class MaybeTensor>
+  void check(const char* name, const MaybeTensor& given, at::IntArrayRef sizes, at::ScalarType type) const {
+    if constexpr (std::is_same_v<MaybeTensor, OptionalTensor>) {
+      if (given) check(name, *given, sizes, type);
+    } else {
+      TORCH_CHECK(strided(name, given).sizes() == sizes, op_, ": ", name, ": got shape ", given.sizes(),
+                  ", expected ", sizes);
+      TORCH_CHECK(given.scalar_type() == type, op_, ": ", name, ": got dtype ", given.scalar_type(),
+                  ", expected ", type, type == storage() ? c10::str(" as ", first_name_) : "");
+      on_device(name, given);
+    }
+  }
+  template <class MaybeTensor>
+  void check(const char* name, const MaybeTensor& given, at::IntArrayRef sizes) const {
+    check(name, given, sizes, storage());
+  }
+
+  // `given` without holes, in this memory format.
+  template <class MaybeTensor>
+  MaybeTensor dense(const char* name, const MaybeTensor& given, at::IntArrayRef sizes,
+                    at::MemoryFormat format = at::MemoryFormat::Contiguous) const {
+    check(name, given, sizes);
+    if constexpr (std::is_same_v<MaybeTensor, OptionalTensor>)
+      return given ? OptionalTensor(given->contiguous(format)) : given;
+    else
+      return given.contiguous(format);
+  }
+
+  // A size as kernels take it, which compute small multiples in int.
+  int small(const char* name, int64_t value, int64_t most = std::numeric_limits<int>::max() / 4) const {
+    TORCH_CHECK(value >= 0 && value <= most, op_, ": ", name, ": got ", value, ", expected 0 to ", most);
+    return static_cast<int>(value);
+  }
+
+ private:
+  const at::Tensor& strided(const char* name, const at::Tensor& t) const {
+    TORCH_CHECK(t.defined() && t.layout() == at::kStrided, op_, ": ", name, ": expected a strided tensor");
+    return t;
+  }
+
+  const char* op_;
+  const char* first_name_;
+  at::TensorOptions options_;
+  DType dtype_;
+};
 
 // A gradient as an op returns it: empty where it is not wanted.
 inline at::Tensor or_empty(bool wanted, const at::Tensor& t, const at::Tensor& like) {

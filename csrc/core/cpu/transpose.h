@@ -1,6 +1,7 @@
 // Transposes of w x w elements in registers, w = the vector's width.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "core/cpu/vec.h"
@@ -28,6 +29,21 @@ FUSEDNN_INLINE void transpose(Vec<T> (&x)[Vec<T>::size]) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < w; ++i) x[i] = y[i];
+  }
+}
+
+// to[k][u] = from[u][k] for w x w elements, w = the width of Vec<T>.
+template <class T, class S>
+FUSEDNN_INLINE void transpose(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
+  constexpr int w = Vec<T>::size;
+  if constexpr (std::is_same_v<S, T>) {
+    Vec<T> x[w];
+    for (int u = 0; u < w; ++u) x[u] = Vec<T>::load(from + u * from_stride);
+    transpose<T>(x);
+    for (int k = 0; k < w; ++k) x[k].store(to + k * to_stride);
+  } else {
+    for (int u = 0; u < w; ++u)
+      for (int k = 0; k < w; ++k) to[k * to_stride + u] = from[u * from_stride + k];
   }
 }
 

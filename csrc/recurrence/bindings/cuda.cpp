@@ -18,8 +18,7 @@
 
 #include "core/bindings/cuda_arguments.h"
 #include "core/bindings/op.h"
-#include "recurrence/bindings/calls.h"
-#include "recurrence/bindings/gradients.h"
+#include "recurrence/bindings/checked.h"
 #include "recurrence/cuda/params.h"
 
 namespace fusednn {
@@ -30,12 +29,6 @@ using cuda::AttentionLstm;
 using cuda::CellInput;
 
 constexpr size_t kSharedBytes = 96 * 1024;  // of a block on every target
-
-bool choice(const char* op, const char* name, const std::string& got, const char* first, const char* second) {
-  TORCH_CHECK_VALUE(got == first || got == second, op, ": ", name, ": got '", got, "', expected ", first,
-                    " or ", second);
-  return got == first;
-}
 
 // Sizes of a call, and why the kernels can't serve it.
 AttentionLstm sizes_of(const Tensor& features, const Tensor& score_weight, const Tensor& weight_hh, bool lstm,
@@ -75,130 +68,74 @@ std::vector<std::string> attention_lstm_limits(const Tensor& features, const Ten
   return reasons;
 }
 
-// A call's tensors, checked, dense or wide as the kernels take them.
-class Recurrence : public CudaArguments {
- public:
-  Recurrence(const char* op, const calls::RecurrenceTensors& a, const calls::RecurrenceOptions& options)
-      : CudaArguments(op, "features", a.features) {
-    const auto& [features, h0, c0, score_weight, hidden_weight, hidden_bias, v, temperature, weight_ih,
-                 weight_hh] = a;
-    const auto& [lengths, output, cell, form] = options;
-    TORCH_CHECK(features.dim() == 5, op, ": features: got ", features.dim(), "D, expected 5D");
-    TORCH_CHECK(score_weight.dim() == 2 && weight_hh.dim() == 2, op,
-                ": score_weight or weight_hh: got another number of dimensions than 2");
-    const bool lstm = choice(op, "cell", cell, "lstm", "gru");
-    const auto limits = attention_lstm_limits(features, score_weight, weight_hh, lstm, v.has_value());
-    TORCH_CHECK(limits.empty(), op, ": ", limits.front());
-    q_ = sizes_of(features, score_weight, weight_hh, lstm, v.has_value());
-    flatten_ = choice(op, "output", output, "flatten", "sum");
-    const bool hoisted = choice(op, "form", form, "hoisted", "direct");
-    q_.input = hoisted ? CellInput::projected : (flatten_ ? CellInput::between : CellInput::sum);
-    TORCH_CHECK(c0.has_value() == lstm, op, ": c0: got ", c0 ? "a tensor" : "None",
-                ", expected one of an LSTM alone");
-    score_weight_ = dense("score_weight", score_weight, {v ? q_.energies : 1, q_.channels}).to(wide());
-    hidden_weight_ = dense("hidden_weight", hidden_weight, {q_.terms(), q_.hidden_size});
-    hidden_bias_ = dense("hidden_bias", hidden_bias, {q_.terms()});
-    v_ = dense("v", v, {1, q_.energies});
-    const int64_t inputs = int64_t{q_.channels} * (flatten_ ? q_.positions : 1);
-    weight_ih_ = dense("weight_ih", weight_ih, {q_.gate_rows(), inputs});
-    weight_hh_ = dense("weight_hh", weight_hh, {q_.gate_rows(), q_.hidden_size});
-    q_.v = data_or_null(v_);
-    set_lengths(lengths);
-    set_temperature(temperature);
-    set_frames(features);
-  }
+// A call's tensors as the kernels take them.
+struct Recurrence : CheckedRecurrence {
+  AttentionLstm q;
+  Tensor frames;  // wide [F, C, P]
+  Tensor temperature;
 
-  AttentionLstm& q() { return q_; }
-  const AttentionLstm& q() const { return q_; }
-  bool flatten() const { return flatten_; }
-  at::ScalarType wide() const { return c10::promoteTypes(storage(), at::kFloat); }
-  at::ScalarType storage() const { return c10::typeMetaToScalarType(options().dtype()); }
-  const OptionalTensor& lengths() const { return lengths_; }
-  const Tensor& frames() const { return frames_; }  // wide [F, C, P]
-  const Tensor& score_weight() const { return score_weight_; }
-  const Tensor& hidden_weight() const { return hidden_weight_; }
-  const OptionalTensor& hidden_bias() const { return hidden_bias_; }
-  const Tensor& weight_ih() const { return weight_ih_; }
-  const Tensor& temperature() const { return temperature_; }
+  Recurrence(const char* op, const calls::RecurrenceTensors& a, const calls::RecurrenceOptions& options)
+      : CheckedRecurrence(op, a, options) {
+    const auto limits = attention_lstm_limits(a.features, a.score_weight, a.weight_hh, lstm, additive);
+    TORCH_CHECK(limits.empty(), op, ": ", limits.front());
+    q = sizes_of(a.features, a.score_weight, a.weight_hh, lstm, additive);
+    q.input = hoisted ? CellInput::projected : (flatten ? CellInput::between : CellInput::sum);
+    q.v = data_or_null(v);
+    if (lengths) q.lengths = lengths->const_data_ptr<int64_t>();
+    set_temperature(a.temperature);
+    set_frames(a.features);
+  }
 
   // Both weights of the state: [J + Q, H].
-  Tensor state_weights() const { return at::cat({weight_hh_, hidden_weight_}); }
-  Tensor state(const char* name, const Tensor& t) const {
-    return dense(name, t, {q_.batch, q_.hidden_size}).to(wide(), false, true);
-  }
-
-  // What the kernels write, of active steps alone.
-  Tensor made(at::IntArrayRef sizes, at::ScalarType dtype) const {
-    const auto options_ = options().dtype(dtype);
-    return lengths_ ? at::zeros(sizes, options_) : at::empty(sizes, options_);
-  }
+  Tensor state_weights() const { return at::cat({weight_hh, hidden_weight}); }
 
  private:
-  void set_lengths(const OptionalTensor& lengths) {
-    if (!lengths) return;
-    TORCH_CHECK(lengths->sizes() == at::IntArrayRef{q_.batch} && lengths->scalar_type() == at::kLong, op(),
-                ": lengths: got ", lengths->scalar_type(), " of shape ", lengths->sizes(),
-                ", expected Long of [", q_.batch, "]");
-    TORCH_CHECK(lengths->device() == options().device(), op(), ": lengths: got a tensor on ",
-                lengths->device(), ", expected ", options().device());
-    lengths_ = lengths->contiguous();
-    q_.lengths = lengths_->const_data_ptr<int64_t>();
-  }
-
   void set_temperature(const calls::Temperature& given) {
     const OptionalTensor& learned = given.learned_temperature;
     const double fixed = given.temperature;
-    const auto wide_options = options().dtype(wide());
-    q_.temperature = fixed;
+    q.temperature = fixed;
     const double tiny = wide() == at::kDouble ? std::numeric_limits<double>::min()
                                               : static_cast<double>(std::numeric_limits<float>::min());
     if (!learned) {
       const double most = wide() == at::kDouble ? std::numeric_limits<double>::max()
                                                 : static_cast<double>(std::numeric_limits<float>::max());
       const double infinity = std::numeric_limits<double>::infinity();
-      temperature_ = at::full({}, fixed > most ? infinity : std::max(fixed, tiny), wide_options);
+      temperature = at::full({}, fixed > most ? infinity : std::max(fixed, tiny), wide_options());
       return;
     }
-    TORCH_CHECK(learned->numel() == 1, op(), ": temperature: got ", learned->sizes(),
-                ", expected one number");
-    learned_ = learned->to(wide_options).reshape({});
-    q_.learned_temperature = learned_.const_data_ptr();
-    temperature_ = learned_.clamp_min(tiny).masked_fill(learned_.gt(0).logical_not(),
-                                                        std::numeric_limits<double>::quiet_NaN());
+    learned_ = learned->to(wide_options()).reshape({});
+    q.learned_temperature = learned_.const_data_ptr();
+    temperature = learned_.clamp_min(tiny).masked_fill(learned_.gt(0).logical_not(),
+                                                       std::numeric_limits<double>::quiet_NaN());
   }
 
   // score_weight times all frames, and weight_ih times all positions of all frames where that is hoisted.
   void set_frames(const Tensor& features) {
-    const int64_t C = q_.channels, P = q_.positions, F = q_.batch * q_.steps, J = q_.gate_rows();
+    const int64_t C = q.channels, P = q.positions, F = q.batch * q.steps, J = q.gate_rows();
     const Tensor images = features.flatten(0, 1);
     const auto format =
-        q_.input == CellInput::between ? at::MemoryFormat::Contiguous : images.suggest_memory_format();
-    q_.channels_last = format == at::MemoryFormat::ChannelsLast;
+        q.input == CellInput::between ? at::MemoryFormat::Contiguous : images.suggest_memory_format();
+    q.channels_last = format == at::MemoryFormat::ChannelsLast;
     features_ = images.contiguous(format);
-    frames_ = features_.to(wide()).flatten(2);
-    products_ = at::bmm(score_weight_.unsqueeze(0).expand({F, q_.energies, C}), frames_).contiguous();
-    q_.products = products_.const_data_ptr();
-    if (q_.input != CellInput::projected) {
-      q_.features = features_.const_data_ptr();
+    frames = features_.to(wide()).flatten(2);
+    products_ = at::bmm(score_weight.to(wide()).unsqueeze(0).expand({F, q.energies, C}), frames).contiguous();
+    q.products = products_.const_data_ptr();
+    if (q.input != CellInput::projected) {
+      q.features = features_.const_data_ptr();
       return;
     }
-    const Tensor weight = weight_ih_.to(wide());
-    if (flatten_) {  // [P, F, J]
-      projected_ =
-          at::bmm(frames_.permute({2, 0, 1}), weight.view({J, C, P}).permute({2, 1, 0})).contiguous();
-      q_.frame_stride = J, q_.position_stride = F * J;
+    const Tensor weight = weight_ih.to(wide());
+    if (flatten) {  // [P, F, J]
+      projected_ = at::bmm(frames.permute({2, 0, 1}), weight.view({J, C, P}).permute({2, 1, 0})).contiguous();
+      q.frame_stride = J, q.position_stride = F * J;
     } else {  // [F, P, J]
-      projected_ = at::matmul(frames_.transpose(1, 2), weight.t()).contiguous();
-      q_.frame_stride = P * J, q_.position_stride = J;
+      projected_ = at::matmul(frames.transpose(1, 2), weight.t()).contiguous();
+      q.frame_stride = P * J, q.position_stride = J;
     }
-    q_.projected = projected_.const_data_ptr();
+    q.projected = projected_.const_data_ptr();
   }
 
-  AttentionLstm q_;
-  bool flatten_;
-  Tensor score_weight_, hidden_weight_, weight_ih_, weight_hh_, temperature_, learned_;
-  Tensor features_, frames_, products_, projected_;
-  OptionalTensor hidden_bias_, v_, lengths_;
+  Tensor learned_, features_, products_, projected_;
 };
 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -208,19 +145,19 @@ using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // All steps, or one at a time around the product that all sequences share.
 void run_forward(const Recurrence& r, cuda::AttentionLstmForward p, CUstream_st* stream) {
-  const AttentionLstm& q = r.q();
+  const AttentionLstm& q = r.q;
   if (q.input != CellInput::between) {
     p.q.first = 0, p.q.last = q.steps;
-    return r.succeeded(cuda::attention_lstm_forward(p, stream));
+    return launched(r, cuda::attention_lstm_forward(p, stream));
   }
-  const auto options = r.options().dtype(r.wide());
-  const Tensor weight = r.weight_ih().to(r.wide()).t();
+  const auto options = r.wide_options();
+  const Tensor weight = r.weight_ih.to(r.wide()).t();
   Tensor attended = at::zeros({q.batch, int64_t{q.channels} * q.positions}, options);
   Tensor x = at::empty({q.batch, q.gate_rows()}, options), state_product = at::empty_like(x);
   p.attended = data(attended), p.x = data(x), p.r = data(state_product);
   for (int t = 0; t <= q.steps; ++t) {
     p.q.first = t, p.q.last = t + 1;
-    r.succeeded(cuda::attention_lstm_forward(p, stream));
+    launched(r, cuda::attention_lstm_forward(p, stream));
     if (t < q.steps) at::mm_out(x, attended, weight);
   }
 }
@@ -231,22 +168,22 @@ SixTensors attention_lstm_forward(const calls::AttentionLstmForward& a) {
   const c10::DeviceGuard guard(features.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Recurrence r("attention_lstm_forward", a.tensors, a.options);
-  const AttentionLstm& q = r.q();
+  const AttentionLstm& q = r.q;
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size, J = q.gate_rows();
   const OptionalTensor bias_ih = r.dense("bias_ih", a.bias_ih, {J}),
                        bias_hh = r.dense("bias_hh", a.bias_hh, {J});
   const Tensor weight = r.state_weights().t().contiguous();
-  const Tensor weight_of_sum = q.input == CellInput::sum ? r.weight_ih().t().contiguous() : Tensor();
+  const Tensor weight_of_sum = q.input == CellInput::sum ? r.weight_ih.t().contiguous() : Tensor();
   Tensor h = r.state("h0", a.tensors.h0), c = c0 ? r.state("c0", *c0) : Tensor();
   Tensor hidden = r.made({B, T, H}, r.storage());
-  Tensor maps = r.made({B, T, 1, features.size(3), features.size(4)}, r.storage());
-  Tensor gates = a.save ? r.made({B, T, 4 * H}, r.wide()) : at::empty({0}, h.options());
-  Tensor cells = a.save && c0 ? r.made({B, T, H}, r.wide()) : at::empty({0}, h.options());
+  Tensor maps = r.made(r.map_sizes(), r.storage());
+  Tensor gates = a.save ? r.made({B, T, 4 * H}) : at::empty({0}, h.options());
+  Tensor cells = a.save && c0 ? r.made({B, T, H}) : at::empty({0}, h.options());
   cuda::AttentionLstmForward p{};
   p.q = q;
   p.weight = data(weight), p.weight_ih = data(weight_of_sum);
   p.bias_ih = data_or_null(bias_ih), p.bias_hh = data_or_null(bias_hh);
-  p.hidden_bias = data_or_null(r.hidden_bias());
+  p.hidden_bias = data_or_null(r.hidden_bias);
   p.h = data(h), p.c = data(c), p.hidden = data(hidden), p.maps = data(maps);
   p.gates = a.save ? data(gates) : nullptr, p.cells = a.save && c0 ? data(cells) : nullptr;
   run_forward(r, p, current_stream(features));
@@ -256,17 +193,17 @@ SixTensors attention_lstm_forward(const calls::AttentionLstmForward& a) {
 
 void run_backward(const Recurrence& r, cuda::AttentionLstmBackward p, const Tensor& d_x,
                   CUstream_st* stream) {
-  const AttentionLstm& q = r.q();
+  const AttentionLstm& q = r.q;
   if (q.input != CellInput::between) {
     p.q.first = 0, p.q.last = q.steps;
-    return r.succeeded(cuda::attention_lstm_backward(p, stream));
+    return launched(r, cuda::attention_lstm_backward(p, stream));
   }
-  const Tensor weight = r.weight_ih().to(r.wide());
+  const Tensor weight = r.weight_ih.to(r.wide());
   Tensor d_attended = at::empty({q.batch, weight.size(1)}, weight.options());
   p.d_attended = data(d_attended);
   for (int t = q.steps; t >= 0; --t) {
     p.q.first = t, p.q.last = t + 1;
-    r.succeeded(cuda::attention_lstm_backward(p, stream));
+    launched(r, cuda::attention_lstm_backward(p, stream));
     if (t > 0) at::mm_out(d_attended, d_x.select(1, t - 1), weight);
   }
 }
@@ -276,47 +213,26 @@ std::vector<Tensor> attention_lstm_backward(const calls::AttentionLstmBackward& 
   const c10::DeviceGuard guard(features.device());
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Recurrence r("attention_lstm_backward", a.tensors, a.options);
-  const AttentionLstm& q = r.q();
-  const int64_t B = q.batch, T = q.steps, H = q.hidden_size, P = q.positions, K = q.energies;
-  const auto saved = [&](const char* name, const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == r.wide(), r.op(), ": ", name, ": got ",
-                t.scalar_type(), " of shape ", t.sizes(), ", expected ", r.wide(), " of ", sizes);
-    TORCH_CHECK(t.device() == features.device(), r.op(), ": ", name, ": got a tensor on ", t.device(),
-                ", expected ", features.device());
-    return t.contiguous();
-  };
-  const std::vector<int64_t> map_sizes{B, T, 1, features.size(3), features.size(4)};
-  const Tensor h0 = r.dense("h0", a.tensors.h0, {B, H}), hidden = r.dense("hidden", a.hidden, {B, T, H});
-  const OptionalTensor c0 = r.dense("c0", a.tensors.c0, {B, H});
-  const Tensor maps = r.dense("maps", a.maps, map_sizes), gates = saved("gates", a.gates, {B, T, 4 * H});
-  const Tensor cells = c0 ? saved("cells", a.cells, {B, T, H}) : Tensor();
+  const AttentionLstm& q = r.q;
+  const int64_t B = q.batch, T = q.steps, H = q.hidden_size, K = q.energies;
+  AttentionLstmSteps s = r.backward_steps(a);
+  const Tensor h0 = a.tensors.h0.contiguous(), hidden = a.hidden.contiguous(), maps = a.maps.contiguous(),
+               gates = a.gates.contiguous(), cells = q.lstm ? a.cells.contiguous() : Tensor();
+  const OptionalTensor c0 = dense(a.tensors.c0);
   const OptionalTensor grad_hidden = r.dense("grad_hidden", a.grad_hidden, {B, T, H});
-  const OptionalTensor grad_maps = r.dense("grad_maps", a.grad_maps, map_sizes);
-  const auto state = [&](const char* name, const OptionalTensor& grad) {
-    return grad ? r.state(name, *grad) : at::zeros({B, H}, r.options().dtype(r.wide()));
-  };
-  AttentionLstmSteps s{};
-  s.flatten = r.flatten(), s.features = features, s.frames = r.frames();
-  s.score_weight = r.score_weight(), s.weight_ih = r.weight_ih().to(r.wide());
-  s.lengths = r.lengths(), s.learned = a.tensors.temperature.learned_temperature,
-  s.temperature = r.temperature();
-  s.h0 = h0.to(r.wide()), s.hidden = hidden.to(r.wide()), s.map = maps.to(r.wide()).view({B * T, 1, P});
-  s.d_h = state("grad_h", a.grad_h), s.d_c = q.lstm ? state("grad_c", a.grad_c) : Tensor();
-  s.d_x = r.made({B, T, q.gate_rows()}, r.wide());
-  s.d_r = q.lstm ? s.d_x : r.made(s.d_x.sizes(), r.wide());
-  s.d_scaled = r.made({B, T, P}, r.wide()), s.d_products = r.made({B, T, K, P}, r.wide());
-  s.d_terms = q.additive ? r.made({B, T, K}, r.wide()) : s.d_products.view({B, T, P});
+  const OptionalTensor grad_maps = r.dense("grad_maps", a.grad_maps, r.map_sizes());
+  s.frames = r.frames, s.temperature = r.temperature;
   Tensor terms;
   if (q.additive) {
-    s.d_v = r.made({B * T, K}, r.wide());
+    s.d_v = r.made({B * T, K});
     const Tensor h_prev = at::cat({s.h0.unsqueeze(1), s.hidden.slice(1, 0, T - 1)}, 1);
-    terms = at::matmul(h_prev, r.hidden_weight().to(r.wide()).t()).contiguous();
-    if (r.hidden_bias()) terms.add_(*r.hidden_bias());
+    terms = at::matmul(h_prev, r.hidden_weight.to(r.wide()).t()).contiguous();
+    if (r.hidden_bias) terms.add_(*r.hidden_bias);
   }
   const Tensor weight = r.state_weights();
   cuda::AttentionLstmBackward p{};
   p.q = q;
-  p.weight = data(weight), p.weight_ih = data(r.weight_ih());
+  p.weight = data(weight), p.weight_ih = data(r.weight_ih);
   p.h0 = data(h0), p.c0 = data_or_null(c0), p.hidden = data(hidden), p.maps = data(maps);
   p.gates = data(gates), p.cells = data(cells);
   p.grad_hidden = data_or_null(grad_hidden), p.grad_maps = data_or_null(grad_maps);

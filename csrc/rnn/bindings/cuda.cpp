@@ -17,10 +17,10 @@ namespace {
 using at::Tensor;
 
 // A call of whose tensors the first is [B, multiple * H].
-class Arguments : public CudaArguments {
+class Arguments : public CheckedArguments {
  public:
   Arguments(const char* op, const char* name, const Tensor& like, int64_t multiple)
-      : CudaArguments(op, name, like) {
+      : CheckedArguments(op, name, like) {
     TORCH_CHECK(like.dim() == 2, op, ": ", name, ": got shape ", like.sizes(), ", expected 2 dimensions");
     TORCH_CHECK(like.size(1) % multiple == 0, op, ": ", name, ": got shape ", like.sizes(),
                 ", expected a multiple of ", multiple, " columns");
@@ -58,10 +58,10 @@ std::tuple<Tensor, Tensor> lstm_gates_forward(const calls::LstmGatesForward& a) 
   const auto c_prev = arguments.rows("cx", a.cx, 1);
   auto h = arguments.empty_rows(1), c = arguments.empty_rows(1);
   void* gates = a.save_gates ? a.gates.mutable_data_ptr() : const_cast<void*>(a.gates.const_data_ptr());
-  arguments.succeeded(cuda::lstm_gates_forward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), gates, data(b_ih), data(b_hh), data(c_prev),
-       h.mutable_data_ptr(), c.mutable_data_ptr(), a.save_gates},
-      current_stream(a.gates)));
+  launched(arguments, cuda::lstm_gates_forward({arguments.dtype(), arguments.batch(), arguments.hidden(),
+                                                gates, data(b_ih), data(b_hh), data(c_prev),
+                                                h.mutable_data_ptr(), c.mutable_data_ptr(), a.save_gates},
+                                               current_stream(a.gates)));
   return {h, c};
 }
 
@@ -72,10 +72,11 @@ std::tuple<Tensor, Tensor> lstm_gates_backward(const calls::LstmGatesBackward& a
   const auto d_h = arguments.rows("grad_h", a.grad_h, 1), d_c = arguments.rows("grad_c", a.grad_c, 1);
   const auto c_prev = arguments.rows("cx", a.cx, 1), c_next = arguments.rows("c", a.c, 1);
   auto grad_gates = arguments.empty_rows(4), grad_cx = arguments.empty_rows(1);
-  arguments.succeeded(cuda::lstm_gates_backward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(d_c), data(saved),
-       data(c_prev), data(c_next), grad_gates.mutable_data_ptr(), grad_cx.mutable_data_ptr()},
-      current_stream(a.gates)));
+  launched(arguments,
+           cuda::lstm_gates_backward(
+               {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(d_c), data(saved),
+                data(c_prev), data(c_next), grad_gates.mutable_data_ptr(), grad_cx.mutable_data_ptr()},
+               current_stream(a.gates)));
   return {grad_gates, grad_cx};
 }
 
@@ -87,10 +88,11 @@ std::tuple<Tensor, Tensor> gru_gates_forward(const calls::GruGatesForward& a) {
   const auto h_prev = arguments.rows("hx", a.hx, 1);
   auto h = arguments.empty_rows(1);
   auto gates = a.save_gates ? arguments.empty_rows(4) : at::empty({0}, a.gates_x.options());
-  arguments.succeeded(cuda::gru_gates_forward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(x), data(recurrent), data(b_ih),
-       data(b_hh), data(h_prev), h.mutable_data_ptr(), a.save_gates ? gates.mutable_data_ptr() : nullptr},
-      current_stream(a.gates_x)));
+  launched(arguments,
+           cuda::gru_gates_forward({arguments.dtype(), arguments.batch(), arguments.hidden(), data(x),
+                                    data(recurrent), data(b_ih), data(b_hh), data(h_prev),
+                                    h.mutable_data_ptr(), a.save_gates ? gates.mutable_data_ptr() : nullptr},
+                                   current_stream(a.gates_x)));
   return {h, gates};
 }
 
@@ -101,10 +103,11 @@ std::tuple<Tensor, Tensor, Tensor> gru_gates_backward(const calls::GruGatesBackw
   const auto d_h = arguments.rows("grad_h", a.grad_h, 1), h_prev = arguments.rows("hx", a.hx, 1);
   auto grad_x = arguments.empty_rows(3), grad_recurrent = arguments.empty_rows(3),
        grad_hx = arguments.empty_rows(1);
-  arguments.succeeded(cuda::gru_gates_backward(
-      {arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h), data(saved), data(h_prev),
-       grad_x.mutable_data_ptr(), grad_recurrent.mutable_data_ptr(), grad_hx.mutable_data_ptr()},
-      current_stream(a.gates)));
+  launched(arguments,
+           cuda::gru_gates_backward({arguments.dtype(), arguments.batch(), arguments.hidden(), data(d_h),
+                                     data(saved), data(h_prev), grad_x.mutable_data_ptr(),
+                                     grad_recurrent.mutable_data_ptr(), grad_hx.mutable_data_ptr()},
+                                    current_stream(a.gates)));
   return {grad_x, grad_recurrent, grad_hx};
 }
 

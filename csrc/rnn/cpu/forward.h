@@ -16,6 +16,7 @@
 
 #include "core/cpu/gemm.h"
 #include "core/cpu/integer.h"
+#include "core/cpu/transpose.h"
 #include "core/cpu/vec_math.h"
 #include "rnn/cpu/params.h"
 #include "rnn/gates.h"
@@ -115,84 +116,15 @@ void products_by_rows(const CellForward& p, int64_t row, int64_t rows, int64_t u
   }
 }
 
-// to[k][u] = from[u][k] for 8 x 8 elements.
-template <class S>
-FUSEDNN_INLINE void transpose_8x8(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
-  for (int u = 0; u < 8; ++u)
-    for (int k = 0; k < 8; ++k) to[k * to_stride + u] = from[u * from_stride + k];
-}
-
-#if defined(__AVX2__)
-FUSEDNN_INLINE void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  __m256 low[4], high[4];  // rows u and u + 4 in the halves, columns 0..3 and 4..7
-  for (int u = 0; u < 4; ++u) {
-    const float *a = from + u * from_stride, *b = from + (u + 4) * from_stride;
-    low[u] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
-    high[u] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a + 4)), _mm_loadu_ps(b + 4), 1);
-  }
-  const auto columns = [&](const __m256(&x)[4], float* out) __attribute__((always_inline)) {
-    const __m256 a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]);
-    const __m256 c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
-    _mm256_storeu_ps(out, _mm256_shuffle_ps(a, c, 0x44));
-    _mm256_storeu_ps(out + to_stride, _mm256_shuffle_ps(a, c, 0xee));
-    _mm256_storeu_ps(out + 2 * to_stride, _mm256_shuffle_ps(b, d, 0x44));
-    _mm256_storeu_ps(out + 3 * to_stride, _mm256_shuffle_ps(b, d, 0xee));
-  };
-  columns(low, to);
-  columns(high, to + 4 * to_stride);
-}
-#endif
-
-// to[k][u] = from[u][k] for N x N elements.
-template <int N, class S>
-FUSEDNN_INLINE void transpose(const S* from, int64_t from_stride, S* to, int64_t to_stride) {
-  for (int u = 0; u < N; u += 8)
-    for (int k = 0; k < N; k += 8)
-      transpose_8x8(from + u * from_stride + k, from_stride, to + k * to_stride + u, to_stride);
-}
-
-#if defined(__AVX512F__)
-// With all lanes chosen, the masked intrinsics are the plain ones, less GCC's false warnings about those.
-template <>
-FUSEDNN_INLINE void transpose<16>(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  for (int k = 0; k < 16; k += 4) {
-    __m512 x[4];  // quarter l of x[i]: columns k..k+3 of row 4 l + i
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const auto row = [&](int l) __attribute__((always_inline)) {
-        return _mm_loadu_ps(from + (4 * l + i) * from_stride + k);
-      };
-      x[i] = _mm512_maskz_broadcast_f32x4(0x000f, row(0));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, row(1));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, row(2));
-      x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, row(3));
-    }
-    const auto low = [](__m512 a, __m512 b) __attribute__((always_inline)) {
-      return _mm512_castps_pd(_mm512_maskz_unpacklo_ps(0xffff, a, b));
-    };
-    const auto high = [](__m512 a, __m512 b) __attribute__((always_inline)) {
-      return _mm512_castps_pd(_mm512_maskz_unpackhi_ps(0xffff, a, b));
-    };
-    const __m512d a = low(x[0], x[1]), b = high(x[0], x[1]), c = low(x[2], x[3]), d = high(x[2], x[3]);
-    float* out = to + k * to_stride;
-    _mm512_storeu_pd(out, _mm512_maskz_unpacklo_pd(0xff, a, c));
-    _mm512_storeu_pd(out + to_stride, _mm512_maskz_unpackhi_pd(0xff, a, c));
-    _mm512_storeu_pd(out + 2 * to_stride, _mm512_maskz_unpacklo_pd(0xff, b, d));
-    _mm512_storeu_pd(out + 3 * to_stride, _mm512_maskz_unpackhi_pd(0xff, b, d));
-  }
-}
-#endif
-
 // panel[k][slot][u] = weights[slot H + first + u][k], zeros beyond the last unit.
-template <int G, int w, class S>
+template <int G, class T, class S>
 void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t stride, S* panel) {
+  constexpr int w = Vec<T>::size;
   int64_t k = 0;
-  if constexpr (w % 8 == 0) {
-    if (first + w <= H)
-      for (; k + w <= K; k += w)
-        for (int slot = 0; slot < G; ++slot)
-          transpose<w>(weights + (slot * H + first) * stride + k, stride, panel + (k * G + slot) * w, G * w);
-  }
+  if (first + w <= H)
+    for (; k + w <= K; k += w)
+      for (int slot = 0; slot < G; ++slot)
+        transpose<T>(weights + (slot * H + first) * stride + k, stride, panel + (k * G + slot) * w, G * w);
   for (; k < K; ++k)
     for (int slot = 0; slot < G; ++slot)
       for (int u = 0; u < w; ++u)
@@ -221,7 +153,7 @@ void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t
                  prefetch_next(packed + kBlockK * G * w, G * w));
         packed += depth * G * w;
       } else {
-        pack_units<G, w>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
+        pack_units<G, T>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
                          panel);
         tiles<G>(rows, depth, x.at(0, k), panel, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add);
       }
@@ -240,7 +172,7 @@ void pack(const CellWeights& q, void* packed, const Parallel& parallel) {
       for (const bool hidden : kProducts) {
         const Rows& weight = hidden ? q.weight_hh : q.weight_ih;
         const int64_t K = hidden ? H : q.input_size;
-        pack_units<G, w>(K, block * w, H, static_cast<const S*>(weight.data), weight.stride, panel);
+        pack_units<G, T>(K, block * w, H, static_cast<const S*>(weight.data), weight.stride, panel);
         panel += K * G * w;
       }
     }
