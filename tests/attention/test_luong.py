@@ -170,6 +170,8 @@ def test_no_nan_on_the_way_back(score):
     assert not source.grad[1].any()
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @every_score
 def test_compile(score):
     torch._dynamo.reset()

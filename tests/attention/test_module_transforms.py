@@ -55,6 +55,8 @@ def flat(results):
     return [t for t in results if t is not None]
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @every_layer
 @every_call
 def test_compile(layer, kind):
@@ -121,6 +123,8 @@ def test_compile_of_dropout_draws_anew():
     assert not torch.equal(*outputs)
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_encoder(norm_first, training):
@@ -136,6 +140,8 @@ def test_compile_encoder(norm_first, training):
         )
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @every_layer
 @every_call
 @pytest.mark.parametrize("strict", [False, True])

@@ -61,6 +61,8 @@ def turns_wrong_after(calls: int):
     return call
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @pytest.mark.parametrize("peer", ["fusednn", "reference", "compile", "onnxruntime"])
 @pytest.mark.parametrize("bug", [planted_bug, planted_nan])
 def test_a_wrong_peer_gets_no_time_and_fails_the_run(run_bench, peer, bug):

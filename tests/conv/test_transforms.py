@@ -57,6 +57,7 @@ def test_inference_fakes(place, dtype):
     _fakes_agree(place, OPS[2], dtype)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPS[3:])
 def test_training_fakes(training_place, name, dtype):

@@ -27,6 +27,7 @@ every_score = pytest.mark.parametrize("score", SCORES)
 every_output = pytest.mark.parametrize("output", OUTPUTS)
 
 
+@pytest.mark.in_turn
 @every_score
 @every_output
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.in_turn("shape")
+@pytest.mark.in_turn
 @every_score
 @every_output
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 129, 17, 31)], ids=str)
@@ -86,6 +87,7 @@ def reversed_order(t):
     return t.permute(order).contiguous().permute(order)
 
 
+@pytest.mark.in_turn
 @every_score
 @every_output
 @pytest.mark.parametrize("layout", [every_other, offset, reversed_order], ids=lambda f: f.__name__)

@@ -117,7 +117,9 @@ def test_unaligned_storage(device_place, output, last, dtype):
         assert t.equal(found[name]), name
 
 
-@formats
+@pytest.mark.parametrize(
+    "last", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["NCHW", "NHWC"]
+)
 def test_offsets_beyond_2_to_the_31(device_place, last):
     """All positions but a few are masked, and their features never read: memory that nobody has touched.
 
