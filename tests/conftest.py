@@ -25,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _is_thorough(item: pytest.Item) -> bool:
     marks = {mark.name for mark in item.iter_markers()}
-    return "thorough" in marks or {"costly", "natively"} <= marks
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    elsewhere = "costly" in marks or any(p.name == "reference" for p in params if isinstance(p, places.Place))
+    return "thorough" in marks or ("natively" in marks and elsewhere)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -185,6 +185,7 @@ EXPANDED = {
 }
 
 
+@pytest.mark.natively
 @pytest.mark.parametrize("case", EXPANDED)
 def test_expanded(place, case):
     """Elements that share memory: as copies of them give, gradients of all included."""

@@ -35,6 +35,7 @@ def measured(place: Place, what: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.thorough
 def test_plain_pytorch_takes_it_for_all_heads():
     """What the kernels save, and that it would be seen."""
     assert measured(Place("reference", "reference"), "forward") > OF_ALL_HEADS

@@ -77,6 +77,8 @@ def test_there_are_samples():
     assert {p.values[0].module_cls for p in _infos()} == set(PAIRS)
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @pytest.mark.parametrize("info", _infos())
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

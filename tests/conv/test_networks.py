@@ -72,8 +72,7 @@ NETWORKS = {"MobileNetV2": ("relu6", 3), "EfficientNet": ("silu", 5)}
 RUNS = [("MobileNetV2", torch.float64), ("EfficientNet", torch.float64), ("EfficientNet", torch.float32)]
 
 
-@pytest.mark.costly
-@pytest.mark.in_turn
+@pytest.mark.natively
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
 def test_loss_curves_agree(training_place, name, dtype):
     torch.manual_seed(0)

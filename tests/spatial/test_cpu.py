@@ -35,6 +35,8 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("output", OUTPUTS)

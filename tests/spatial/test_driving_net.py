@@ -84,6 +84,7 @@ def test_the_control_looks_at_the_state_before(recurrence_place):
         torch.testing.assert_close(u[:, 0], net.control(torch.cat((attended.flatten(1), h), 1)))
 
 
+@pytest.mark.natively
 @pytest.mark.parametrize("encoder", ["plain", "separable"])
 def test_loss_curves_agree(recurrence_place, encoder):
     """Steps of SGD with torch's layers and fusednn's: 100 in float64; 20 in float32, in the mean over seeds.

@@ -120,6 +120,8 @@ def test_lengths_that_are_none():
         layer(torch.randn(1, 3, 3, 2, 2), (h, None))
 
 
+@pytest.mark.costly
+@pytest.mark.in_turn
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("encoder", ["plain", "separable"])
 def test_driving_net_in_one_graph(encoder, training):
