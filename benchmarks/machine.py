@@ -18,7 +18,7 @@ ISA_FLAGS = (
     "amx_bf16", "amx_tile", "asimd", "sve", "sve2", "bf16",
 )  # fmt: skip
 PACKAGES = ("torch", "fusednn", "triton", "numpy", "onnxruntime", "openvino")
-SETTINGS = ("FUSEDNN_BACKEND", "FUSEDNN_CPU_ISA", "FUSEDNN_NATIVE", "FUSEDNN_WEIGHT_CACHE", "OMP_NUM_THREADS")
+SETTINGS = ("FUSEDNN_BACKEND", "FUSEDNN_CPU_ISA", "FUSEDNN_NATIVE", "OMP_NUM_THREADS")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -53,10 +53,9 @@ reference_place = places.fixture(lambda place: place.name == "reference")
 
 @pytest.fixture
 def native():
-    """Return the compiled kernels for CPU tensors; the weight cache starts empty."""
+    """Return the compiled kernels for CPU tensors."""
     if _native.extension is None:
         places.missing(f"no compiled kernels: {_native.unavailable_reason}")
-    _native.extension.cpu.clear_packed_weights()
     with fusednn.use_backend("cpu"):
         yield _native.extension.cpu
 

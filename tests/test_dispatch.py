@@ -284,22 +284,6 @@ def test_environment_leaves_the_extension_out():
     assert not any("To build it" in text for text in report["records"]), "asked for, so nothing to mend"
 
 
-@pytest.mark.usefixtures("native")
-def test_environment_turns_the_weight_cache_off():
-    script = (
-        "import torch, fusednn; from fusednn.core import native as _native; cell = fusednn.GRUCell(8, 16)\n"
-        "for _ in range(4): cell(torch.randn(32, 8))\n"
-        "print(_native.extension.cpu.packed_weights())"
-    )
-    found = {}
-    for value in ("0", "1"):
-        env = os.environ | {"FUSEDNN_WEIGHT_CACHE": value, "PYTHONPATH": str(PACKAGE.parent)}
-        found[value] = subprocess.run(
-            [sys.executable, "-c", script], env=env, capture_output=True, text=True
-        ).stdout
-    assert found == {"0": "0\n", "1": "1\n"}
-
-
 def _copy_of_package(tmp_path: Path) -> Path:
     target = tmp_path / "fusednn"
     shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("__pycache__"))

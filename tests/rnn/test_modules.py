@@ -37,7 +37,7 @@ def train_once(module: nn.Module, input: torch.Tensor):
 
 
 def assert_same(ours: nn.Module, theirs: nn.Module, batch: int = 9) -> None:
-    """Check that two modules give the same results and gradients, three times over (weights get packed)."""
+    """Check that two modules give the same results and gradients, three times over."""
     input = torch.randn(batch, ours.input_size)
     for _ in range(3):
         torch.testing.assert_close(train_once(ours, input), train_once(theirs, input))
@@ -73,7 +73,7 @@ def test_state_dict_both_ways(cell):
 @pytest.mark.parametrize("way", ["copy", "deepcopy", "pickle", "torch.save"])
 def test_copies_and_files(cell, way):
     ours, theirs = pair_of_modules(cell)
-    assert_same(ours, theirs)  # so that packed weights exist when the copy is made
+    assert_same(ours, theirs)
     if way == "torch.save":
         file = io.BytesIO()
         torch.save(ours, file)

@@ -5,7 +5,6 @@
 #include "attention/cpu/projection_params.h"
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
-#include "core/bindings/weight_cache.h"
 
 namespace fusednn {
 
@@ -62,9 +61,7 @@ Tensor projection_forward(const calls::ProjectionForward& a) {
   if (s.inputs == 0) return a.bias ? out.copy_(*a.bias) : out.zero_();
   const Tensor x = with_dense_rows(a.input), w = with_dense_rows(a.weight);
   const OptionalTensor b = dense(a.bias);
-  const auto pack = [&] { return packed(w, s.outputs, s.inputs, w.stride(0), 1); };
-  Tensor panels = WeightCache::instance().find({"projection"}, {a.weight}, pack);
-  if (!panels.defined()) panels = pack();
+  const Tensor panels = packed(w, s.outputs, s.inputs, w.stride(0), 1);
   MatrixProduct p = product(x, false, panels, out);
   p.bias = b ? b->const_data_ptr<float>() : nullptr;
   run(p);

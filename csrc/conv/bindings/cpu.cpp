@@ -4,7 +4,6 @@
 
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
-#include "core/bindings/weight_cache.h"
 
 namespace fusednn {
 
@@ -20,7 +19,8 @@ DepthwiseShape depthwise_shape(const Tensor& input, const Tensor& weight, const 
   const int64_t in_channels = input.size(1), channels = weight.size(0);
   TORCH_CHECK(in_channels == 0 ? channels == 0 : channels % in_channels == 0, "depthwise weight: got ",
               channels, " channels, expected a multiple of the input's ", in_channels);
-  check(weight, "depthwise weight", weight.sizes(), input.scalar_type());
+  check(weight, "depthwise weight", weight.sizes(),
+        weight.scalar_type() == wide_dtype(input) ? wide_dtype(input) : input.scalar_type());
   TORCH_CHECK(input.device().is_cpu(), "input: got a tensor on ", input.device(), ", expected cpu");
   for (int i = 0; i < 2; ++i) {
     TORCH_CHECK(stride[i] > 0, "stride: got ", stride[i], ", expected at least 1");
@@ -113,24 +113,17 @@ Tensor separable_conv2d_forward(const calls::SeparableForward& a) {
                            conv_format(input, {depthwise_weight, pointwise_weight}), activations.depthwise(),
                            activations.pointwise()};
   const DepthwiseShape& shape = call.shape;
-  const auto type = input.scalar_type();
+  const auto type = depthwise_weight.scalar_type();  // the input's, or float32 beside 16 bits
   check(depthwise_bias, "depthwise_bias", {shape.channels}, type);
   check(pointwise_weight, "pointwise_weight", {call.out_channels, shape.channels, 1, 1}, type);
   check(pointwise_bias, "pointwise_bias", {call.out_channels}, type);
   const at::DimVector out_sizes{shape.batch, call.out_channels, shape.out_height, shape.out_width};
-  check(residual, "residual", out_sizes, type);
+  check(residual, "residual", out_sizes, input.scalar_type());
   if (c10::multiply_integers(out_sizes) == 0) return at::empty(out_sizes, input.options(), call.format);
 
-  const auto pack = [&] {
-    return pack_separable(shape, a.depthwise_weight, a.depthwise_bias, a.pointwise_weight, a.pointwise_bias);
-  };
-  std::vector<Tensor> parts{depthwise_weight, pointwise_weight};
-  for (const OptionalTensor& bias : {depthwise_bias, pointwise_bias})
-    if (bias) parts.push_back(*bias);
-  const PackingKey key{"separable_conv2d",
-                       {depthwise_bias ? 1. : 0.}};  // which of the biases is the third part
-  const Tensor kept = WeightCache::instance().find(key, parts, pack);
-  return run_separable(call, input, kept.defined() ? kept : pack(), residual);
+  const Tensor packed =
+      pack_separable(shape, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias);
+  return run_separable(call, input, packed, residual);
 }
 
 namespace {

@@ -4,7 +4,6 @@
 
 #include "conv/bindings/cpu.h"
 #include "core/bindings/eager.h"
-#include "core/bindings/weight_cache.h"
 
 namespace fusednn {
 namespace {
@@ -185,29 +184,17 @@ std::optional<Tensor> try_separable_training(const Block& b) {
   return r.outputs[0];
 }
 
-// As fusednn/conv/batch_norm.py's `fold`, to the bit: the product's weight and bias with its norm's.
+// As fusednn/conv/batch_norm.py's `fold`, to the bit: the product's weight and bias with its norm's, of 16 bits
+// in float32: what folding loses of them a norm may magnify without bound.
 std::pair<Tensor, OptionalTensor> fold(const Tensor& weight, const OptionalTensor& bias, const BatchNorm& n) {
-  if (!n.present) return {weight, bias};
-  const auto type = weight.scalar_type(), wide = type == at::kDouble ? at::kDouble : at::kFloat;
+  const auto wide = wide_dtype(weight);
+  if (!n.present) return {weight.to(wide), bias ? OptionalTensor(bias->to(wide)) : bias};
   Tensor scale = (n.running_var->to(wide) + n.eps).rsqrt();
   if (n.weight) scale = scale * n.weight->to(wide);
   const Tensor mean = n.running_mean->to(wide);
   Tensor shift = (bias ? bias->to(wide) - mean : -mean) * scale;
   if (n.bias) shift = shift + n.bias->to(wide);
-  return {(weight.to(wide) * scale.view({-1, 1, 1, 1})).to(type), shift.to(type)};
-}
-
-// Everything that the folded weights are made from, and which of it is there.
-std::vector<Tensor> fold_sources(const Block& b, int& present) {
-  std::vector<Tensor> sources{b.weight1, b.weight2};
-  present = 0;
-  for (const OptionalTensor* t :
-       {&b.bias1, &b.bias2, &b.norm1.weight, &b.norm1.bias, &b.norm1.running_mean, &b.norm1.running_var,
-        &b.norm2.weight, &b.norm2.bias, &b.norm2.running_mean, &b.norm2.running_var}) {
-    present = 2 * present + (t->has_value() ? 1 : 0);
-    if (*t) sources.push_back(**t);
-  }
-  return sources;
+  return {weight.to(wide) * scale.view({-1, 1, 1, 1}), shift};
 }
 
 bool frozen_statistics(const BatchNorm& n, at::ScalarType type, int64_t channels) {
@@ -219,8 +206,7 @@ bool frozen_statistics(const BatchNorm& n, at::ScalarType type, int64_t channels
   return fits(*n.running_mean) && fits(*n.running_var);
 }
 
-// Inference; the norms that are there have frozen statistics and are folded, at most once for the same
-// sources.
+// Inference; the norms that are there have frozen statistics and are folded.
 std::optional<Tensor> try_separable_inference(const Block& b) {
   const Tensor &input = b.input, &weight1 = b.weight1, &weight2 = b.weight2;
   at::DimVector sizes;
@@ -229,24 +215,14 @@ std::optional<Tensor> try_separable_inference(const Block& b) {
   const auto type = input.scalar_type();
   if (!frozen_statistics(b.norm1, type, weight1.size(0)) || !frozen_statistics(b.norm2, type, sizes[1]))
     return std::nullopt;
-  int present = 0;
-  const std::vector<Tensor> sources = fold_sources(b, present);
-  WeightCache& cache = WeightCache::instance();
-  if (!cache.may_keep(sources)) return std::nullopt;
-
   const at::AutoDispatchBelowADInplaceOrView below;
   const BlockOptions& o = *b.options;
   const SeparableCall call{depthwise_shape(input, weight1, o.geometry), sizes[1],
                            conv_format(input, {weight1, weight2}), o.activations.depthwise(),
                            o.activations.pointwise()};
-  const auto pack = [&] {
-    const auto [w1, b1] = fold(weight1, b.bias1, b.norm1);
-    const auto [w2, b2] = fold(weight2, b.bias2, b.norm2);
-    return pack_separable(call.shape, w1, b1, w2, b2);
-  };
-  const PackingKey key{"folded_separable_conv2d", {1. * present, b.norm1.eps, b.norm2.eps}};
-  const Tensor kept = cache.find(key, sources, pack);
-  return run_separable(call, input, kept.defined() ? kept : pack(),
+  const auto [w1, b1] = fold(weight1, b.bias1, b.norm1);
+  const auto [w2, b2] = fold(weight2, b.bias2, b.norm2);
+  return run_separable(call, input, pack_separable(call.shape, w1, b1, w2, b2),
                        o.residual ? OptionalTensor(input) : std::nullopt);
 }
 

@@ -15,6 +15,7 @@ Depthwise::Depthwise(const Tensor& x, const Tensor& w, const OptionalTensor& b,
       input(x),
       weight(w.contiguous()),
       bias(dense(b)) {
+  check(w, "depthwise weight", w.sizes(), x.scalar_type());
   check(b, "depthwise bias", {shape.channels}, x.scalar_type());
 }
 

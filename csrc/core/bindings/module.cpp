@@ -2,7 +2,6 @@
 #include <string>
 
 #include "core/bindings/registry.h"
-#include "core/bindings/weight_cache.h"
 #include "core/cpu/features.h"
 
 namespace fusednn {
@@ -29,9 +28,6 @@ FUSEDNN_BINDINGS(cpu) {
       "best_isa", [] { return cpu::name(cpu::best_isa()); },
       "Best instruction set of this machine and binary.");
   m.def("set_isa", &set_isa, "Cap the instruction set.");
-  m.def("keep_packed_weights", [](bool keep) { WeightCache::instance().keep(keep); });
-  m.def("clear_packed_weights", [] { WeightCache::instance().clear(); });
-  m.def("packed_weights", [] { return WeightCache::instance().packed_entries(); });
 }
 
 }  // namespace fusednn

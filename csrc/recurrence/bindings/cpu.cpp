@@ -7,7 +7,6 @@
 
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
-#include "core/bindings/weight_cache.h"
 #include "recurrence/bindings/checked.h"
 
 namespace fusednn {
@@ -57,25 +56,11 @@ struct Operands : CheckedRecurrence {
   Tensor stored(const Tensor& t) const { return t.defined() ? t.to(storage()) : at::empty({0}, options()); }
 };
 
-// weight_ih as the hoisted product reads it, where it was kept for this weight; undefined where the kernel is
-// to copy it as it goes: for other products, and in training, which changes it before it is seen again.
-Tensor packed_weight(const AttentionLstm& q, const Tensor& weight_ih, bool save) {
-  if (!q.hoisted || !q.flatten || save) return {};
-  const PackingKey key{"attention_lstm", {static_cast<double>(q.channels), static_cast<double>(q.positions)}};
-  return WeightCache::instance().find(key, {weight_ih}, [&] {
-    const auto& kernels = cpu::kernels<cpu::AttentionLstmKernels>();
-    const at::ScalarType type = q.dtype == DType::f64 ? at::kDouble : at::kFloat;
-    const Tensor packed = at::empty({kernels.packed_elements(q)}, type);
-    kernels.pack(q, packed.mutable_data_ptr(), torch_parallel());
-    return packed;
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forward(
     const calls::AttentionLstmForward& a) {
   const Operands o("attention_lstm_forward", a.tensors, a.options);
   const OptionalTensor& c0 = a.tensors.c0;
-  AttentionLstm q = o.q;
+  const AttentionLstm& q = o.q;
   const OptionalTensor bias_ih = o.widened(o.dense("bias_ih", a.bias_ih, {q.gate_rows()})),
                        bias_hh = o.widened(o.dense("bias_hh", a.bias_hh, {q.gate_rows()}));
   const int64_t B = q.batch, T = q.steps, H = q.hidden_size;
@@ -84,8 +69,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_lstm_forwar
   Tensor gates = a.save ? o.make({B, T, 4 * H}) : Tensor(),
          cells = a.save && c0 ? o.make({B, T, H}) : Tensor();
   if (!o.empty()) {
-    const Tensor packed = packed_weight(q, a.tensors.weight_ih, a.save);
-    if (packed.defined()) q.packed = packed.const_data_ptr();
     const auto& kernels = cpu::kernels<cpu::AttentionLstmKernels>();
     run_kernel(kernels.forward_workspace, kernels.forward,
                {q, data_or_null(bias_ih), data_or_null(bias_hh), mutable_data_or_null(h),

@@ -13,14 +13,6 @@ auto with_element(const AttentionLstm& q, const F& f) {
   return with_accumulator(q.dtype == DType::f64, f);
 }
 
-int64_t packed_elements(const AttentionLstm& q) {
-  return with_element(q, [&]<class T>() { return packed_weight_elements<T>(q); });
-}
-
-void pack(const AttentionLstm& q, void* packed, const Parallel& parallel) {
-  with_element(q, [&]<class T>() { pack_weight(q, static_cast<T*>(packed), parallel); });
-}
-
 template <template <class> class Pass, class Call>
 size_t workspace(const Call& p, int threads) {
   Carver count(nullptr);
@@ -37,7 +29,9 @@ void run(const Call& p, const Parallel& parallel) {
 }  // namespace
 
 FUSEDNN_KERNELS(AttentionLstmKernels) = {
-    packed_elements,   pack, workspace<ForwardPass>, run<ForwardPass>, workspace<BackwardPass>,
+    workspace<ForwardPass>,
+    run<ForwardPass>,
+    workspace<BackwardPass>,
     run<BackwardPass>,
 };
 

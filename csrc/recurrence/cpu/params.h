@@ -29,7 +29,6 @@ struct AttentionLstm {
   const void* hidden_bias;                                           // [Q] or null
   const void* v;                                                     // [A]; positional: null
   const void* weight_ih;                                             // [J, C P] or [J, C]
-  const void* packed;                                                // weight_ih by pack(), or null
   const void* weight_hh;                                             // [J, H]
   const int64_t* lengths;                                            // [B] or null
 
@@ -76,9 +75,6 @@ struct AttentionLstmBackward {
 };
 
 struct AttentionLstmKernels {
-  // weight_ih in the order in which the hoisted product of flattened frames reads it.
-  int64_t (*packed_elements)(const AttentionLstm&);
-  void (*pack)(const AttentionLstm&, void* packed, const Parallel&);
   size_t (*forward_workspace)(const AttentionLstmForward&, int threads);
   void (*forward)(const AttentionLstmForward&, const Parallel&);
   size_t (*backward_workspace)(const AttentionLstmBackward&, int threads);

@@ -123,7 +123,7 @@ struct Cut {
   static Cut of(const AttentionLstm& q, int64_t frames) {
     const int64_t group = minimum(ceil_div(frames, kFrames) * kFrames, fit<T>(q));
     const int64_t vectors = ceil_div(q.positions, Vec<T>::size);
-    const int64_t together = q.packed ? 1 : minimum(kStrip, fit<T>(q) / group);
+    const int64_t together = minimum(kStrip, fit<T>(q) / group);
     return {vectors, ceil_div(vectors, together), group, ceil_div(q.gate_rows(), kRows)};
   }
   int64_t first(int64_t strip) const { return strip * vectors / strips; }
@@ -140,26 +140,6 @@ void pack_weight_panel(const AttentionLstm& q, int64_t j, int64_t p, T* panel) {
   pack_positions<kRows>(
       q.channels, q.positions, minimum(kRows, q.gate_rows() - j), q.positions - p,
       [&](int r) { return weight_row<T>(q, j + r, p); }, panel);
-}
-
-// All panels, [vectors of positions, ceil(J / kRows)]: read front to back, vector after vector.
-template <class T>
-int64_t weight_panel_elements(const AttentionLstm& q) {
-  return q.channels * kRows * Vec<T>::size;
-}
-template <class T>
-int64_t packed_weight_elements(const AttentionLstm& q) {
-  return ceil_div(q.positions, Vec<T>::size) * ceil_div(q.gate_rows(), kRows) * weight_panel_elements<T>(q);
-}
-template <class T>
-void pack_weight(const AttentionLstm& q, T* packed, const Parallel& parallel) {
-  const int64_t vectors = ceil_div(q.positions, Vec<T>::size), rows = ceil_div(q.gate_rows(), kRows);
-  parallel(rows, true, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t v = 0; v < vectors; ++v)
-        pack_weight_panel(q, i * kRows, v * Vec<T>::size,
-                          packed + (v * rows + i) * weight_panel_elements<T>(q));
-  });
 }
 
 // One thread's part of `positioned`.
@@ -199,16 +179,9 @@ class Positioned {
     Prefetch(const Positioned& work, int64_t p, int64_t vectors, int64_t j, int64_t tiles) {
       const AttentionLstm& q = work.q_;
       runs = maximum(minimum(kRows, q.gate_rows() - j), 0) * q.channels;
-      if (q.packed) {
-        runs = runs > 0 ? 1 : 0;
-        run = reinterpret_cast<const char*>(runs ? work.packed_panel(j, p) : q.packed);
-        pitch = 0;
-        bytes = weight_panel_elements<T>(q) * sizeof(T);
-      } else {
-        run = reinterpret_cast<const char*>(weight_row<T>(q, j, p));
-        pitch = q.positions * sizeof(T);
-        bytes = minimum(vectors * w, q.positions - p) * sizeof(T);
-      }
+      run = reinterpret_cast<const char*>(weight_row<T>(q, j, p));
+      pitch = q.positions * sizeof(T);
+      bytes = minimum(vectors * w, q.positions - p) * sizeof(T);
       at = run;
       end = run + bytes - 1;
       share = ceil_div(runs * (ceil_div(bytes, kLineBytes) + 1), tiles);
@@ -238,25 +211,14 @@ class Positioned {
           [&](int r) { return chunk_.frame(first + i + r) + p; }, panel(v) + i * q_.channels * w);
   }
 
-  const T* packed_panel(int64_t j, int64_t p) const {
-    return static_cast<const T*>(q_.packed) + (p / w * cut_.rows + j / kRows) * weight_panel_elements<T>(q_);
-  }
-
-  // The panel for rows j and position p; copied, unless it was packed before.
-  const T* weights(int64_t j, int64_t p) {
-    if (q_.packed) return packed_panel(j, p);
-    pack_weight_panel(q_, j, p, weights_);
-    return weights_;
-  }
-
   void rows(int64_t p, int64_t j, int64_t first, int64_t frames, int64_t v, Prefetch& next) {
     const int64_t C = q_.channels, J = q_.gate_rows(), stride = padded<T>(q_.positions);
     const int64_t count = minimum(kRows, J - j);
-    const T* panel_of_rows = weights(j, p);
+    pack_weight_panel(q_, j, p, weights_);
     for (int64_t i = 0; i < frames; i += kFrames) {
       next.next_tile();
       Vec<T> acc[kRows][kFrames];
-      positioned_tile(C, panel_of_rows, panel(v) + i * C * w, acc, [&] { next.ask(); });
+      positioned_tile(C, weights_, panel(v) + i * C * w, acc, [&] { next.ask(); });
       T* const to = out_ + ((first + i) * J + j) * stride + p;
       if (count == kRows && i + kFrames <= frames)
         store(acc, to, J * stride, stride, kFrames, kRows);

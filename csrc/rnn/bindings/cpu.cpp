@@ -5,7 +5,6 @@
 
 #include "core/bindings/cpu_kernel.h"
 #include "core/bindings/op.h"
-#include "core/bindings/weight_cache.h"
 #include "rnn/cpu/params.h"
 
 namespace fusednn {
@@ -61,21 +60,9 @@ struct CellTensors {
             rows(weight_ih),
             rows(weight_hh),
             data_or_null(bias_ih),
-            data_or_null(bias_hh),
-            nullptr};
+            data_or_null(bias_hh)};
   }
 };
-
-// The weights packed, where they were kept for these weights; training changes them before they are seen
-// again.
-Tensor packed_weights(const cpu::RnnKernels& kernels, const cpu::CellWeights& weights, const CellTensors& t) {
-  const PackingKey key{weights.cell == Cell::lstm ? "lstm_cell" : "gru_cell"};
-  return WeightCache::instance().find(key, {t.weight_ih, t.weight_hh}, [&] {
-    Tensor packed = at::empty({static_cast<int64_t>(kernels.packed_bytes(weights))}, at::kByte);
-    kernels.pack_weights(weights, packed.mutable_data_ptr(), torch_parallel());
-    return packed;
-  });
-}
 
 struct ForwardResult {
   Tensor h, c, gates;
@@ -97,14 +84,10 @@ ForwardResult cell_forward(Cell cell, const Call& a, const Tensor& previous) {
 
   const auto& kernels = cpu::kernels<cpu::RnnKernels>();
   const cpu::Parallel threads = torch_parallel();
-  cpu::CellWeights weights = t.weights(bias_ih, bias_hh);
-  const bool by_panels = kernels.by_panels(weights, t.batch);
-  Tensor packed;
-  if (by_panels) packed = packed_weights(kernels, weights, t);
-  if (packed.defined()) weights.packed = packed.const_data_ptr();
+  const cpu::CellWeights weights = t.weights(bias_ih, bias_hh);
   const Tensor x = as_operand(input), h = as_operand(a.hx);
   const Scratch scratch(kernels.forward_workspace(weights) * threads.threads);
-  kernels.cell_forward({weights, t.batch, t.wide_state, by_panels, rows(x), rows(h), rows(t.state),
+  kernels.cell_forward({weights, t.batch, t.wide_state, rows(x), rows(h), rows(t.state),
                         r.h.mutable_data_ptr(), cell == Cell::lstm ? r.c.mutable_data_ptr() : nullptr,
                         a.save_gates ? r.gates.mutable_data_ptr() : nullptr, scratch.data()},
                        threads);

@@ -9,7 +9,7 @@
 //
 // Two ways to the products, with equal results up to rounding:
 //   rows    weights as they lie, dot products along K in chunks that stay in the first-level cache
-//   panels  weights packed as [unit block][K][gates, w], outer products; for larger batches
+//   panels  weights packed as [K][gates, w], a block of K at a time, outer products; for larger batches
 //
 // Bytes: each weight once per block of rows; flops: 2 B G H (I + H).
 #pragma once
@@ -27,6 +27,7 @@ constexpr int64_t kRowsAtMost = 96;
 constexpr int64_t kRowBlockBytes = 192 << 10;  // operands of a block of rows: part of a second-level cache
 constexpr int64_t kSerialWork = 64 << 10;      // products below which threads cost more than they save
 constexpr int64_t kChunk = 4096;               // bytes of a weight row at a time
+constexpr int64_t kPanelRows = 16;             // of a batch that takes panels
 
 // Slot of the buffer that the last gate of a product adds to; the others come in order.
 template <Cell cell>
@@ -121,25 +122,26 @@ template <int G, class T, class S>
 void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t stride, S* panel) {
   constexpr int w = Vec<T>::size;
   int64_t k = 0;
-  if (first + w <= H)
-    for (; k + w <= K; k += w)
-      for (int slot = 0; slot < G; ++slot)
-        transpose<T>(weights + (slot * H + first) * stride + k, stride, panel + (k * G + slot) * w, G * w);
+  if (first + w <= H) {
+    for (int slot = 0; slot < G; ++slot)  // w streams at a time: more than that are not prefetched
+      for (k = 0; k + w <= K; k += w) {
+        const S* from = weights + (slot * H + first) * stride + k;
+        for (int u = 0; u < w; ++u) __builtin_prefetch(from + u * stride + kBlockK, 0, 2);  // of the next panel
+        transpose<T>(from, stride, panel + (k * G + slot) * w, G * w);
+      }
+  }
   for (; k < K; ++k)
     for (int slot = 0; slot < G; ++slot)
       for (int u = 0; u < w; ++u)
         panel[(k * G + slot) * w + u] = first + u < H ? weights[(slot * H + first + u) * stride + k] : S{};
 }
 
-// The panels of one unit block: [I, G w] of weight_ih, then [H, G w] of weight_hh. Where they were not packed
-// beforehand, each is packed into `panel` when its turn comes: the same products in the same order.
+// The panels of one unit block, each packed into `panel` when its turn comes: it stays in the first-level cache.
 template <Cell cell, class T, class S>
 void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t unit, T* buffer, S* panel) {
   constexpr int G = gates_of(cell);
   constexpr int w = Vec<T>::size;
   const CellWeights& q = p.weights;
-  const S* packed = static_cast<const S*>(q.packed);
-  if (packed) packed += unit / w * (q.input_size + q.hidden_size) * G * w;
   std::memset(buffer, 0, rows * 4 * w * sizeof(T));
   for (const bool hidden : kProducts) {
     const Rows& a = hidden ? p.hx : p.input;
@@ -148,35 +150,11 @@ void products_by_panels(const CellForward& p, int64_t row, int64_t rows, int64_t
     const Strided<T> x{static_cast<const T*>(a.data) + row * a.stride, a.stride, 1};
     for (int64_t k = 0; k < K; k += kBlockK) {
       const int64_t depth = minimum(kBlockK, K - k);
-      if (packed) {
-        tiles<G>(rows, depth, x.at(0, k), packed, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add,
-                 prefetch_next(packed + kBlockK * G * w, G * w));
-        packed += depth * G * w;
-      } else {
-        pack_units<G, T>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
-                         panel);
-        tiles<G>(rows, depth, x.at(0, k), panel, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add);
-      }
+      pack_units<G, T>(depth, unit, q.hidden_size, static_cast<const S*>(weight.data) + k, weight.stride,
+                       panel);
+      tiles<G>(rows, depth, x.at(0, k), panel, G * w, buffer, 4 * w, last_slot<cell>(hidden), Into::add);
     }
   }
-}
-
-template <Cell cell, class T, class S>
-void pack(const CellWeights& q, void* packed, const Parallel& parallel) {
-  constexpr int G = gates_of(cell);
-  constexpr int w = Vec<T>::size;
-  const int64_t H = q.hidden_size, rows = q.input_size + H;
-  parallel(ceil_div(H, w), true, [&](int64_t begin, int64_t end, int) {
-    for (int64_t block = begin; block < end; ++block) {
-      S* panel = static_cast<S*>(packed) + block * rows * G * w;
-      for (const bool hidden : kProducts) {
-        const Rows& weight = hidden ? q.weight_hh : q.weight_ih;
-        const int64_t K = hidden ? H : q.input_size;
-        pack_units<G, T>(K, block * w, H, static_cast<const S*>(weight.data), weight.stride, panel);
-        panel += K * G * w;
-      }
-    }
-  });
 }
 
 // The pointwise half of one unit block.
@@ -261,7 +239,7 @@ void cell_forward(const CellForward& p, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t unit = task / row_blocks * w, row = task % row_blocks * row_step;
       const int64_t units = minimum(w, H - unit), rows = minimum(row_step, p.batch - row);
-      if (p.by_panels)
+      if (p.batch >= kPanelRows)
         products_by_panels<cell, T, S>(p, row, rows, unit, buffer, panel);
       else
         products_by_rows<cell, T, S>(p, row, rows, unit, units, buffer, partial);

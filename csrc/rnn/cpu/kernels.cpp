@@ -13,21 +13,6 @@ auto with_cell(Cell cell, const F& f) {
   return cell == Cell::lstm ? f.template operator()<Cell::lstm>() : f.template operator()<Cell::gru>();
 }
 
-bool by_panels(const CellWeights&, int64_t batch) { return batch >= 16; }
-
-size_t packed_bytes(const CellWeights& q) {
-  return with_types(q.dtype, [&]<class T, class S>() -> size_t {
-    constexpr int w = Vec<T>::size;
-    return ceil_div(q.hidden_size, w) * w * gates_of(q.cell) * (q.input_size + q.hidden_size) * sizeof(S);
-  });
-}
-
-void pack_weights(const CellWeights& q, void* packed, const Parallel& parallel) {
-  with_types(q.dtype, [&]<class T, class S>() {
-    with_cell(q.cell, [&]<Cell cell>() { pack<cell, T, S>(q, packed, parallel); });
-  });
-}
-
 size_t forward_workspace(const CellWeights& q) {
   return with_types(q.dtype, [&]<class T, class S>() { return forward_workspace_bytes<T>(); });
 }
@@ -70,8 +55,7 @@ void gradient_sums(const GradientSums& p, const Parallel& parallel) {
 }  // namespace
 
 FUSEDNN_KERNELS(RnnKernels) = {
-    by_panels, packed_bytes, pack_weights,       forward_workspace,
-    forward,   backward,     gradient_workspace, gradient_sums,
+    forward_workspace, forward, backward, gradient_workspace, gradient_sums,
 };
 
 }  // namespace fusednn::cpu::FUSEDNN_ISA

@@ -32,14 +32,12 @@ struct CellWeights {
   Rows weight_hh;       // [G H, H]
   const void* bias_ih;  // [G H] or null
   const void* bias_hh;  // [G H] or null
-  const void* packed;   // both weights as pack_weights lays them out, or null
 };
 
 struct CellForward {
   CellWeights weights;
   int64_t batch;
   bool wide_state;
-  bool by_panels;   // what the kernels' by_panels says; must be so where weights are packed
   Rows input;       // [B, I] float or double
   Rows hx;          // [B, H] float or double
   Rows state;       // [B, H] LSTM: cx; GRU: hx once more, in the state's dtype
@@ -96,12 +94,6 @@ struct GradientSums {
 };
 
 struct RnnKernels {
-  // Whether such a batch takes weights in panels, packed beforehand or when their turn comes. A matter of
-  // shape alone: panels and rows round differently, and the same input must give the same bits.
-  bool (*by_panels)(const CellWeights&, int64_t batch);
-  size_t (*packed_bytes)(const CellWeights&);
-  void (*pack_weights)(const CellWeights&, void* packed, const Parallel&);
-
   size_t (*forward_workspace)(const CellWeights&);
   void (*cell_forward)(const CellForward&, const Parallel&);
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from ..core import dispatch, native
+from ..core.tensors import HALVES, accumulation_dtype
 from ..core.transforms import autocast, may_need_backward, under_transform
 from . import batch_norm, checks, eligibility, functional, ops, shortcut
-from .fold_cache import FoldCache, FoldingModule
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -26,7 +26,7 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 _CHILDREN = ("depthwise", "norm1", "activation1", "pointwise", "norm2", "activation2")
 
 
-class DepthwiseSeparableConv2d(FoldingModule):
+class DepthwiseSeparableConv2d(nn.Module):
     r"""Depthwise convolution, norm, activation, 1×1 convolution, norm, activation, residual, as one.
 
     ``out = act2(norm2(pointwise(act1(norm1(depthwise(input)))))) + (input if residual else 0)``
@@ -152,7 +152,6 @@ class DepthwiseSeparableConv2d(FoldingModule):
         modes = {child.training for child in children if child is not None}
         self.training = modes != {False}
         self.residual = residual
-        self._folds = FoldCache()
         self._shortcut = shortcut.Shortcut()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -167,6 +166,7 @@ class DepthwiseSeparableConv2d(FoldingModule):
         if not reasons and under_transform(input, *sources):
             reasons = ["a torch.func transform or forward-mode AD is active, which sees torch's ops only"]
         reasons = reasons or eligibility.against_input(input, *children.values())
+        reasons = reasons or self._against_folding(input, sources)
         return self._composite(input, reasons) if reasons else self._fused(input, sources)
 
     def _plain(self, input: Tensor, children: dict[str, nn.Module | None]) -> Tensor | None:
@@ -239,9 +239,22 @@ class DepthwiseSeparableConv2d(FoldingModule):
             weights = self._weights(x.dtype)
             out = functional.separable_training(x, weights, batch1, batch2, residual, options, acts)
         else:
-            weights = self._kept_weights(x.dtype, sources)
+            weights = self._weights(x.dtype)
             out = ops.separable_conv2d_forward(x, *weights, residual, *options, *acts)
         return out if residual is not None else self._add_residual(out, input)
+
+    def _against_folding(self, input: Tensor, sources: tuple[Tensor | None, ...]) -> list[str]:
+        """Why the frozen norms can't be folded: only the CPU's inference takes folded weights in float32."""
+        norms = [eligibility.norm_of(norm) for norm in (self.norm1, self.norm2)]
+        frozen = any(norm is not None and not batch_norm.uses_batch_statistics(norm) for norm in norms)
+        dtype = checks.cast_dtype(input)
+        if not frozen or dtype not in HALVES:
+            return []
+        if input.device.type != "cpu":
+            return [f"a norm's frozen statistics are not folded into {dtype} on {input.device.type}"]
+        if may_need_backward(input, *sources):
+            return [f"a gradient is wanted, and a norm's frozen statistics are not folded into {dtype}"]
+        return []
 
     def _batch_norms(self) -> tuple[nn.BatchNorm2d | None, nn.BatchNorm2d | None]:
         """The norms that take their statistics from the batch; None for each other one."""
@@ -252,22 +265,19 @@ class DepthwiseSeparableConv2d(FoldingModule):
         )
 
     def _weights(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-        """Weights and biases of both products, with those norms folded that have frozen statistics."""
+        """Weights and biases of both products, with those norms folded that have frozen statistics.
+
+        With one folded all are in float32 or wider: a norm may magnify without bound what rounding loses.
+        """
         found: list[Tensor | None] = []
+        folds = False
         for conv, norm in ((self.depthwise, self.norm1), (self.pointwise, self.norm2)):
             norm = eligibility.norm_of(norm)
             frozen = None if batch_norm.uses_batch_statistics(norm) else norm
+            folds = folds or frozen is not None
             found += batch_norm.fold(conv.weight, conv.bias, frozen)
+        dtype = accumulation_dtype(dtype) if folds else dtype
         return tuple(None if t is None else t.to(dtype) for t in found)
-
-    def _kept_weights(
-        self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, ...]:
-        """Weights for inference, folded at most once for the same sources."""
-        if torch.compiler.is_compiling() or (self.norm1 is None and self.norm2 is None):
-            return self._weights(dtype)
-        options = (dtype, *(n.eps for n in (self.norm1, self.norm2) if type(n) is nn.BatchNorm2d))
-        return self._folds.get(sources, options, lambda: self._weights(dtype))
 
     def extra_repr(self) -> str:
         """Say whether the input is added."""

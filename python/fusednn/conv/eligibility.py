@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from ..core.children import against_calls, against_hooks
 from ..core.tensors import HALVES
 from . import checks
 from .modules import DepthwiseConv2d
@@ -20,7 +20,6 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Hardswish: "hardswish",
 }
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def activation_of(module: nn.Module | None) -> str | None:
@@ -77,26 +76,9 @@ def against_children(children: Mapping[str, nn.Module | None]) -> list[str]:
     """Why these children can't be fused; empty if they can."""
     reasons = against_hooks(children)
     for name, child in children.items():
-        if child is not None and not _against_calls(child):
+        if child is not None and not against_calls(child):
             reasons += [f"{name} {reason}" for reason in _KINDS[name](child)]
     return reasons
-
-
-def against_hooks(children: Mapping[str, nn.Module | None]) -> list[str]:
-    """Why these children must be called: what is attached to them, or to every module."""
-    if torch_module._has_any_global_hook():
-        return ["a global module hook is registered, which must see every child"]
-    present = [(name, child) for name, child in children.items() if child is not None]
-    return [f"{name} {reason}" for name, child in present for reason in _against_calls(child)]
-
-
-def _against_calls(child: nn.Module) -> list[str]:
-    """What attached to a child would be passed over."""
-    if any(getattr(child, hooks) for hooks in HOOKS):
-        return ["has hooks, which only a call of it runs"]
-    if "forward" in vars(child) or "_conv_forward" in vars(child):
-        return ["has a forward that was assigned on the instance"]
-    return []
 
 
 def _against_depthwise(child: nn.Module) -> list[str]:

@@ -46,6 +46,10 @@ def _composed(function: Callable[..., Any]) -> tuple[Backend, Backend]:
 
     def run(kernels: Any, call: Any) -> Any:
         name, weights = function.__name__, (call.depthwise_weight, call.pointwise_weight)
+        dtype, wide = call.input.dtype, call.depthwise_weight.dtype
+        if dtype != wide:  # folded weights, which are not rounded to 16 bits
+            residual = None if call.residual is None else call.residual.to(wide)
+            return run(kernels, call._replace(input=call.input.to(wide), residual=residual)).to(dtype)
         if hasattr(kernels, name) and not kernels.separable_conv2d_limits(call.input, *weights):
             return launch(kernels, name, call)
         return function(*call, products=_KernelProducts(kernels, call.input.dtype))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ..core import eager, native
+from ..core.children import HOOKS
 from . import checks, eligibility, reference
 
 
@@ -41,7 +42,7 @@ class Shortcut:
         found: list[Any] = []
         for child in children.values():
             own = {} if child is None else vars(child)
-            if any(own.get(name) for name in eligibility.HOOKS) or "forward" in own or "_conv_forward" in own:
+            if any(own.get(name) for name in HOOKS) or "forward" in own or "_conv_forward" in own:
                 return None
             found.append((type(child), *(own.get(name) for name in _SETTINGS)))
         key = (residual, children["depthwise"].weight.shape, found)  # type: ignore[union-attr]

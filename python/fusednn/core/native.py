@@ -88,7 +88,6 @@ def _apply_settings() -> None:
     """Hand the extension what the environment asks of it."""
     if extension is None:
         return
-    extension.cpu.keep_packed_weights(settings.weight_cache_enabled())
     cap = settings.cpu_isa()
     if cap is not None:
         try:

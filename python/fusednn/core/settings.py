@@ -5,7 +5,6 @@
 | ``FUSEDNN_BACKEND`` | ``auto`` | backend of every call outside a :class:`use_backend` block |
 | ``FUSEDNN_CPU_ISA`` | best of the machine | cap of the CPU kernels: ``baseline``, ``avx2`` or ``avx512`` |
 | ``FUSEDNN_NATIVE`` | ``1`` | ``0``: do not build (at install) or do not load (at import) the extension |
-| ``FUSEDNN_WEIGHT_CACHE`` | ``1`` | ``0``: never keep packed copies of weights between calls |
 | ``FUSEDNN_CUDA`` | ``auto`` | at install: ``1`` requires the CUDA kernels, ``0`` leaves them out |
 | ``FUSEDNN_CUDA_ARCHS`` | all targets | at install: CUDA architectures: ``90``, ``80;90``, ``native`` |
 | ``FUSEDNN_TEST_MODULES`` | ``0`` | at build: ``1`` adds the emulator's test module, never installed |
@@ -47,11 +46,6 @@ def native_enabled() -> bool:
 def cpu_isa() -> str | None:
     """Cap that ``FUSEDNN_CPU_ISA`` sets on the CPU kernels' instruction set, if any."""
     return os.environ.get("FUSEDNN_CPU_ISA") or None
-
-
-def weight_cache_enabled() -> bool:
-    """Whether ``FUSEDNN_WEIGHT_CACHE`` allows packed weights to outlive a call."""
-    return os.environ.get("FUSEDNN_WEIGHT_CACHE", "1") != "0"
 
 
 class use_backend(contextlib.ContextDecorator):

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..conv import batch_norm, eligibility
-from ..conv.fold_cache import FoldCache, FoldingModule
+from ..conv import batch_norm
 from ..core import dispatch
+from ..core.children import against_hooks
 from ..core.transforms import autocast_enabled, may_need_backward, needs_torchs_ops
 
 
-class ConvNormReLU(FoldingModule):
+class ConvNormReLU(nn.Module):
     r"""A convolution, a BatchNorm and a ReLU, whose norm is folded into the convolution for inference.
 
     Zeros pad by half of the kernel. The children ``conv``, ``norm`` and ``activation`` are torch's layers.
     They are called one by one in training, where a gradient is wanted, and where one has hooks; otherwise
-    torch's convolution is called with the folded weights, which are kept until a source changes
-    (docs/design/002-weight-cache.md). ``fusednn.explain`` shows which.
+    torch's convolution is called with the folded weights. ``fusednn.explain`` shows which.
 
     Args:
         in_channels: of the input.
@@ -50,7 +49,6 @@ class ConvNormReLU(FoldingModule):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False, **factory)
         self.norm = nn.BatchNorm2d(out_channels, **factory)
         self.activation = nn.ReLU()
-        self._folds = FoldCache()
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``relu(norm(conv(input)))``."""
@@ -79,7 +77,7 @@ class ConvNormReLU(FoldingModule):
             return ["a dispatch mode watches the call"]
         if (type(conv), type(norm), type(activation)) != (nn.Conv2d, nn.BatchNorm2d, nn.ReLU):
             return ["a child was replaced"]
-        reasons = eligibility.against_hooks({"conv": conv, "norm": norm, "activation": activation})
+        reasons = against_hooks({"conv": conv, "norm": norm, "activation": activation})
         if reasons:
             return reasons
         if batch_norm.uses_batch_statistics(norm) or norm.running_mean is None or norm.running_var is None:
@@ -95,11 +93,8 @@ class ConvNormReLU(FoldingModule):
         return []
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        conv, norm = self.conv, self.norm
-
-        def make() -> tuple[Tensor, Tensor]:
-            weight, bias = batch_norm.fold(conv.weight, conv.bias, norm)
+        conv = self.conv
+        with torch.no_grad():
+            weight, bias = batch_norm.fold(conv.weight, conv.bias, self.norm)
             assert bias is not None
             return weight.to(conv.weight), bias.to(conv.weight)
-
-        return self._folds.get(self._sources(), norm.eps, make)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..core import dispatch
 from ..core.checks import check_positive, choice
 from ..rnn.modules import GRUCell, LSTMCell
 from ..spatial import checks
 from ..spatial.modules import SpatialAttention
-from . import functional
+from . import composite, functional
 from .functional import State
 
 _CELLS: dict[str, type[LSTMCell] | type[GRUCell]] = {"lstm": LSTMCell, "gru": GRUCell}
@@ -26,8 +28,9 @@ class AttentionLSTM(nn.Module):
 
     The attended features are linear in the map, so the cell's input product can be made for all steps and
     positions at once, outside of the recurrence; a plan on the bytes moved decides, and ``fusednn.explain``
-    shows it. Children hold the parameters and are not called: ``attention`` (:class:`SpatialAttention`) and
-    ``cell`` (:class:`fusednn.LSTMCell` or :class:`fusednn.GRUCell`).
+    shows it. Children hold the parameters: ``attention`` (:class:`SpatialAttention`) and ``cell``
+    (:class:`fusednn.LSTMCell` or :class:`fusednn.GRUCell`). They are called, step by step, only where that
+    does more than their tensors say (hooks, another class).
 
     Args:
         in_channels: C.
@@ -112,6 +115,11 @@ class AttentionLSTM(nn.Module):
                 f"[{self.in_channels}, {self.height}, {self.width}]"
             )
         attention, cell = self.attention, self.cell
+        reasons = composite.against_children(self)
+        if reasons:
+            if not torch.compiler.is_compiling():
+                dispatch.record_composite("attention_lstm", reasons)
+            return composite.recur(self, features, self._state(features, hx), lengths)
         assert attention.hidden is not None
         return functional.attention_lstm(
             features,

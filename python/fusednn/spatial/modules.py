@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import dispatch
 from ..core.checks import check_positive, check_shape, check_tensor, choice
-from . import checks, functional, shortcut
+from . import checks, composite, functional, shortcut
 from .reference import OUTPUTS
 
 SCORES = ("positional", "additive")
@@ -26,7 +27,8 @@ class SpatialAttention(nn.Module):
 
     The convolution has no bias: a softmax doesn't see one. Children are torch's layers and hold the
     parameters ``score.weight``, ``hidden.weight``, ``hidden.bias`` and, of additive scores, ``v.weight``;
-    they are not called. A learned temperature is ``exp(log_temperature)``, so that it stays positive.
+    they are called only where that does more than their tensors say (hooks, another class). A learned
+    temperature is ``exp(log_temperature)``, so that it stays positive.
 
     Args:
         in_channels: C.
@@ -112,12 +114,17 @@ class SpatialAttention(nn.Module):
         self, features: Tensor, hidden: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the attended features and the map; `hidden` None stands for zeros, mask True: takes part."""
-        if mask is None and shortcut.applies(features):
+        reasons = composite.against_children(self)
+        if not reasons and mask is None and shortcut.applies(features):
             found = shortcut.attend(self, features, hidden)
             if found is not None:
                 return found
         checks.check_images("SpatialAttention", "features", features, "[N, C, H, W]")
         self.check_size(features)
+        if reasons:
+            if not torch.compiler.is_compiling():
+                dispatch.record_composite("spatial_attention", reasons)
+            return composite.attend(self, features, hidden, mask)
         return functional.spatial_attention(
             features,
             self.score.weight.flatten(1),
