@@ -57,6 +57,8 @@ def kernels() -> list[tuple[places.Place, str]]:
         for place in places.ALL
         if place.name in modules
         for op in OPS
-        for kernel in (op, op.replace("_cell_", "_gates_"))  # on devices a cell is torch's products and these
+        for kernel in dict.fromkeys(
+            (op, op.replace("_cell_", "_gates_"))
+        )  # on devices cells are products and these
         if hasattr(modules[place.name], kernel)
     ]

@@ -126,7 +126,8 @@ void pack_units(int64_t K, int64_t first, int64_t H, const S* weights, int64_t s
     for (int slot = 0; slot < G; ++slot)  // w streams at a time: more than that are not prefetched
       for (k = 0; k + w <= K; k += w) {
         const S* from = weights + (slot * H + first) * stride + k;
-        for (int u = 0; u < w; ++u) __builtin_prefetch(from + u * stride + kBlockK, 0, 2);  // of the next panel
+        for (int u = 0; u < w; ++u)
+          __builtin_prefetch(from + u * stride + kBlockK, 0, 2);  // of the next panel
         transpose<T>(from, stride, panel + (k * G + slot) * w, G * w);
       }
   }
