@@ -67,8 +67,7 @@ struct CheckedCall : CheckedAttention {
 
   CheckedCall(const char* op, const calls::AttentionTensors& a, const calls::AttentionOptions& options)
       : CheckedAttention(op, a, options) {
-    TORCH_CHECK(a.query.device().is_cpu(), op, ": query: got a tensor on ", a.query.device(),
-                ", expected cpu");
+    check_on_cpu(*this);
     query = with_dense_rows(a.query), key = with_dense_rows(a.key), value = with_dense_rows(a.value);
     call.dtype = dtype();
     call.batch = call.sequences = batch, call.heads = heads, call.groups = groups;

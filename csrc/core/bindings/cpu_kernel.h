@@ -10,6 +10,11 @@
 
 namespace fusednn {
 
+inline void check_on_cpu(const CheckedArguments& call) {
+  TORCH_CHECK(call.options().device().is_cpu(), call.op(), ": got tensors on ", call.options().device(),
+              ", expected cpu");
+}
+
 // Runs `kernel` on torch's threads, with the workspace that it asks for.
 template <class Call>
 void run_kernel(size_t (*workspace_bytes)(const Call&, int threads),

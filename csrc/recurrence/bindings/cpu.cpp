@@ -34,6 +34,7 @@ struct Operands : CheckedRecurrence {
 
   Operands(const char* op, const calls::RecurrenceTensors& a, const calls::RecurrenceOptions& options)
       : CheckedRecurrence(op, a, options), features(widened(a.features)) {
+    check_on_cpu(*this);
     for (Tensor* t : {&score_weight, &hidden_weight, &weight_ih, &weight_hh}) *t = widened(*t);
     hidden_bias = widened(hidden_bias), v = widened(v);
     q.cell = lstm ? Cell::lstm : Cell::gru;

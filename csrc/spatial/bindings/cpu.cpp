@@ -48,7 +48,9 @@ struct AttentionCall : CheckedSpatialAttention {
   OptionalTensor hidden_term;
 
   AttentionCall(const char* op, const calls::SpatialAttentionForward& a, bool backward = false)
-      : CheckedSpatialAttention(op, a), temperature(temperature_of(a.temperature)) {
+      : CheckedSpatialAttention(op, a) {
+    check_on_cpu(*this);
+    temperature = temperature_of(a.temperature);
     layout = flat || v ? MemoryFormat::Contiguous : format;
     SpatialOutput output = SpatialOutput::coordinates;
     if (of_images || flat) output = SpatialOutput::scale;
@@ -131,6 +133,7 @@ struct SoftmaxCall : CheckedSoftmax {
   SoftmaxCall(const char* op, const char* name, const Tensor& t, const OptionalTensor& given_mask,
               const calls::Temperature& temperature, bool coordinates)
       : CheckedSoftmax(op, name, t, given_mask, temperature) {
+    check_on_cpu(*this);
     const auto output = coordinates ? SpatialOutput::coordinates : SpatialOutput::scale;
     arguments.dtype = dtype();
     arguments.shape = {t.size(0) * t.size(1), 0, t.size(2), t.size(3), 1, 1, false, false, output};
